@@ -1,0 +1,81 @@
+"""Validation of what callers hand in. Every message says what was required, what was found and what to do."""
+
+import torch
+from torch import Tensor
+
+from ptq_kernels import layouts
+from ptq_kernels.bitstream import BITS
+from ptq_kernels.layouts import PackedWeight
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_weight(weight: PackedWeight) -> None:
+    """Raise ValueError or TypeError unless the tensors of `weight` fit its bits, group size, layout and each other."""
+    bits, group, columns = weight.bits, weight.group_size, weight.in_features
+    if bits not in BITS:
+        raise ValueError(f"bits must be one of {BITS}, got {bits!r}; requantize with a supported width")
+    if group < 1 or columns % group:
+        raise ValueError(
+            f"group_size must divide in_features = {columns}, got {group}; resolve -1 to in_features, "
+            "or requantize with a divisor"
+        )
+    _check_scales(weight)
+    dtype, shape = layouts.get(weight.layout).storage(weight)
+    if weight.qweight.dtype != dtype:
+        raise TypeError(
+            f"qweight of layout {weight.layout!r} must be {dtype}, got {weight.qweight.dtype}; "
+            "pack the codes with ptq_kernels.pack or name the layout they are in"
+        )
+    if weight.qweight.shape != shape:
+        raise ValueError(
+            f"qweight of a {bits}-bit weight with in_features = {columns} must have shape {list(shape)} in layout "
+            f"{weight.layout!r}, got {list(weight.qweight.shape)}; check bits, K of x, and the rows of scales"
+        )
+    for name, tensor in (("scales", weight.scales), ("zeros", weight.zeros)):
+        _check_device(name, tensor, "qweight", weight.qweight)
+
+
+def _check_scales(weight: PackedWeight) -> None:
+    scales, zeros, groups = weight.scales, weight.zeros, weight.in_features // weight.group_size
+    if scales.dtype not in FLOATS:
+        raise TypeError(f"scales must be one of {FLOATS}, got {scales.dtype}; convert them with .to(torch.float32)")
+    if scales.dim() != 2 or scales.shape[1] != groups:
+        raise ValueError(
+            f"scales must have shape [N, {groups}] (in_features {weight.in_features} / group_size "
+            f"{weight.group_size}), got {list(scales.shape)}; transpose them or correct group_size"
+        )
+    if zeros is None:
+        return
+    if zeros.dtype != torch.uint8:
+        raise TypeError(f"zeros must be torch.uint8 or None, got {zeros.dtype}; pass plain zero points, unpacked")
+    if zeros.shape != scales.shape:
+        raise ValueError(
+            f"zeros must have the shape of scales, {list(scales.shape)}, got {list(zeros.shape)}; "
+            "give one zero point a group, or None for a symmetric weight"
+        )
+
+
+def check_input(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    """Raise ValueError or TypeError unless `x` and `bias` fit a checked `weight`."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be one of {FLOATS}, got {x.dtype}; convert it with .to(torch.bfloat16)")
+    _check_device("x", x, "qweight", weight.qweight)
+    if bias is None:
+        return
+    if bias.dtype not in FLOATS:
+        raise TypeError(f"bias must be one of {FLOATS} or None, got {bias.dtype}; convert it with .to(x.dtype)")
+    if bias.shape != (weight.out_features,):
+        raise ValueError(
+            f"bias must have shape [{weight.out_features}], one value for each row of qweight, got {list(bias.shape)}; "
+            "pass the bias of this layer"
+        )
+    _check_device("bias", bias, "qweight", weight.qweight)
+
+
+def _check_device(name: str, tensor: Tensor | None, other: str, expected: Tensor) -> None:
+    if tensor is not None and tensor.device != expected.device:
+        raise ValueError(
+            f"{name} must be on the device of {other}, {expected.device}, got {tensor.device}; "
+            f"move it with .to({str(expected.device)!r})"
+        )

@@ -1,0 +1,1 @@
+"""The product on CPUs, in torch only."""

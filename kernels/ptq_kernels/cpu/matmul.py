@@ -1,0 +1,27 @@
+"""Which of the two CPU paths serves a call."""
+
+import torch
+from torch import Tensor
+
+from ptq_kernels.cpu import aten_int4, chunked
+from ptq_kernels.layouts import PackedWeight
+
+# Up to so many rows torch's int4 operator wins. It unpacks the weight again for every few rows (4096 x 4096, one
+# thread: 0.36 ms a row) where the chunked path unpacks it once (about 16 ms), so they meet near 45 rows.
+ATEN_MOST_ROWS = 40
+
+
+def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``x [M, K] @ weight.T + bias``, ``[M, N]`` in ``x.dtype``."""
+    # The operator has a vector path for bfloat16 only, and float16 or float32 rows must not lose precision.
+    if weight.layout == "aten_int4" and x.dtype == torch.bfloat16 and x.shape[0] <= ATEN_MOST_ROWS:
+        y = aten_int4.matmul(x, weight)
+        return y if bias is None else y.add_(bias)
+    return chunked.matmul(x, weight, bias)
+
+
+def describe(weight: PackedWeight) -> str:
+    """What `matmul` does with such a weight, for the log and the report."""
+    if weight.layout == "aten_int4":
+        return f"aten int4 for up to {ATEN_MOST_ROWS} bfloat16 rows, chunked dequantize-matmul otherwise"
+    return "chunked dequantize-matmul"

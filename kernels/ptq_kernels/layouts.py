@@ -1,0 +1,83 @@
+"""How a packed weight may lie in memory, as a small registry.
+
+"canonical" (see bitstream.py) is what is stored and exchanged. Any other layout exists only in memory, because one
+implementation reads it faster; it converts to and from canonical exactly, so one copy of a weight is enough.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptq_kernels import bitstream
+
+
+class PackedWeight(NamedTuple):
+    """One quantized ``[N, K]`` weight: ``scales[n, k // group_size] * (code[n, k] - zeros[n, k // group_size])``."""
+
+    qweight: Tensor  # what `layout` says; canonical: int32 [N, ceil(K * bits / 32)]
+    scales: Tensor  # bfloat16, float16 or float32 [N, G]; may be negative; the same in every layout
+    zeros: Tensor | None  # uint8 [N, G]; None: 2**(bits-1) everywhere; the same in every layout
+    bits: int
+    group_size: int  # resolved: K // G
+    in_features: int  # K
+    layout: str = "canonical"
+
+    @property
+    def out_features(self) -> int:
+        """N, the rows of the weight."""
+        return self.scales.shape[0]
+
+
+class Layout(NamedTuple):
+    """One way to lay out the codes of a weight."""
+
+    name: str
+    storage: Callable[[PackedWeight], tuple[torch.dtype, tuple[int, ...]]]  # of qweight, for validation
+    refuse: Callable[[PackedWeight], str | None]  # why this canonical weight cannot take the layout; None: it can
+    pack: Callable[[PackedWeight], Tensor]  # canonical weight -> qweight of this layout
+    unpack: Callable[[PackedWeight], Tensor]  # weight of this layout -> canonical qweight, exactly
+
+
+_LAYOUTS: dict[str, Layout] = {}
+
+
+def register(layout: Layout) -> None:
+    """Make a layout known by its name."""
+    _LAYOUTS[layout.name] = layout
+
+
+def names() -> tuple[str, ...]:
+    """Every registered layout."""
+    return tuple(_LAYOUTS)
+
+
+def get(name: str) -> Layout:
+    """The layout of that name; ValueError names the known ones."""
+    if name not in _LAYOUTS:
+        raise ValueError(f"layout must be one of {names()}, got {name!r}; convert the weight with ptq_kernels.prepare")
+    return _LAYOUTS[name]
+
+
+def convert(weight: PackedWeight, name: str) -> PackedWeight:
+    """The same weight in the layout ``name``; ValueError says why where it does not fit."""
+    if weight.layout == name:
+        return weight
+    target = get(name)
+    if weight.layout != "canonical":
+        weight = weight._replace(qweight=get(weight.layout).unpack(weight), layout="canonical")
+    if reason := target.refuse(weight):
+        raise ValueError(f"layout {name!r} cannot hold this weight: {reason}; keep it canonical")
+    return weight._replace(qweight=target.pack(weight), layout=name)
+
+
+register(
+    Layout(
+        name="canonical",
+        storage=lambda w: (torch.int32, (w.out_features, bitstream.words(w.in_features, w.bits))),
+        refuse=lambda w: None,
+        pack=lambda w: w.qweight,
+        unpack=lambda w: w.qweight,
+    )
+)

@@ -1,0 +1,104 @@
+"""The torch operator behind `ptq_kernels.matmul`, and the one of its backward pass.
+
+The implementation is chosen inside the operator: a traced graph holds one opaque call whatever the number of rows, so a
+new batch size recompiles nothing.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq_kernels import dispatch, reference
+from ptq_kernels.layouts import PackedWeight
+
+# The low level interface costs a fraction of torch.library.custom_op on every call.
+_LIBRARY = torch.library.Library("ptq_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "matmul(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias,"
+    " int bits, int group_size, str layout, str impl) -> Tensor"
+)
+_LIBRARY.define(
+    "matmul_grad_input(Tensor grad, Tensor qweight, Tensor scales, Tensor? zeros,"
+    " int bits, int group_size, int in_features, str layout) -> Tensor"
+)
+
+
+def _matmul(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    layout: str,
+    impl: str,
+) -> Tensor:
+    weight = PackedWeight(qweight, scales, zeros, bits, group_size, x.shape[-1], layout)
+    shape = (*x.shape[:-1], weight.out_features)
+    if x.numel() == 0:
+        return x.new_empty(shape)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return dispatch.run(impl, rows, weight, bias).view(shape)
+
+
+def _matmul_fake(x: Tensor, qweight: Tensor, scales: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scales.shape[0]))
+
+
+def _grad_input(
+    grad: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    layout: str,
+) -> Tensor:
+    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout)
+    shape = (*grad.shape[:-1], in_features)
+    if grad.numel() == 0:
+        return grad.new_empty(shape)
+    return reference.grad_input(grad.reshape(-1, grad.shape[-1]), weight).view(shape)
+
+
+def _grad_input_fake(
+    grad: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    layout: str,
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scales, zeros, bias, bits, group_size, layout, _ = inputs
+    ctx.save_for_backward(qweight, scales, zeros)
+    ctx.scheme = (bits, group_size, x.shape[-1], layout)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        qweight, scales, zeros = ctx.saved_tensors
+        grad_x = matmul_grad_input(grad, qweight, scales, zeros, *ctx.scheme)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None, None, None, None
+
+
+torch.library.impl("ptq_kernels::matmul", "default", _matmul, lib=_LIBRARY)
+torch.library.impl("ptq_kernels::matmul_grad_input", "default", _grad_input, lib=_LIBRARY)
+torch.library.register_fake("ptq_kernels::matmul", _matmul_fake, lib=_LIBRARY)
+torch.library.register_fake("ptq_kernels::matmul_grad_input", _grad_input_fake, lib=_LIBRARY)
+torch.library.register_autograd("ptq_kernels::matmul", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+matmul = torch.ops.ptq_kernels.matmul.default
+matmul_grad_input = torch.ops.ptq_kernels.matmul_grad_input.default

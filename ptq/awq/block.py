@@ -1,0 +1,104 @@
+"""AWQ on one block: one pass of statistics, scales folded group by group in execution order, clip, round."""
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ptq.awq.fold import UNCHANGED, Fold, apply_fold, difference, find_folds
+from ptq.awq.solver import rescale, search_clip, search_scales
+from ptq.block import TINY, BlockTask, ModuleResult, Solved, finish
+from ptq.calibration.capture import InputGroup, InputStats, Run, collect
+from ptq.errors import NumericsError
+from ptq.gptq.solver import quadratic_loss, rounding_loss
+from ptq.grid import min_max_grid, nearest_codes, values
+from ptq.models.structure import weight_of
+
+
+@torch.no_grad()
+def awq_block(
+    block: nn.Module,
+    modules: Mapping[str, nn.Module],
+    groups: Sequence[InputGroup],
+    runs: Sequence[Run],
+    task: BlockTask,
+) -> dict[str, ModuleResult]:
+    """Scale, clip and round the Linears of a block; the norms before them take the inverse scales.
+
+    The block's function in float is proven unchanged by the folds before a code is chosen; where the proof fails all
+    folds are dropped and the report says so.
+    """
+    where = f"{task.name}." if task.name else ""
+    stats = collect(modules, groups, runs, where)
+    scaled = copy.deepcopy(block).float()
+    folded, rescues = _fold_all(scaled, groups, stats, task)
+    for path in {fold.producer for fold, _ in folded.values()} - set(modules):
+        _take_over(block.get_submodule(path), scaled.get_submodule(path))
+    results = {}
+    for group, input_stats in zip(groups, stats, strict=True):
+        fold, scales = folded.get(group.members, (None, None))
+        moment = input_stats.hessian if scales is None else rescale(input_stats.hessian, scales)
+        for name in group.members:
+            weight, producer = weight_of(scaled.get_submodule(name)), fold.producer if fold else None
+            results[name] = _awq_linear(modules[name], weight, name, input_stats, moment, producer, task)
+            results[name].row["rescues"] = list(rescues)
+    return results
+
+
+def _fold_all(
+    scaled: nn.Module, groups: Sequence[InputGroup], stats: Sequence[InputStats], task: BlockTask
+) -> tuple[dict[tuple[str, ...], tuple[Fold, Tensor]], list[str]]:
+    """Search and apply scales on the float32 block: for each input group that got them, its fold and the scales."""
+    if task.probe is None:
+        return {}, []
+    before = task.probe(scaled)
+    originals = {name: p.detach().clone() for name, p in scaled.named_parameters()}
+    applied: dict[tuple[str, ...], tuple[Fold, Tensor]] = {}
+    for fold in find_folds(scaled, groups, task.probe):
+        index = next(i for i, group in enumerate(groups) if group.members == fold.consumers)
+        found = search_scales(
+            [weight_of(scaled.get_submodule(name)) for name in fold.consumers],
+            stats[index].hessian,
+            stats[index].magnitude,
+            [task.schemes[name] for name in fold.consumers],
+            grid=task.config.awq.grid,
+            scale_dtype=task.scale_dtype,
+            tied=fold.rows - fold.rows.min(),
+        )
+        applied[fold.consumers] = fold, apply_fold(scaled, fold, found.scales, task.scale_dtype)
+    error = difference(task.probe(scaled), before)
+    if error < UNCHANGED:
+        return applied, []
+    if task.config.strict:
+        raise NumericsError(
+            f"strict: folding scales must leave the float block {task.name} unchanged; its output moved by {error:.1e}: "
+            "set strict: false to quantize it without scales"
+        )
+    for name, parameter in scaled.named_parameters():
+        parameter.copy_(originals[name])
+    return {}, [f"folds dropped, output moved by {error:.1e}"]
+
+
+def _take_over(norm: nn.Module, scaled: nn.Module) -> None:
+    for name, parameter in norm.named_parameters(recurse=False):
+        parameter.copy_(scaled.get_parameter(name))
+
+
+def _awq_linear(
+    module: nn.Module, W: Tensor, name: str, stats: InputStats, moment: Tensor, fold: str | None, task: BlockTask
+) -> ModuleResult:
+    """Clip and round the scaled weight ``W``; ``module`` still holds the parent's, to compare with."""
+    started = time.perf_counter()
+    scheme, parent = task.schemes[name], weight_of(module).float()
+    if task.config.awq.clip:
+        grid = search_clip(W, moment, scheme, scale_dtype=task.scale_dtype)
+    else:
+        grid = min_max_grid(W, scheme, scale_dtype=task.scale_dtype)
+    codes = nearest_codes(W, grid)
+    loss = quadratic_loss(W - values(codes, grid), moment) / max(quadratic_loss(W, moment), TINY)
+    plain = min_max_grid(parent, scheme, scale_dtype=task.scale_dtype)
+    rounding = rounding_loss(parent, stats.hessian, plain) / max(quadratic_loss(parent, stats.hessian), TINY)
+    row: dict[str, object] = {"solver": "awq", "fold": fold, "tokens": stats.tokens}
+    return finish(module, Solved(codes, grid, loss, rounding), row, started)

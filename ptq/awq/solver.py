@@ -1,0 +1,142 @@
+"""AWQ (Lin et al., arXiv 2306.00978): scale input channels before rounding, so that the ones that matter lose less.
+
+For an input x and a positive s, ``(W s) (x / s) = W x``; what changes is where rounding hurts. Everything is computed
+from the second moment ``H = X^T X / T`` without another forward pass: a candidate's loss is ``trace(D H D^T)`` with
+``D = Q(W s) / s - W``, exactly the mean squared output error. Pure functions, tensors in and out.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptq.formats.codec import Scheme
+from ptq.grid import Grid, grouped, min_max_grid, nearest_codes, values
+from ptq.gptq.solver import quadratic_loss
+
+# Rows of each weight on which all candidates are screened; the best few are judged on all rows.
+SCREENED_ROWS = 512
+CONFIRMED = 3
+# Ranges tried by the clip search, as fractions of the full range.
+SHRINKS = tuple(1 - 0.05 * i for i in range(10))
+CLIPPED_ROWS = 1024
+
+
+class ScaleSearch(NamedTuple):
+    """Channel scales ``[K]`` and their loss beside that of no scaling (all ones)."""
+
+    scales: Tensor
+    loss: float
+    identity_loss: float
+
+
+def search_scales(
+    weights: Sequence[Tensor],
+    H_KK: Tensor,
+    magnitude_K: Tensor,
+    schemes: Sequence[Scheme],
+    *,
+    grid: int = 20,
+    scale_dtype: torch.dtype = torch.float16,
+    tied: Tensor | None = None,
+) -> ScaleSearch:
+    """Find channel scales for the Linears that share an input; no scaling is always among the candidates.
+
+    Args:
+        weights: float32 ``[N_i, K]`` each.
+        H_KK: second moment of the input.
+        magnitude_K: mean ``|x|`` of each channel.
+        schemes: how each weight will be quantized.
+        grid: exponents tried between 0 and 1.
+        scale_dtype: dtype of the checkpoint's scales.
+        tied: int64 ``[K]``; channels with the same entry must get the same scale (grouped-query attention).
+    """
+    screened = [weight[:: -(-len(weight) // SCREENED_ROWS)] for weight in weights]
+    ones = torch.ones_like(magnitude_K)
+    candidates = [(_scaled_loss(screened, H_KK, s, schemes, scale_dtype), s)
+                  for s in _candidates(weights, magnitude_K, schemes, grid, tied)]  # fmt: skip
+    candidates.sort(key=lambda pair: pair[0])
+    identity = _scaled_loss(weights, H_KK, ones, schemes, scale_dtype)
+    best = ScaleSearch(ones, identity, identity)
+    for _, s in candidates[:CONFIRMED]:
+        loss = _scaled_loss(weights, H_KK, s, schemes, scale_dtype)
+        if loss < best.loss:
+            best = ScaleSearch(s, loss, identity)
+    return best
+
+
+def _candidates(
+    weights: Sequence[Tensor], x: Tensor, schemes: Sequence[Scheme], grid: int, tied: Tensor | None
+) -> Iterator[Tensor]:
+    """``x^r`` and ``x^r / w^(1-r)`` for r between 0 and 1, w the mean magnitude of a channel's normalized weights."""
+    shares = [_normalized(weight, scheme).sum(0) for weight, scheme in zip(weights, schemes, strict=True)]
+    w = torch.stack(shares).sum(0) / sum(len(weight) for weight in weights)
+    for step in range(1, grid + 1):
+        r = step / grid
+        for s in (x**r, x**r / (w ** (1 - r) + 1e-4)):
+            s = torch.nan_to_num(s, nan=1.0, posinf=1.0, neginf=1.0).clamp(min=1e-4)
+            yield tie(s / (s.max() * s.min()).sqrt(), tied)
+
+
+def _normalized(weight: Tensor, scheme: Scheme) -> Tensor:
+    groups = grouped(weight.abs(), scheme.columns(weight.shape[1]))
+    return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).reshape(weight.shape)
+
+
+def tie(scales: Tensor, tied: Tensor | None) -> Tensor:
+    """Give channels that must agree the largest of their scales."""
+    if tied is None:
+        return scales
+    shared = torch.zeros(int(tied.max()) + 1, dtype=scales.dtype, device=scales.device)
+    return shared.scatter_reduce_(0, tied, scales, "amax", include_self=False)[tied]
+
+
+def _scaled_loss(
+    weights: Sequence[Tensor], H_KK: Tensor, s: Tensor, schemes: Sequence[Scheme], scale_dtype: torch.dtype
+) -> float:
+    total = 0.0
+    for weight, scheme in zip(weights, schemes, strict=True):
+        scaled = weight * s
+        chosen = min_max_grid(scaled, scheme, scale_dtype=scale_dtype)
+        total += quadratic_loss((values(nearest_codes(scaled, chosen), chosen) - scaled) / s, H_KK)
+    return total
+
+
+def rescale(H_KK: Tensor, s: Tensor) -> Tensor:
+    """Second moment of ``x / s``."""
+    return H_KK / torch.outer(s, s)
+
+
+def search_clip(W_NK: Tensor, H_KK: Tensor, scheme: Scheme, *, scale_dtype: torch.dtype = torch.float16) -> Grid:
+    """A grid whose range is shrunk, row by row and group by group, where rounding the rest finer pays for the clipping.
+
+    The error of one group's part of the output is ``d^T H_gg d`` with ``H_gg`` the group's diagonal block of H: exact,
+    and no token is needed.
+    """
+    group_size = scheme.columns(W_NK.shape[1])
+    count = W_NK.shape[1] // group_size
+    blocks = torch.stack([H_KK[i * group_size : (i + 1) * group_size, i * group_size : (i + 1) * group_size]
+                          for i in range(count)])  # fmt: skip
+    parts = [_clip_rows(rows, blocks, scheme, scale_dtype) for rows in W_NK.split(CLIPPED_ROWS)]
+    first = parts[0]
+    return first._replace(scales=torch.cat([p.scales for p in parts]), zeros=torch.cat([p.zeros for p in parts]))
+
+
+def _clip_rows(rows: Tensor, blocks: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
+    best: Grid | None = None
+    least: Tensor | None = None
+    for shrink in SHRINKS:
+        tried = min_max_grid(rows, scheme, scale_dtype=scale_dtype, shrink=shrink)
+        d = grouped(values(nearest_codes(rows, tried), tried) - rows, tried.group_size).transpose(0, 1)
+        loss = (torch.bmm(d, blocks) * d).sum(-1).t()
+        if best is None or least is None:
+            best, least = tried, loss
+            continue
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = best._replace(
+            scales=torch.where(better, tried.scales, best.scales), zeros=torch.where(better, tried.zeros, best.zeros)
+        )
+    assert best is not None
+    return best

@@ -1,0 +1,203 @@
+"""Calibration and evaluation tokens, without padding, from text of any length.
+
+Text is tokenized in pieces, so memory does not grow with it. Where one document ends and the next begins stands the
+token the tokenizer itself starts a text with (bos), or else its eos.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby, islice
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ptq.calibration.text import Row, documents, parts, pieces, rows, running_text
+from ptq.config import CalibrationConfig, EvaluationConfig
+from ptq.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+SHORTEST_CHAT = 16  # tokens; a shorter conversation is mostly template
+
+
+class Window(NamedTuple):
+    """A stretch of text to score: the model sees ``tokens``, and the targets from ``first_target`` on count."""
+
+    tokens: Tensor  # int64 [window]
+    first_target: int  # 1 or more: what comes before was scored in the window before, or has no context
+
+
+def calibration_batches(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Tensor]:
+    """``config.samples`` sequences as int64 ``[batch, length]`` tensors on the CPU; batches hold one length each.
+
+    Local text: windows that do not overlap, drawn at random from all of it, in the order of the text. Hub datasets:
+    the first ones after shuffling. With ``chat_template`` a sample is one row, cut at ``sequence_length`` tokens; rows
+    below 16 tokens are left out. The same configuration gives the same tokens. Raises DataError.
+    """
+    if config.chat_template and not tokenizer.chat_template:
+        raise DataError(
+            "calibration.chat_template is true, but the tokenizer has no chat template; use the tokenizer of an "
+            "instruction-tuned model, or set it to false and name a column of plain text"
+        )
+    sequences = _conversations(config, tokenizer) if config.chat_template else _packed(config, tokenizer)
+    # The sort is stable: sequences of one length stay in their order.
+    ordered = sorted(sequences, key=len, reverse=True)
+    batches = []
+    for _, group in groupby(ordered, key=len):
+        same = list(group)
+        starts = range(0, len(same), config.batch_size)
+        batches += [torch.stack(same[start : start + config.batch_size]) for start in starts]
+    return batches
+
+
+def token_hash(batches: Iterable[Tensor]) -> str:
+    """SHA-256, in hexadecimal, over each batch's shape and tokens (little-endian int64)."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(repr(tuple(batch.shape)).encode())
+        digest.update(batch.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def evaluation_windows(config: EvaluationConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Window]:
+    """Windows of ``config.window`` tokens, ``config.stride`` apart, over at most ``config.tokens`` tokens of text.
+
+    The first window of a file scores all its tokens but the first, later ones their last ``stride``. No window spans
+    two files; the files share ``config.tokens`` evenly, and what a short one leaves goes to those after it. Rows of a
+    dataset are joined by blank lines. Raises DataError.
+    """
+    sources = parts(config.source)
+    remaining = config.tokens
+    for index, source in enumerate(sources):
+        share = remaining // (len(sources) - index)
+        before, _ = _marks(tokenizer)
+        counted = _Counted(chain([before], (_tokens(piece, tokenizer) for piece in running_text(source))))
+        most = 1 + (share - config.window) // config.stride
+        count = 0
+        for tokens in islice(_sliding(counted, config.window, config.stride), most):
+            yield Window(tokens, max(1, config.window - config.stride) if count else 1)
+            count += 1
+        if count == 0:
+            raise DataError(
+                f"{source.name or source.files[0]}: a window of {config.window} tokens is required, "
+                f"found {counted.total} tokens; use more text or a smaller evaluation.window"
+            )
+        remaining -= config.window + (count - 1) * config.stride
+
+
+class _Counted:
+    """Lists of tokens as they come, and how many tokens there were so far."""
+
+    def __init__(self, stream: Iterable[list[int]]) -> None:
+        self.total = 0
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for tokens in self._stream:
+            self.total += len(tokens)
+            yield tokens
+
+
+def _tokens(piece: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    # verbose=False: no warning that the text is longer than the model's context, which it is never shown at once.
+    ids: list[int] = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _marks(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Tokens before and after each document."""
+    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
+        return [tokenizer.bos_token_id], []
+    return [], [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _document_tokens(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+    before, after = _marks(tokenizer)
+    for document in documents(config.dataset, config.seed):
+        first = next(document, None)
+        if first is None:  # an empty row
+            continue
+        yield before
+        for piece in chain([first], document):
+            yield _tokens(piece, tokenizer)
+        yield after
+
+
+def _sliding(stream: Iterable[list[int]], window: int, stride: int) -> Iterator[Tensor]:
+    """int64 ``[window]`` tensors, ``stride`` tokens apart; a last one that would be shorter is left out."""
+    buffer: list[int] = []
+    for tokens in stream:
+        buffer += tokens
+        start = 0
+        while start + window <= len(buffer):
+            yield torch.tensor(buffer[start : start + window])
+            start += stride
+        del buffer[:start]
+
+
+def _packed(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Tensor]:
+    """``samples`` windows of exactly ``sequence_length`` tokens."""
+    counted = _Counted(_document_tokens(config, tokenizer))
+    kept = _draw(_sliding(counted, config.sequence_length, config.sequence_length), config)
+    if len(kept) < config.samples:
+        required = f"{config.samples} x {config.sequence_length} = {config.samples * config.sequence_length} tokens"
+        raise DataError(
+            f"calibration needs {required}, found {counted.total}; use more text, fewer samples or a shorter "
+            "sequence_length"
+        )
+    return kept
+
+
+def _conversations(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Tensor]:
+    """``samples`` rows rendered with the chat template."""
+
+    def sequences() -> Iterator[Tensor]:
+        for row in rows(config.dataset, config.seed):
+            text = _render(row, tokenizer)
+            tokens = chain.from_iterable(_tokens(piece, tokenizer) for piece in pieces([text]))
+            sequence = list(islice(tokens, config.sequence_length))
+            if len(sequence) >= SHORTEST_CHAT:
+                yield torch.tensor(sequence)
+
+    kept = _draw(sequences(), config)
+    if len(kept) < config.samples:
+        raise DataError(
+            f"calibration needs {config.samples} rows of {SHORTEST_CHAT} tokens or more, found {len(kept)}; "
+            "use more rows or fewer samples"
+        )
+    return kept
+
+
+def _render(row: Row, tokenizer: "PreTrainedTokenizerBase") -> str:
+    from jinja2 import TemplateError
+
+    messages = [{"role": "user", "content": row.value}] if isinstance(row.value, str) else row.value
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(
+            f"{row.place}: a list of messages ({{role, content}}) or a prompt is required, found "
+            f"{type(row.value).__name__}; name the column that holds conversations"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError as error:
+        raise DataError(f"{row.place}: the chat template refuses this conversation: {error}; leave it out") from error
+
+
+def _draw(sequences: Iterator[T], config: CalibrationConfig) -> list[T]:
+    """``samples`` of ``sequences``, fewer when there are not so many.
+
+    A hub dataset was shuffled already, so its first ones do. Of local text each sequence is equally likely, which takes
+    one pass and holds ``samples`` at a time (reservoir sampling, Vitter 1985, algorithm R).
+    """
+    kept = list(enumerate(islice(sequences, config.samples)))
+    if config.dataset.name is None:
+        generator = torch.Generator().manual_seed(config.seed)
+        for index, sequence in enumerate(sequences, start=len(kept)):
+            slot = int(torch.randint(index + 1, (), generator=generator))
+            if slot < config.samples:
+                kept[slot] = (index, sequence)
+    return [sequence for _, sequence in sorted(kept, key=lambda pair: pair[0])]

@@ -1,0 +1,204 @@
+"""Text of any length, in pieces: local ``.txt``, ``.jsonl`` and ``.parquet`` files and hub datasets.
+
+``.txt`` and ``.jsonl`` are read here, without the ``datasets`` package. Nothing holds more than a document's row or a
+piece of about a million characters at once.
+"""
+
+import codecs
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ptq.config import DatasetConfig
+from ptq.errors import DataError
+
+PIECE = 1 << 20  # characters tokenized at once; a longer piece is no faster
+SHUFFLE_BUFFER = 10_000  # rows of a streamed dataset that are mixed
+
+
+class Row(NamedTuple):
+    """One value of the configured column, and where it stood (for errors)."""
+
+    value: object
+    place: str
+
+    def text(self) -> str:
+        """The value, which must be text. Raises DataError."""
+        if not isinstance(self.value, str):
+            raise DataError(
+                f"{self.place}: the column must hold text, found {type(self.value).__name__}; "
+                "name the column that holds text, or set calibration.chat_template: true for conversations"
+            )
+        return self.value
+
+
+def documents(source: DatasetConfig, seed: int) -> Iterator[Iterator[str]]:
+    """The documents of ``source`` as pieces of text: a ``.txt`` file is one document, elsewhere each row is one.
+
+    Files are read in order. A hub dataset is shuffled by ``seed``, when streamed within a buffer of rows. Raises
+    DataError.
+    """
+    for part in parts(source):
+        if _is_plain(part):
+            yield pieces(_decoded(Path(part.files[0])))
+        else:
+            for row in rows(part, seed):
+                yield pieces([row.text()])
+
+
+def running_text(source: DatasetConfig) -> Iterator[str]:
+    """All of ``source`` in order as one text in pieces; rows are joined by blank lines.
+
+    This is how perplexities of wikitext are published, whose rows are paragraphs.
+    """
+
+    def joined() -> Iterator[str]:
+        for index, row in enumerate(rows(source, None)):
+            yield "\n\n" + row.text() if index else row.text()
+
+    return pieces(_decoded(Path(source.files[0])) if _is_plain(source) else joined())
+
+
+def parts(source: DatasetConfig) -> list[DatasetConfig]:
+    """``source`` itself when it is a hub dataset, else one source a file."""
+    if source.name is not None:
+        return [source]
+    return [DatasetConfig(files=(file,), column=source.column) for file in source.files]
+
+
+def rows(source: DatasetConfig, seed: int | None) -> Iterator[Row]:
+    """Values of ``source.column``, row by row; ``seed`` shuffles a hub dataset (None: in order). Raises DataError."""
+    if source.name is not None:
+        yield from _hub_rows(source, seed)
+    for name in source.files:
+        path = Path(name)
+        if path.suffix == ".jsonl":
+            yield from _json_rows(path, source.column)
+        elif path.suffix == ".parquet":
+            yield from _parquet_rows(path, source.column)
+        elif path.suffix == ".txt":
+            raise DataError(f"{path}: chat_template: true needs rows, found a .txt file; use .jsonl or .parquet")
+        else:
+            raise DataError(f"{path}: a .txt, .jsonl or .parquet file is required, found {path.suffix!r}; convert it")
+
+
+def pieces(chunks: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces of at most ``PIECE`` characters, cut where a tokenizer is least likely to notice."""
+    buffer = ""
+    for chunk in chunks:
+        buffer += chunk
+        start = 0
+        while len(buffer) - start > PIECE:
+            cut = _boundary(buffer, start)
+            yield buffer[start:cut]
+            start = cut
+        buffer = buffer[start:]
+    if buffer:
+        yield buffer
+
+
+def _boundary(text: str, start: int) -> int:
+    """Just after the last paragraph, else line, of ``PIECE`` characters from ``start``; else before the last space."""
+    for mark, offset in (("\n\n", 2), ("\n", 1), (" ", 0)):
+        cut = text.rfind(mark, start, start + PIECE)
+        if cut > start:
+            return cut + offset
+    return start + PIECE
+
+
+def _is_plain(source: DatasetConfig) -> bool:
+    return source.name is None and Path(source.files[0]).suffix == ".txt"
+
+
+def _open(path: Path) -> io.BufferedReader:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path.absolute()}: a readable text file is required, found: {error.strerror}") from error
+
+
+def _undecodable(path: Path, start: int, error: UnicodeDecodeError) -> DataError:
+    """``start``: offset in the file of the bytes that were being decoded."""
+    offset = start + error.start
+    byte = error.object[error.start]
+    return DataError(f"{path}: UTF-8 text is required, found byte 0x{byte:02x} at offset {offset}; convert the file")
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """A text file chunk by chunk, line ends as ``\\n``."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    position = 0
+    with _open(path) as file:
+        while True:
+            data = file.read(PIECE)
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                # The decoder keeps the first bytes of a character that the chunk before cut in two.
+                raise _undecodable(path, position + len(data) - len(error.object), error) from error
+            yield text.removeprefix("\ufeff") if position == 0 else text
+            position += len(data)
+            if not data:
+                return
+
+
+def _json_rows(path: Path, column: str) -> Iterator[Row]:
+    position = 0
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8").removeprefix("\ufeff")
+            except UnicodeDecodeError as error:
+                raise _undecodable(path, position, error) from error
+            position += len(line)
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{place}: a JSON object is required, found: {error}; correct the line") from error
+            if not isinstance(row, dict):
+                found = type(row).__name__
+                raise DataError(f"{place}: a JSON object is required, found {found}; correct the line")
+            yield _row(row, column, place)
+
+
+def _row(row: dict[str, Any], column: str, place: str) -> Row:
+    if column not in row:
+        columns = ", ".join(row)
+        raise DataError(f"{place}: the column {column!r} is required, found {columns}; set column to one of these")
+    return Row(row[column], place)
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
+    _open(path).close()  # datasets' own error for a missing file is about patterns
+    options = {"path": "parquet", "data_files": str(path), "split": "train", "streaming": True}
+    yield from _dataset_rows(str(path), column, None, **options)
+
+
+def _hub_rows(source: DatasetConfig, seed: int | None) -> Iterator[Row]:
+    place = f"the dataset {source.name}"
+    options = {"path": source.name, "name": source.config, "split": source.split, "streaming": source.streaming}
+    yield from _dataset_rows(place, source.column, seed, **options)
+
+
+def _dataset_rows(place: str, column: str, seed: int | None, **options: Any) -> Iterator[Row]:
+    """Rows by way of the ``datasets`` package; ``options`` are those of ``datasets.load_dataset``."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f'{place}: the package datasets is required, found none; pip install "ptq[data]"') from error
+    try:
+        dataset = datasets.load_dataset(**options)
+        if seed is not None:
+            dataset = dataset.shuffle(seed, **({"buffer_size": SHUFFLE_BUFFER} if options["streaming"] else {}))
+        for number, row in enumerate(dataset, start=1):
+            yield _row(row, column, f"{place}, row {number}")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{place}: it must be readable, found: {reason}; check its name and the network, or use local files"
+        ) from error

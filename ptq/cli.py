@@ -1,0 +1,148 @@
+"""The command line: ``ptq quantize | eval | inspect``, and ``python -m ptq.gptq``, ``python -m ptq.awq``."""
+
+import argparse
+import errno
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ptq.errors import ConfigError, PtqError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the ``ptq`` command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="ptq", description="Quantize, evaluate and inspect causal language models.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _quantize_arguments(verbs.add_parser("quantize", help="quantize a model as a configuration says"))
+    _eval_arguments(verbs.add_parser("eval", help="perplexity of a checkpoint, and its distance to its parent"))
+    _inspect_arguments(verbs.add_parser("inspect", help="what a checkpoint holds"))
+    return run(parser, arguments)
+
+
+def main_of_method(method: str, arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m ptq.gptq`` and ``python -m ptq.awq``."""
+    parser = argparse.ArgumentParser(prog=f"python -m ptq.{method}", description=f"Quantize a model with {method}.")
+    _quantize_arguments(parser)
+    parser.set_defaults(method=method)
+    return run(parser, arguments)
+
+
+def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Parse, run, and turn every error into a sentence and an exit code: 2 for usage, 1 for failure."""
+    options = parser.parse_args(arguments)
+    action: Callable[[argparse.Namespace], int] = options.action
+    try:
+        return action(options)
+    except KeyboardInterrupt:
+        return _fail(options, "interrupted: nothing was written under the output's name", 1)
+    except BrokenPipeError:
+        return 1
+    except PtqError as error:
+        return _fail(options, str(error), 2 if isinstance(error, ConfigError) else 1)
+    except MemoryError as error:
+        return _fail(options, f"out of memory ({error}): lower calibration.batch_size or calibration.samples", 1)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(options, f"the disk is full ({error}): free space or choose another `output`", 1)
+        return _fail(options, f"a file could not be read or written: {error}", 1)
+
+
+def _fail(options: argparse.Namespace, message: str, code: int) -> int:
+    if options.debug:
+        traceback.print_exc()
+    print(f"ptq: {message}", file=sys.stderr)
+    return code
+
+
+def _debug_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE",
+                        help="YAML file; a bare name is searched in the working directory, then in configs/")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="override a key of the configuration, e.g. calibration.samples=64")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; touch no weight")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
+    _debug_argument(parser)
+    parser.set_defaults(action=_quantize, method=None)
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from ptq.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.method is not None and config.method != options.method:
+        raise ConfigError(
+            f"python -m ptq.{options.method} needs method: {options.method}; {options.config} says {config.method}: "
+            f"use python -m ptq quantize, or --set method={options.method}"
+        )
+    if options.dry_run:
+        from ptq.plan import describe, make_plan
+
+        print(describe(make_plan(config)))
+        return 0
+    from ptq.evaluation import show
+    from ptq.pipeline import quantize
+    from ptq.report import summary
+
+    report = quantize(config, overwrite=options.overwrite)
+    print()
+    if report.document.get("evaluation"):
+        print(show(report.document["evaluation"]), end="\n\n")
+    print(summary(report))
+    return 0
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="model directory or hub name")
+    parser.add_argument("--parent", help="the float model it came from: adds KL divergence and top-1 agreement")
+    parser.add_argument("--text", required=True, action="append", metavar="FILE", help=".txt, .jsonl or .parquet")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
+    parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    _debug_argument(parser)
+    parser.set_defaults(action=_eval)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from ptq.config import EvaluationConfig, check_evaluation
+    from ptq.evaluation import evaluate_checkpoint, show
+
+    settings = EvaluationConfig(
+        files=tuple(options.text), tokens=options.tokens, window=options.window,
+        stride=options.window if options.stride is None else options.stride,
+    )  # fmt: skip
+    check_evaluation(settings)
+    document = evaluate_checkpoint(
+        options.checkpoint, options.parent, settings, device=options.device, trust_remote_code=options.trust_remote_code
+    )
+    if options.json:
+        import json
+
+        from ptq.formats.checkpoint import atomic_write_text
+
+        atomic_write_text(Path(options.json), json.dumps(document, indent=1) + "\n")
+    print(show(document))
+    return 0
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="model directory or hub name")
+    parser.add_argument("--modules", action="store_true", help="one line for each quantized Linear")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    _debug_argument(parser)
+    parser.set_defaults(action=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from ptq.inspection import inspect
+
+    print(inspect(options.checkpoint, modules=options.modules, trust_remote_code=options.trust_remote_code))
+    return 0
+

@@ -1,0 +1,49 @@
+"""Where configurations are, and where the files they name are."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ptq.errors import ConfigError
+from ptq.schema import suggestion
+
+# In the repository a link to configs/ at its root, so that a wheel carries these files as package data.
+SHIPPED = Path(__file__).parent / "configs"
+
+
+def resolve_config_path(name: str | Path) -> Path:
+    """The configuration file ``name``; a bare name is looked for in the working directory, then in ``configs/``."""
+    path = Path(name).expanduser()
+    bare = len(path.parts) == 1 and not path.is_absolute()
+    tried = [path, SHIPPED / path] if bare else [path]
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(file.name for file in SHIPPED.glob("*.yaml"))
+    raise ConfigError(
+        f"no configuration file at {' or '.join(str(candidate.absolute()) for candidate in tried)}"
+        f"{suggestion(path.name, shipped)}; the ones that come with ptq are {', '.join(shipped)}"
+    )
+
+
+def search_roots(config_file: Path) -> list[Path]:
+    """Directories from which the relative paths in ``config_file`` count: the working directory comes first."""
+    shipped = SHIPPED.resolve()
+    return [Path(), shipped.parent] if config_file.resolve().parent == shipped else [Path()]
+
+
+def find_directory(name: str, roots: Sequence[Path]) -> str | None:
+    """The directory ``name`` below the first of ``roots`` that has it."""
+    return next((str(path) for root in roots if (path := root / Path(name).expanduser()).is_dir()), None)
+
+
+def find_files(names: Sequence[str], key: str, roots: Sequence[Path]) -> tuple[str, ...]:
+    """Each file of ``names`` below the first of ``roots`` that has it; ``key`` is for the error."""
+    located = []
+    for name in names:
+        tried = [root / Path(name).expanduser() for root in roots]
+        found = next((path for path in tried if path.is_file()), None)
+        if found is None:
+            places = " or ".join(str(path.absolute()) for path in tried)
+            raise ConfigError(f"{key} must name files that exist, found none at {places}; check the path")
+        located.append(str(found))
+    return tuple(located)

@@ -1,0 +1,163 @@
+"""How good a model is: perplexity, and how far its predictions are from its parent's.
+
+Over the same windows of text every model predicts the same tokens. Perplexity is ``exp`` of the mean negative log
+likelihood; KL is the mean of ``sum_v p log(p / q)`` in nats a token, p the parent's and q the model's distribution;
+top-1 is the share of tokens for which both models hold the same token most likely. Sums are float64.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ptq.errors import DataError, NumericsError
+from ptq.models.streamed import StreamedModel
+
+# Tokens whose hidden states stay in memory between two readings of a streamed model's weights.
+SEGMENT_TOKENS = 65536
+# Rows of logits turned into float32 probabilities at a time.
+CHUNK_ROWS = 256
+
+
+class TextWindow(Protocol):
+    """Tokens ``int64 [T]`` of which those from ``first_target`` on are predicted and scored."""
+
+    @property
+    def tokens(self) -> Tensor: ...  # noqa: D102
+    @property
+    def first_target(self) -> int: ...  # noqa: D102
+
+
+class Metrics(NamedTuple):
+    """Means over the scored tokens; ``kl`` and ``top1`` are None for the parent itself."""
+
+    perplexity: float
+    kl: float | None
+    top1: float | None
+    tokens: int
+
+
+# Batches of tokens int64 [B, T] to their logits [B, T, V], in order.
+Scorer = Callable[[Sequence[Tensor]], Iterator[Tensor]]
+
+
+def in_memory(model: nn.Module) -> Scorer:
+    """Scores with a model that is wholly in memory."""
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def score(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        for batch in batches:
+            yield model(input_ids=batch.to(device), use_cache=False).logits
+
+    return score
+
+
+def streamed(model: StreamedModel, alter: Callable[[nn.Module, str], Any] | None = None) -> Scorer:
+    """Scores with a model that runs block by block.
+
+    Args:
+        model: streamed model.
+        alter: called with every loaded block and its path before it runs (round-to-nearest as a baseline).
+    """
+
+    @torch.no_grad()
+    def score(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        hidden = model.enter(batches)
+        for index in range(len(model.blocks)):
+            with model.block(index) as block:
+                if alter is not None:
+                    alter(block, model.block_path(index))
+                hidden = [model.run_block(index, i, h).cpu() for i, h in enumerate(hidden)]
+        with model.outer():
+            for i, batch in enumerate(batches):
+                yield model.logits(batch, hidden[i])
+
+    return score
+
+
+def compare(
+    parent: Scorer, others: Mapping[str, Scorer], windows: Iterable[TextWindow], *, batch_size: int = 8
+) -> dict[str, Metrics]:
+    """Metrics of a parent (under "parent") and of every other model against it.
+
+    Text of any length: windows are scored in segments of about 65,536 tokens.
+
+    Raises:
+        DataError: no windows.
+        NumericsError: logits are NaN or infinite.
+    """
+    sums = {name: _Sums() for name in ("parent", *others)}
+    stream = iter(windows)
+    while segment := _segment(stream):
+        groups = list(_batches(segment, batch_size))
+        batches = [torch.stack([w.tokens for w in group]) for group in groups]
+        scorers = [parent(batches), *(score(batches) for score in others.values())]
+        for group, batch, *logits in zip(groups, batches, *scorers, strict=True):
+            _add(sums, group, batch, logits)
+    if sums["parent"].tokens == 0:
+        raise DataError("evaluation needs at least one window of text; found none: give more text or a shorter window")
+    return {name: total.metrics(name == "parent") for name, total in sums.items()}
+
+
+def perplexity(model: nn.Module, windows: Iterable[TextWindow], *, batch_size: int = 8) -> float:
+    """Perplexity of a model in memory over windows of text; raises as `compare`."""
+    return compare(in_memory(model), {}, windows, batch_size=batch_size)["parent"].perplexity
+
+
+def _segment(windows: Iterator[TextWindow]) -> list[TextWindow]:
+    first = list(islice(windows, 1))
+    return first + list(islice(windows, max(0, SEGMENT_TOKENS // len(first[0].tokens) - 1))) if first else []
+
+
+def _batches(windows: Sequence[TextWindow], batch_size: int) -> Iterator[list[TextWindow]]:
+    """Consecutive windows of equal length, so that nothing is padded."""
+    batch: list[TextWindow] = []
+    for window in windows:
+        if batch and (len(batch) == batch_size or len(window.tokens) != len(batch[0].tokens)):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.nll = self.kl = 0.0
+        self.same = self.tokens = 0
+
+    def metrics(self, is_parent: bool) -> Metrics:
+        mean = self.nll / self.tokens
+        ppl = math.exp(mean) if mean < 700 else math.inf
+        if is_parent:
+            return Metrics(ppl, None, None, self.tokens)
+        return Metrics(ppl, self.kl / self.tokens, self.same / self.tokens, self.tokens)
+
+
+def _add(sums: Mapping[str, _Sums], group: Sequence[TextWindow], batch: Tensor, logits: Sequence[Tensor]) -> None:
+    """Add one batch: ``logits`` of the parent and of the others, in the order of ``sums``."""
+    for row, window in enumerate(group):
+        first = max(1, window.first_target)
+        targets = batch[row, first:].to(logits[0].device)
+        for start in range(0, len(targets), CHUNK_ROWS):
+            part = slice(first - 1 + start, first - 1 + min(start + CHUNK_ROWS, len(targets)))
+            chunk = targets[start : start + CHUNK_ROWS]
+            parent = torch.log_softmax(logits[0][row, part].float(), -1)
+            top = parent.argmax(-1)
+            for i, (name, total) in enumerate(sums.items()):
+                own = parent if i == 0 else torch.log_softmax(logits[i][row, part].float(), -1)
+                nll = -own.gather(-1, chunk[:, None]).sum(dtype=torch.float64)
+                if not bool(torch.isfinite(nll)):
+                    raise NumericsError(
+                        f"logits must be finite; those of {name} are NaN or infinite: the checkpoint is damaged, or "
+                        "its activations overflow float16 (use bfloat16 or float32)"
+                    )
+                total.nll += float(nll)
+                total.tokens += len(chunk)
+                if i:
+                    total.kl += float((parent.exp() * (parent - own)).sum(dtype=torch.float64))
+                    total.same += int((own.argmax(-1) == top).sum())

@@ -1,0 +1,53 @@
+"""On-disk formats: pure codecs between `QuantizedWeight` and the tensors of a checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ptq.errors import FormatError
+from ptq.formats.awq import AwqCodec
+from ptq.formats.codec import Codec, QuantizedWeight, Scheme
+from ptq.formats.compressed_tensors import CompressedTensorsCodec
+from ptq.formats.gptq import GptqCodec
+
+__all__ = ["CODECS", "Codec", "QuantizedWeight", "Scheme", "codec_for_config"]
+
+CODECS: Mapping[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        GptqCodec("gptq", zero_offset=1),
+        GptqCodec("gptq_v2", zero_offset=0),
+        AwqCodec(),
+        CompressedTensorsCodec(),
+    )
+}
+
+# quant_method -> the config keys that name the layout, the layout if none does, and the codec of each known layout.
+_LAYOUTS: Mapping[str, tuple[tuple[str, ...], str, Mapping[str, str]]] = {
+    "gptq": (("checkpoint_format", "format"), "gptq", {"gptq": "gptq", "gptq_v2": "gptq_v2"}),
+    "awq": (("version", "checkpoint_format", "format"), "gemm", {"gemm": "awq"}),
+    "compressed-tensors": (
+        ("format",),
+        "pack-quantized",
+        # In "mixed-precision" each group names its own layout, which the codec checks.
+        {"pack-quantized": "compressed-tensors", "mixed-precision": "compressed-tensors"},
+    ),
+}
+
+
+def codec_for_config(config: Mapping[str, Any]) -> Codec:
+    """The codec that reads a checkpoint with this ``quantization_config``.
+
+    Raises FormatError for an unknown ``quant_method`` or layout, and for two keys that name different layouts.
+    """
+    known = "; ".join(f"{method}: {', '.join(layouts)}" for method, (_, _, layouts) in _LAYOUTS.items())
+    method = str.lower(config.get("quant_method") or "none")
+    if method not in _LAYOUTS:
+        raise FormatError(f"quant_method must name a format that is read ({known}), found {method!r}")
+    keys, default, layouts = _LAYOUTS[method]
+    found = {str.lower(config[key]) for key in keys if config.get(key)} or {default}
+    if len(found) > 1 or not found <= layouts.keys():
+        raise FormatError(
+            f"the layout ({' / '.join(keys)}) of a {method} checkpoint must be one that is read ({known}), "
+            f"found {', '.join(sorted(found))}"
+        )
+    return CODECS[layouts[found.pop()]]

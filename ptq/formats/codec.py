@@ -1,0 +1,86 @@
+"""The canonical result of quantization, from which every format is written and to which every format is read.
+
+Codes are computed once, by a solver, and every codec packs these codes; a dense weight is never quantized a second
+time on export (rounding ``w / s + z`` again in half precision can flip codes).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Config = dict[str, Any]  # the quantization_config block of config.json
+TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+
+
+class Scheme(NamedTuple):
+    """How one Linear is to be (or was) quantized."""
+
+    bits: int
+    group_size: int  # columns of a group; -1: one group a row ("per channel")
+    symmetric: bool
+
+    def columns(self, in_features: int) -> int:
+        """Columns of one group once -1 is resolved."""
+        return in_features if self.group_size == -1 else self.group_size
+
+
+class QuantizedWeight(NamedTuple):
+    """One quantized ``[N, K]`` weight with ``G`` groups of ``group_size`` consecutive columns a row.
+
+    ``weight[n, k] = scales[n, k // group_size] * (codes[n, k] - zeros[n, k // group_size])``
+    """
+
+    codes: Tensor  # uint8 [N, K], 0 .. 2**bits - 1
+    scales: Tensor  # float32 [N, G]; never zero; may be negative; every value exact in the export dtype
+    zeros: Tensor  # uint8 [N, G]; 2**(bits-1) everywhere when symmetric
+    bits: int
+    group_size: int  # resolved, never -1: K // G
+    symmetric: bool
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense ``[N, K]`` weight; the product is formed in float32 and rounded once."""
+        n, k = self.codes.shape
+        grouped = self.codes.view(n, -1, self.group_size).float()
+        dense = (grouped - self.zeros.float().unsqueeze(-1)) * self.scales.float().unsqueeze(-1)
+        return dense.view(n, k).to(dtype)
+
+
+class Codec(Protocol):
+    """One on-disk format: pure functions between `QuantizedWeight` and named tensors, and its configuration block."""
+
+    @property
+    def name(self) -> str:
+        """The key of `ptq.formats.CODECS`."""
+
+    def supports(self, scheme: Scheme) -> bool:
+        """Whether this format can be written with these bits and this symmetry."""
+
+    def scales_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype scales are written in, for a model of ``model_dtype``."""
+
+    def check(self, schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ConfigError for the first module (``(N, K)`` in ``shapes``) the format cannot hold; None is float."""
+
+    def encode(self, name: str, quantized: QuantizedWeight, scales_dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of one module, without its bias. Raises FormatError rather than re-round or wrap a value."""
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        """Exact inverse of `encode`, scales as float32. Raises FormatError naming the tensor, expected and found."""
+
+    def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
+        """Checkpoint names that may hold one quantized module, without its bias; `decode` says which one it misses."""
+
+    def tensor_specs(
+        self, name: str, n: int, k: int, scheme: Scheme, scales_dtype: torch.dtype
+    ) -> dict[str, TensorSpec]:
+        """Dtype and shape of what `encode` writes for an ``[N, K]`` weight, without data."""
+
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme | None], *, damping: float | None, version: str
+    ) -> Config:
+        """The ``quantization_config`` block; ``version`` is this package's, ``damping`` GPTQ's if it ran."""
+
+    def parse_config(self, config: Config, linears: Iterable[str]) -> dict[str, Scheme | None]:
+        """The scheme of each named Linear, None for float. Raises FormatError for what cannot be honoured."""

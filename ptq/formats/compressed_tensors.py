@@ -1,0 +1,205 @@
+"""compressed-tensors ``pack-quantized`` checkpoints: any width, any shape, mixed schemes.
+
+``weight_packed`` int32 ``[N, ceil(K*b/32)]`` along K, ``weight_scale`` ``[N, G]`` in the model's dtype,
+``weight_shape`` int64 ``(N, K)`` and, when asymmetric, ``weight_zero_point`` int32 ``[ceil(N*b/32), G]`` along N.
+The library thinks in signed codes and stores them with ``2**(b-1)`` added: our unsigned codes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq.errors import FormatError
+from ptq.formats import capability, checks
+from ptq.formats.bitpack import pack_stream, unpack_stream, words_for
+from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec
+
+LAYOUT = "pack-quantized"
+LIBRARY_VERSION = "0.20.0"  # the release of compressed-tensors whose layout is written
+# Settings that change what the stored numbers mean; a checkpoint that uses one is not the plain weight we would run.
+UNREADABLE_SETTINGS = ("kv_cache_scheme", "sparsity_config", "transform_config")
+
+
+@dataclass(frozen=True)
+class CompressedTensorsCodec:
+    """See `ptq.formats.codec.Codec` for the methods."""
+
+    name: str = "compressed-tensors"
+
+    def supports(self, scheme: Scheme) -> bool:
+        """2 to 8 bits, symmetric or not."""
+        return (scheme.bits, scheme.symmetric) in capability.CAPABILITIES[self.name].widths
+
+    def scales_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The model's dtype, which is what readers allocate."""
+        return model_dtype
+
+    def check(self, schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ConfigError for what cannot be written."""
+        capability.check_schemes(self.name, schemes, shapes)
+
+    def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
+        """Zero points only when asymmetric; ``weight_g_idx`` only in old act-order files, to refuse them."""
+        names = tuple(f"{name}.weight_{part}" for part in ("packed", "scale", "shape", "g_idx"))
+        return names if scheme.symmetric else (*names, f"{name}.weight_zero_point")
+
+    def tensor_specs(
+        self, name: str, n: int, k: int, scheme: Scheme, scales_dtype: torch.dtype
+    ) -> dict[str, TensorSpec]:
+        """Dtype and shape of each tensor of an ``[N, K]`` weight."""
+        groups = k // scheme.columns(k)
+        specs: dict[str, TensorSpec] = {
+            f"{name}.weight_packed": (torch.int32, (n, words_for(k, scheme.bits))),
+            f"{name}.weight_scale": (scales_dtype, (n, groups)),
+            f"{name}.weight_shape": (torch.int64, (2,)),
+        }
+        if not scheme.symmetric:
+            specs[f"{name}.weight_zero_point"] = (torch.int32, (words_for(n, scheme.bits), groups))
+        return specs
+
+    def encode(self, name: str, quantized: QuantizedWeight, scales_dtype: torch.dtype) -> dict[str, Tensor]:
+        """Pack the codes. Raises FormatError for what the format cannot hold."""
+        checks.require_encodable(self.name, name, quantized)
+        tensors = {
+            f"{name}.weight_packed": pack_stream(quantized.codes, quantized.bits),
+            f"{name}.weight_scale": checks.export_scales(name, quantized.scales, scales_dtype).contiguous(),
+            f"{name}.weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64),
+        }
+        if not quantized.symmetric:
+            tensors[f"{name}.weight_zero_point"] = pack_stream(quantized.zeros.t(), quantized.bits).t().contiguous()
+        return tensors
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        """Unpack the codes. Raises FormatError for damage and run-time permutations."""
+        bits = scheme.bits
+        shape = checks.take(tensors, f"{name}.weight_shape", (torch.int64, torch.int32), 1)
+        checks.require_shape(f"{name}.weight_shape", shape, (2,))
+        rows, columns = (int(size) for size in shape)
+        group_size, groups = checks.groups_of(name, columns, scheme)
+        packed = checks.take(tensors, f"{name}.weight_packed", (torch.int32,), 2)
+        checks.require_shape(f"{name}.weight_packed", packed, (rows, words_for(columns, bits)))
+        scales = checks.read_scales(f"{name}.weight_scale", tensors, (rows, groups))
+        checks.require_trivial_order(f"{name}.weight_g_idx", tensors, columns, group_size)
+        if scheme.symmetric:
+            zeros = torch.full_like(scales, 1 << (bits - 1), dtype=torch.uint8)
+        else:
+            stored = checks.take(tensors, f"{name}.weight_zero_point", (torch.int32,), 2)
+            checks.require_shape(f"{name}.weight_zero_point", stored, (words_for(rows, bits), groups))
+            zeros = unpack_stream(stored.t().contiguous(), bits, rows).t().contiguous()
+        return QuantizedWeight(
+            codes=unpack_stream(packed, bits, columns),
+            scales=scales,
+            zeros=zeros,
+            bits=bits,
+            group_size=group_size,
+            symmetric=scheme.symmetric,
+        )
+
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme | None], *, damping: float | None, version: str
+    ) -> Config:
+        """The block for config.json: the commonest scheme for every Linear, the others by exact module names.
+
+        Our own metadata stands at the top level because readers refuse unknown keys inside a group.
+        """
+        default = capability.common_scheme(schemes)
+        members: dict[Scheme, list[str]] = {default: ["Linear"]}
+        for name, scheme in schemes.items():
+            if scheme is not None and scheme != default:
+                members.setdefault(scheme, []).append(name)
+        return {
+            "quant_method": "compressed-tensors",
+            "format": LAYOUT,
+            "quantization_status": "compressed",
+            "config_groups": {
+                f"group_{index}": {"targets": targets, "weights": _weights_block(scheme)}
+                for index, (scheme, targets) in enumerate(members.items())
+            },
+            "ignore": [name for name, scheme in schemes.items() if scheme is None],
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+            "version": LIBRARY_VERSION,
+            "meta": {"quantizer": [f"ptq:{version}"]},
+        }
+
+    def parse_config(self, config: Config, linears: Iterable[str]) -> dict[str, Scheme | None]:
+        """Scheme of each Linear: an exact name wins over a ``re:`` pattern, which wins over a class name."""
+        if config.get("quantization_status") not in (None, "compressed"):
+            raise FormatError(
+                f"quantization_status must be 'compressed', found {config['quantization_status']!r}: the file holds "
+                "no packed weights"
+            )
+        used = [key for key in UNREADABLE_SETTINGS if config.get(key)]
+        if used:
+            raise FormatError(f"this checkpoint needs {', '.join(used)}, which is not read; only packed weights are")
+        groups = config.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise FormatError(f"compressed-tensors needs config_groups, found {groups!r}")
+        targets: dict[str, Scheme] = {}
+        for label, group in groups.items():
+            scheme = self._scheme(label, group, config)
+            for target in group.get("targets") or []:
+                targets.setdefault(target, scheme)
+        ignored = config.get("ignore") or []
+        return {name: None if _best_match(name, ignored) else _lookup(name, targets) for name in linears}
+
+    def _scheme(self, label: str, group: Mapping[str, Any], config: Config) -> Scheme:
+        layout = group.get("format") or config.get("format")
+        weights = group.get("weights") or {}
+        activations = [key for key in ("input_activations", "output_activations") if group.get(key)]
+        unread = {
+            "format": layout if layout != LAYOUT else None,
+            "type": weights.get("type") if weights.get("type", "int") != "int" else None,
+            "dynamic": weights.get("dynamic") or None,
+            "actorder": weights.get("actorder") if weights.get("actorder") not in ("weight", "static") else None,
+            "activations": activations or None,
+        }
+        unread = {key: value for key, value in unread.items() if value is not None}
+        if unread or not weights:
+            raise FormatError(
+                f"{label} of config_groups must describe packed integer weights with float activations, "
+                f"found {unread or 'no weights'}"
+            )
+        group_size = weights.get("group_size")
+        strategy = weights.get("strategy") or ("channel" if group_size in (None, -1) else "group")
+        if strategy == "channel":
+            group_size = -1
+        elif strategy != "group" or type(group_size) is not int:
+            raise FormatError(
+                f"{label} of config_groups must have strategy 'channel', or 'group' with a group_size, "
+                f"found {strategy!r} with {group_size!r}"
+            )
+        symmetric = checks.setting({"symmetric": True, **weights}, ("symmetric",), bool)
+        return checks.read_scheme(weights, capability.widths_of(self.name), group_size, symmetric=symmetric)
+
+
+def _weights_block(scheme: Scheme) -> dict[str, Any]:
+    block: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
+    if scheme.group_size == -1:
+        return {**block, "strategy": "channel"}
+    return {**block, "strategy": "group", "group_size": scheme.group_size}
+
+
+def _lookup(name: str, targets: Mapping[str, Scheme]) -> Scheme | None:
+    target = _best_match(name, targets)
+    return None if target is None else targets[target]
+
+
+def _best_match(name: str, targets: Iterable[str]) -> str | None:
+    """The most specific target that covers a Linear called ``name``. Raises FormatError for a bad pattern."""
+    matches: dict[int, str] = {}
+    for target in targets:
+        if target.startswith("re:"):
+            try:
+                rank = 1 if re.match(target.removeprefix("re:"), name) else None
+            except re.error as error:
+                raise FormatError(f"target {target!r} must be a regular expression: {error}") from error
+        else:
+            rank = 0 if target == name else 2 if target == "Linear" else None
+        if rank is not None:
+            matches.setdefault(rank, target)
+    return matches[min(matches)] if matches else None

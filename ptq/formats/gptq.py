@@ -1,0 +1,210 @@
+"""GPTQ checkpoints, as AutoGPTQ introduced them: v1 ("gptq", stores ``zero - 1``) and v2 ("gptq_v2", the true zero).
+
+``qweight`` int32 ``[K*b/32, N]`` packed along K, ``qzeros`` int32 ``[G, N*b/32]`` packed along N, ``scales`` float16
+``[G, N]``, ``g_idx`` int32 ``[K]``. Act-order is never written: ``g_idx[k]`` is ``k // group_size``.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq.errors import FormatError
+from ptq.formats import capability, checks
+from ptq.formats.bitpack import pack_stream, unpack_stream, words_for
+from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec
+
+# vLLM and SGLang fuse these siblings into one module and look rules up by the fused name.
+FUSED_LINEARS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
+
+
+@dataclass(frozen=True)
+class GptqCodec:
+    """See `ptq.formats.codec.Codec` for the methods."""
+
+    name: str
+    zero_offset: int  # what v1 subtracts from each stored zero
+
+    def supports(self, scheme: Scheme) -> bool:
+        """Symmetric 2, 3, 4 and 8 bits; asymmetric ones in v2 only."""
+        return (scheme.bits, scheme.symmetric) in capability.CAPABILITIES[self.name].widths
+
+    def scales_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """Always float16: it holds our bfloat16-rounded scales exactly, and fp16-only readers take it."""
+        return torch.float16
+
+    def check(self, schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ConfigError for what cannot be written."""
+        capability.check_schemes(self.name, schemes, shapes)
+
+    def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
+        """``g_idx`` may be absent from files of other writers."""
+        return f"{name}.qweight", f"{name}.qzeros", f"{name}.scales", f"{name}.g_idx"
+
+    def tensor_specs(
+        self, name: str, n: int, k: int, scheme: Scheme, scales_dtype: torch.dtype
+    ) -> dict[str, TensorSpec]:
+        """Dtype and shape of each tensor of an ``[N, K]`` weight."""
+        groups = k // scheme.columns(k)
+        return {
+            f"{name}.qweight": (torch.int32, (k * scheme.bits // 32, n)),
+            f"{name}.qzeros": (torch.int32, (groups, n * scheme.bits // 32)),
+            f"{name}.scales": (scales_dtype, (groups, n)),
+            f"{name}.g_idx": (torch.int32, (k,)),
+        }
+
+    def encode(self, name: str, quantized: QuantizedWeight, scales_dtype: torch.dtype) -> dict[str, Tensor]:
+        """Pack the codes. Raises FormatError for what the format cannot hold."""
+        checks.require_encodable(self.name, name, quantized)
+        stored_zeros = (quantized.zeros - self.zero_offset).t()
+        columns = torch.arange(quantized.codes.shape[1], dtype=torch.int32, device=quantized.codes.device)
+        scales = checks.export_scales(name, quantized.scales, scales_dtype)
+        return {
+            f"{name}.qweight": pack_stream(quantized.codes, quantized.bits).t().contiguous(),
+            f"{name}.qzeros": pack_stream(stored_zeros, quantized.bits),
+            f"{name}.scales": scales.t().contiguous(),
+            f"{name}.g_idx": columns // quantized.group_size,
+        }
+
+    def decode(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        """Unpack the codes. Raises FormatError for damage, ambiguous zeros and run-time permutations."""
+        bits = scheme.bits
+        qweight = checks.take(tensors, f"{name}.qweight", (torch.int32,), 2)
+        rows, columns = qweight.shape[1], qweight.shape[0] * 32 // bits
+        checks.require_shape(f"{name}.qweight", qweight, (columns * bits // 32, rows))
+        group_size, groups = checks.groups_of(name, columns, scheme)
+        qzeros = checks.take(tensors, f"{name}.qzeros", (torch.int32,), 2)
+        checks.require_shape(f"{name}.qzeros", qzeros, (groups, words_for(rows, bits)))
+        scales = checks.read_scales(f"{name}.scales", tensors, (groups, rows))
+        checks.require_trivial_order(f"{name}.g_idx", tensors, columns, group_size)
+        zeros = self._true_zeros(f"{name}.qzeros", unpack_stream(qzeros, bits, rows), scheme)
+        return QuantizedWeight(
+            codes=unpack_stream(qweight.t().contiguous(), bits, columns),
+            scales=scales.t().contiguous(),
+            zeros=zeros.t().contiguous(),
+            bits=bits,
+            group_size=group_size,
+            symmetric=scheme.symmetric,
+        )
+
+    def _true_zeros(self, name: str, stored: Tensor, scheme: Scheme) -> Tensor:
+        """Undo the offset on unpacked fields, where no borrow can reach the neighbour."""
+        middle = 1 << (scheme.bits - 1)
+        if scheme.symmetric:
+            if bool((stored != middle - self.zero_offset).any()):
+                raise FormatError(
+                    f"{name}: {self.name} stores {middle - self.zero_offset} for every zero of a symmetric "
+                    f"{scheme.bits}-bit weight, found {sorted(set(stored.flatten().tolist()))[:4]}; the zeros are "
+                    "ambiguous: check `sym` and `checkpoint_format` in the config"
+                )
+        elif self.zero_offset and bool((stored == (1 << scheme.bits) - 1).any()):
+            raise FormatError(
+                f"{name}: a stored zero of {(1 << scheme.bits) - 1} is ambiguous in {self.name} (it means 0 to some "
+                "writers and 2**bits to others); use a gptq_v2 checkpoint of this model"
+            )
+        return stored + self.zero_offset
+
+    def quantization_config(
+        self, schemes: Mapping[str, Scheme | None], *, damping: float | None, version: str
+    ) -> Config:
+        """The block for config.json and quantize_config.json. Raises ConfigError when nothing is quantized."""
+        default = capability.common_scheme(schemes)
+        config: Config = {
+            "quant_method": "gptq",
+            "bits": default.bits,
+            "group_size": default.group_size,
+            "sym": default.symmetric,
+            "desc_act": False,
+            "checkpoint_format": self.name,
+            "format": self.name,
+            "pack_dtype": "int32",
+            "lm_head": any(capability.is_head(name) and scheme for name, scheme in schemes.items()),
+            "static_groups": True,
+            "true_sequential": True,
+            "dynamic": dynamic_rules(schemes, default),
+            "modules_in_block_to_quantize": None,
+            "meta": {"quantizer": [f"ptq:{version}"]},
+        }
+        if damping is not None:
+            config["damp_percent"] = damping
+        return config
+
+    def parse_config(self, config: Config, linears: Iterable[str]) -> dict[str, Scheme | None]:
+        """Scheme of each Linear, `dynamic` honoured. Raises FormatError for what cannot be read."""
+        if config.get("pack_dtype") not in (None, "int32"):
+            raise FormatError(f"GPTQ words are read as int32, the config says pack_dtype {config['pack_dtype']!r}")
+        default = self._scheme(config)
+        only = _block_suffixes(config.get("modules_in_block_to_quantize"))
+        dynamic = config.get("dynamic") or {}
+        if not isinstance(dynamic, dict):
+            raise FormatError(f"`dynamic` in the quantization config must map patterns to settings, found {dynamic!r}")
+        rules = [(rule, *_parse_rule(rule)) for rule in dynamic]
+        schemes: dict[str, Scheme | None] = {}
+        for name in linears:
+            listed = only is None or any(f".{name}".endswith(f".{suffix}") for suffix in only)
+            if not listed or (capability.is_head(name) and not config.get("lm_head")):
+                schemes[name] = None
+                continue
+            rule, skip = next(((rule, skip) for rule, skip, regex in rules if regex.match(name)), ("", False))
+            override = dynamic[rule] if rule else None
+            schemes[name] = None if skip else self._scheme({**config, **(override or {})}) if rule else default
+        return schemes
+
+    def _scheme(self, config: Mapping[str, Any]) -> Scheme:
+        group_size = checks.setting(config, ("group_size",), int)
+        symmetric = checks.setting({"sym": True, **config}, ("sym",), bool)
+        return checks.read_scheme(config, capability.widths_of(self.name), group_size, symmetric=symmetric)
+
+
+def dynamic_rules(schemes: Mapping[str, Scheme | None], default: Scheme) -> dict[str, dict[str, Any]]:
+    """Rules for the Linears that differ from the default: ``-:`` leaves in float, ``+:`` overrides.
+
+    Names are escaped and anchored. Siblings which engines fuse share one rule that also covers the fused name, as do
+    the experts of one layer, provided that all of them agree. A head left in float needs no rule.
+    """
+    rules: dict[str, dict[str, Any]] = {}
+    for name, scheme in schemes.items():
+        if scheme == default or (scheme is None and capability.is_head(name)):
+            continue
+        pattern = _covering_pattern(name, scheme, schemes)
+        if scheme is None:
+            rules[f"-:{pattern}"] = {}
+        else:
+            rules[f"+:{pattern}"] = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.symmetric}
+    return rules
+
+
+def _covering_pattern(name: str, scheme: Scheme | None, schemes: Mapping[str, Scheme | None]) -> str:
+    experts = EXPERTS.match(name)
+    if experts:
+        prefix = experts[1]
+        if all(other == scheme for key, other in schemes.items() if key.startswith(f"{prefix}.")):
+            return rf"^{re.escape(prefix)}(?:\..*)?$"
+    parent, _, leaf = name.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    for fused, members in FUSED_LINEARS.items():
+        if leaf in members and all(schemes.get(prefix + other, "absent") == scheme for other in members):
+            return rf"^{re.escape(prefix)}(?:{'|'.join(members)}|{fused})$"
+    return rf"^{re.escape(name)}$"
+
+
+def _parse_rule(rule: str) -> tuple[bool, re.Pattern[str]]:
+    """Whether a rule skips, and its regex. Raises FormatError for a regex that does not compile."""
+    try:
+        return rule.startswith("-:"), re.compile(rule.removeprefix("-:").removeprefix("+:"))
+    except re.error as error:
+        raise FormatError(f"the `dynamic` rule {rule!r} must be a regular expression: {error}") from error
+
+
+def _block_suffixes(entries: list[Any] | None) -> list[str] | None:
+    """``modules_in_block_to_quantize`` flattened: lists of names relative to a block, or None."""
+    if not entries:
+        return None
+    return [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]

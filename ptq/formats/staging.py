@@ -1,0 +1,145 @@
+"""Files that are either whole or not there: staged directories, atomic text files, JSON, and what a full disk says."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ptq.errors import ConfigError, FormatError, PtqError
+
+
+@contextmanager
+def staged_directory(final: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory beside ``final`` to write into, renamed to ``final`` once the body has succeeded.
+
+    After any exception, KeyboardInterrupt included, the partial directory is gone and ``final`` is as it was. What a
+    crashed run left behind is cleaned up first.
+
+    Raises:
+        ConfigError: ``final`` exists and ``overwrite`` is false, or it is not a checkpoint directory, or no directory
+            can be created there.
+        PtqError: the disk is full.
+    """
+    final = final.expanduser().resolve()
+    partial, aside = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
+    with full_disk_as_error(final, None):
+        if aside.exists() and not final.exists():
+            aside.rename(final)  # a run was killed between the two renames of `_publish`
+        _require_writable(final, overwrite)
+        shutil.rmtree(partial, ignore_errors=True)
+        _create(partial, final)
+        try:
+            yield partial
+            sync_tree(partial)
+            _publish(partial, final, aside)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require_writable(final: Path, overwrite: bool) -> None:
+    if not final.exists():
+        return
+    if not final.is_dir():
+        raise ConfigError(f"output must be a directory, found the file {final}; choose another `output`")
+    if not any(final.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"output directory {final} exists; choose another `output` or pass --overwrite")
+    if not (final / "config.json").is_file():
+        raise ConfigError(
+            f"only a checkpoint directory is overwritten, {final} has files but no config.json; choose another "
+            "`output` or empty it yourself"
+        )
+
+
+def _create(partial: Path, final: Path) -> None:
+    try:
+        partial.mkdir(parents=True)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"output {final} cannot be created: {error.strerror}; choose another `output`") from error
+
+
+def _publish(partial: Path, final: Path, aside: Path) -> None:
+    """Rename ``partial`` to ``final``; an older ``final`` is removed only after that, and restored if it fails."""
+    shutil.rmtree(aside, ignore_errors=True)
+    replaces = final.exists()
+    if replaces:
+        final.rename(aside)
+    try:
+        partial.rename(final)
+    except OSError:
+        if replaces:
+            aside.rename(final)
+        raise
+    sync_directory(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def full_disk_as_error(path: Path, needed: int | None) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" within the body into a PtqError with ``needed`` and free bytes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        free = shutil.disk_usage(existing).free
+        wanted = "" if needed is None else f"{needed} bytes are needed and "
+        raise PtqError(
+            f"no space left to write {path}: {wanted}{free} bytes are free; free some space or choose another `output`"
+        ) from error
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write ``text`` (UTF-8) so that ``path`` holds either its old or its new content. Raises PtqError if full."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    data = text.encode()
+    try:
+        with full_disk_as_error(path, len(data)):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FormatError when it is missing, not JSON, or not an object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise FormatError(f"{path} must exist: is {path.parent} a complete checkpoint directory?") from error
+    except ValueError as error:
+        raise FormatError(f"{path} must be JSON: {error}; the file is damaged, fetch or write it again") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def sync_tree(directory: Path) -> None:
+    """Force every file and directory below ``directory`` to the disk."""
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            _sync(Path(folder, file))
+        sync_directory(Path(folder))
+
+
+def sync_directory(directory: Path) -> None:
+    """Force the names in a directory to the disk."""
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

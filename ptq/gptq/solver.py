@@ -1,0 +1,161 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): rounds one column at a time and lets later columns make up for the error.
+
+Letters as in the paper: ``W_NK`` the weight (N outputs, K inputs), ``H_KK = X^T X / T`` the Hessian of the squared
+output error, ``U_KK`` upper triangular with ``U^T U = inv(H + lam I)``. Pure functions: tensors in, tensors out; the
+arithmetic runs in the dtype of H (float32 in a run, float64 in proofs).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptq.errors import NumericsError
+from ptq.grid import Grid, check_finite, nearest_codes, values
+
+ActivationOrder = Literal["static", "none"]
+
+
+class Factor(NamedTuple):
+    """What GPTQ needs of a Hessian; shared by every Linear that reads the same input."""
+
+    U_KK: Tensor  # of the permuted, damped Hessian
+    order_K: Tensor  # column visited at each step
+    lam: float  # what was added to the diagonal
+    damping: float  # lam as a fraction of the mean diagonal
+    dead: int  # inputs that never fired
+    rescues: tuple[str, ...]
+
+
+class SolveResult(NamedTuple):
+    """Codes ``uint8 [N, K]`` in original column order and what they cost.
+
+    ``loss`` is ``trace(D H D^T)``, the mean squared output error a token, D the weight error.
+    """
+
+    codes: Tensor
+    loss: float
+
+
+def factorize(H_KK: Tensor, *, damping: float = 0.01, activation_order: ActivationOrder = "static") -> Factor:
+    """Damp, order and factorise a Hessian.
+
+    ``lam = damping * mean(diag H)``. The factor is taken the short way: with J the index reversal,
+    ``R = J chol(J Hd J) J`` is upper triangular with ``R R^T = Hd``, so ``U = inv(R)``; ``inv(Hd)`` is never formed.
+    A matrix that is not positive definite is tried again in float64, then with three times the damping up to 1, then
+    as its diagonal alone (plain rounding in effect); each rescue is named in the result.
+
+    Raises:
+        NumericsError: H holds NaN or infinity.
+    """
+    check_finite(H_KK, "the Hessian")
+    diagonal = H_KK.diagonal()
+    mean = float(diagonal.mean())
+    dead = int((diagonal == 0).sum())
+    if activation_order == "static":
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        H_KK = H_KK[order][:, order]
+    else:
+        order = torch.arange(len(diagonal), device=H_KK.device)
+    if mean <= 0:  # nothing was ever fed in: every direction costs the same
+        return Factor(torch.eye(len(order), dtype=H_KK.dtype, device=H_KK.device), order, 1.0, damping, dead, ())
+    rescues: list[str] = []
+    tried = damping
+    while True:
+        for dtype in (H_KK.dtype, torch.float64):
+            U_KK = _inverse_factor(H_KK, tried * mean, dtype)
+            if U_KK is not None:
+                return Factor(U_KK, order, tried * mean, tried, dead, tuple(rescues))
+            if dtype != torch.float64:
+                rescues.append("float64")
+        if tried >= 1:
+            rescues.append("diagonal")
+            U_KK = torch.diag((H_KK.diagonal() + mean).abs().clamp(min=1e-12).rsqrt())
+            return Factor(U_KK, order, mean, tried, dead, tuple(rescues))
+        tried = min(1.0, 3 * max(tried, 1e-6))
+        rescues.append(f"damping {tried:.3g}")
+
+
+def _inverse_factor(H_KK: Tensor, lam: float, dtype: torch.dtype) -> Tensor | None:
+    """``U`` with ``U^T U = inv(H + lam I)``, or None where Cholesky fails."""
+    flipped = H_KK.flip(0, 1).to(dtype, copy=True)
+    flipped.diagonal().add_(lam)
+    L, info = torch.linalg.cholesky_ex(flipped)
+    if int(info) or not bool(torch.isfinite(L).all()):
+        return None
+    R = L.flip(0, 1)
+    identity = torch.eye(len(R), dtype=dtype, device=R.device)
+    U = torch.linalg.solve_triangular(R, identity, upper=True)
+    return U.to(H_KK.dtype) if bool(torch.isfinite(U).all()) else None
+
+
+def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 128) -> SolveResult:
+    """Choose the codes of one weight, column by column, each error pushed onto the columns still to come.
+
+    Groups are static: the grid was chosen from the original weight in original column order, so whatever the order of
+    the visits, column k keeps group ``k // group_size`` and no permutation is ever written to a checkpoint.
+
+    Args:
+        W_NK: weight in the dtype of the factor. Rows are independent, so Linears that share their input may be
+            stacked along N.
+        factor: of the input's Hessian.
+        grid: scales and zeros, ``[N, G]``.
+        block_size: columns between two updates of the rest of the weight; does not change the codes except for ties
+            within rounding.
+
+    Raises:
+        NumericsError: W holds NaN or infinity.
+    """
+    check_finite(W_NK, "weight")
+    U, order, top = factor.U_KK, factor.order_K, grid.top
+    K = len(order)
+    # Transposed, so that a column of W is contiguous.
+    W = W_NK.t()[order].contiguous()
+    group_of = (order // grid.group_size).tolist()
+    scales, zeros = grid.scales.t().contiguous().to(W.dtype), grid.zeros.t().contiguous().to(W.dtype)
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    squared = torch.zeros((), dtype=torch.float64, device=W.device)
+    moved = torch.zeros((), dtype=torch.float64, device=W.device)
+    for start in range(0, K, block_size):
+        end = min(start + block_size, K)
+        block, U_block = W[start:end], U[start:end, start:end]
+        errors = torch.empty_like(block)
+        for j in range(end - start):
+            w, s, z = block[j], scales[group_of[start + j]], zeros[group_of[start + j]]
+            code = torch.round(w / s).add_(z).clamp_(0, top)
+            error = w - (code - z) * s
+            codes[start + j] = code
+            torch.div(error, U_block[j, j], out=errors[j])
+            block[j + 1 :].addr_(U_block[j, j + 1 :], errors[j], alpha=-1)
+        W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
+        squared += errors.double().square().sum()
+    result = torch.empty_like(codes)
+    result[order] = codes
+    codes_NK = result.t().contiguous()
+    moved = (W_NK - values(codes_NK, grid).to(W_NK.dtype)).double().square().sum()
+    # sum e^2 = trace(D (H + lam I) D^T) exactly; taking the damping's share off leaves the loss on H.
+    loss = float(squared - factor.lam * moved)
+    return SolveResult(codes_NK, max(loss, 0.0))
+
+
+def quadratic_loss(D_NK: Tensor, H_KK: Tensor) -> float:
+    """``trace(D H D^T)``: mean squared output error a token of a weight error D, summed over the N outputs."""
+    return float((D_NK @ H_KK).mul_(D_NK).sum(dtype=torch.float64))
+
+
+def rounding_loss(W_NK: Tensor, H_KK: Tensor, grid: Grid) -> float:
+    """Loss of plain rounding on a grid, to judge a solver by."""
+    return quadratic_loss(W_NK - values(nearest_codes(W_NK, grid), grid).to(W_NK.dtype), H_KK)
+
+
+def require_no_rescue(factor: Factor, name: str) -> None:
+    """Under `strict`, a rescue is an error.
+
+    Raises:
+        NumericsError: the factorization needed a rescue.
+    """
+    if factor.rescues:
+        raise NumericsError(
+            f"strict: the Hessian of {name} must be positive definite with damping as configured; it needed "
+            f"{', '.join(factor.rescues)}: give more calibration samples, raise gptq.damping, or set strict: false"
+        )

@@ -1,0 +1,58 @@
+"""``ptq inspect``: what a checkpoint holds, from its headers alone."""
+
+from collections import Counter
+
+from ptq.formats.codec import Scheme
+from ptq.models.structure import linears
+from ptq.nn.linear import QuantLinear
+from ptq.runtime import Checkpoint, open_checkpoint
+
+
+def inspect(path: str, *, modules: bool = False, trust_remote_code: bool = False) -> str:
+    """A description of a checkpoint; with ``modules`` one line for each quantized Linear.
+
+    Raises:
+        ConfigError: no such model.
+        FormatError: damaged files.
+    """
+    opened = open_checkpoint(path, trust_remote_code=trust_remote_code)
+    size = sum(opened.reader.files().values())
+    lines = [
+        f"checkpoint  {opened.directory}",
+        f"model       {type(opened.model).__name__}, {opened.dtype}",
+        f"files       {len(opened.reader.files())}, {size / 1e6:.1f} MB",
+    ]
+    if opened.codec is None:
+        return "\n".join([*lines, "quantized   no: a float checkpoint"])
+    packed = {n: m for n, m in opened.model.named_modules() if isinstance(m, QuantLinear)}
+    left = [name for name, _ in linears(opened.model)]
+    weights = sum(m.in_features * m.out_features for m in packed.values())
+    lines.append(f"format      {opened.codec.name}")
+    lines.append(
+        f"quantized   {len(packed)} Linears, {weights / 1e6:.1f} M weights, {packed_bits(opened) / weights:.3f} bits each"
+    )
+    for scheme, count in Counter(opened.schemes.values()).most_common():
+        lines.append(f"            {count:4d} x {_words(scheme)}")
+    lines.append(f"float       {len(left)} Linears{': ' + ', '.join(left[:4]) if left else ''}")
+    if modules:
+        lines += [f"  {name}  {m.out_features} x {m.in_features}, {_words(opened.schemes[name])}" for name, m in packed.items()]
+    return "\n".join(lines)
+
+
+def packed_bits(opened: Checkpoint) -> int:
+    """Bits that the packed weights take on disk, scales and zeros included."""
+    total = 0
+    for name, scheme in opened.schemes.items():
+        assert opened.codec is not None
+        for tensor in opened.codec.tensor_names(opened.names.of_module(name), scheme):
+            dtype, shape = opened.reader.spec(tensor)
+            count = 1
+            for extent in shape:
+                count *= extent
+            total += 8 * dtype.itemsize * count
+    return total
+
+
+def _words(scheme: Scheme) -> str:
+    group = "one group a row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+    return f"{scheme.bits} bits, {group}, {'symmetric' if scheme.symmetric else 'asymmetric'}"

@@ -1,0 +1,223 @@
+"""A model that runs block by block: one block in memory at a time, whatever its depth.
+
+The model's own forward pass is used, with the blocks' forwards replaced: on the way in they record what they are
+called with, on the way out the last one hands over the final hidden states. So masks, rotary tables, embeddings'
+scaling, final norms and logit caps are the model's own, for every architecture, without a line about any of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptq.errors import UnsupportedModelError
+
+Loader = Callable[[nn.Module, str], None]
+
+
+class BlockCall(NamedTuple):
+    """What one block is called with besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):  # noqa: N818  (control flow, not an error)
+    pass
+
+
+class StreamedModel:
+    """Entry, blocks and exit of a causal language model, each loaded only while it runs.
+
+    Args:
+        model: skeleton with parameters on ``meta``.
+        blocks: dotted path of its ModuleList of blocks.
+        load: puts real weights into the module at a path (not into the blocks for path "").
+        unload: takes them out again.
+        device: where everything runs.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: str, load: Loader, unload: Callable[[nn.Module], None], device: torch.device
+    ) -> None:
+        self.model, self.blocks_path, self.device = model, blocks, device
+        self._load, self._unload = load, unload
+        self.blocks: Sequence[nn.Module] = list(model.get_submodule(blocks).children())
+        self._as_tuple = False
+        self.calls: list[list[BlockCall]] = []
+
+    def block_path(self, index: int) -> str:
+        """Dotted path of one block."""
+        return f"{self.blocks_path}.{index}"
+
+    def outer_modules(self) -> Iterator[str]:
+        """Paths of the largest modules that hold no block: embeddings, final norm, head."""
+
+        def walk(path: str, module: nn.Module) -> Iterator[str]:
+            for name, child in module.named_children():
+                full = f"{path}{name}"
+                if full == self.blocks_path:
+                    continue
+                if self.blocks_path.startswith(full + "."):
+                    yield from walk(full + ".", child)
+                else:
+                    yield full
+
+        yield from walk("", self.model)
+
+    @contextmanager
+    def outer(self) -> Iterator[None]:
+        """Everything but the blocks in memory."""
+        paths = list(self.outer_modules())
+        try:
+            for path in paths:
+                self._load(self.model, path)
+            yield
+        finally:
+            for path in paths:
+                self._unload(self.model.get_submodule(path))
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """One block in memory."""
+        try:
+            self._load(self.model, self.block_path(index))
+            yield self.blocks[index]
+        finally:
+            self._unload(self.blocks[index])
+
+    @torch.no_grad()
+    def enter(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Embed token batches ``int64 [B, T]``: the hidden states block 0 receives, on the CPU, and every block's call.
+
+        Raises:
+            UnsupportedModelError: the model does not call its blocks one after another.
+        """
+        self.calls = [[] for _ in self.blocks]
+        hidden: list[Tensor] = []
+        with self.outer(), self.block(0):
+            self._learn_output(batches[0])
+            for batch in batches:
+                seen: list[BlockCall] = []
+                start: list[Tensor] = []
+                self._forward(batch, self._recorder(seen, start))
+                if len(seen) != len(self.blocks):
+                    raise UnsupportedModelError(
+                        f"the blocks {self.blocks_path} must be called one after another; a forward pass called "
+                        f"{len(seen)} of {len(self.blocks)}"
+                    )
+                for calls, call in zip(self.calls, _share_equal(seen, self.calls), strict=True):
+                    calls.append(call)
+                hidden.append(start[0].cpu())
+        return hidden
+
+    @torch.no_grad()
+    def run_block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """The output of a loaded block for one batch of hidden states, on the device it runs on."""
+        call = self.calls[index][batch]
+        output = self.blocks[index](hidden.to(self.device), *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def run_in_place(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Run a float32 stand-in for a block on the first sequences of batch 0."""
+        call = self.calls[index][0]
+        output = module(hidden.to(self.device).float(), *_to_float(call.args), **_to_float(call.kwargs))
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
+        """Final norm and head over the last block's output; needs `outer`. Float ``[B, T, vocabulary]``."""
+
+        def hand_over(index: int, *args: Any, **kwargs: Any) -> Any:
+            return self._wrap(hidden.to(self.device))
+
+        output = self._forward(batch, hand_over)
+        logits: Tensor = output.logits
+        return logits
+
+    def _recorder(self, seen: list[BlockCall], start: list[Tensor]) -> Callable[..., Any]:
+        def record(index: int, *args: Any, **kwargs: Any) -> Any:
+            hidden, args, kwargs = _split_hidden(args, kwargs)
+            start.append(hidden)
+            seen.append(BlockCall(args, {k: v for k, v in kwargs.items() if "cache" not in k and "past" not in k}))
+            if index == len(self.blocks) - 1:
+                raise _Stop
+            return self._wrap(hidden)
+
+        return record
+
+    def _wrap(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._as_tuple else hidden
+
+    def _learn_output(self, batch: Tensor) -> None:
+        """Blocks return a tensor or a tuple, by architecture: run the first one and see."""
+
+        def real(index: int, *args: Any, **kwargs: Any) -> Any:
+            output = type(self.blocks[0]).forward(self.blocks[0], *args, **kwargs)
+            self._as_tuple = isinstance(output, tuple)
+            raise _Stop
+
+        self._forward(batch[:1], real)
+
+    def _forward(self, batch: Tensor, replacement: Callable[..., Any]) -> Any:
+        for index, block in enumerate(self.blocks):
+            block.forward = _bind(replacement, index)  # type: ignore[method-assign]  # restored below
+        try:
+            return self.model(input_ids=batch.to(self.device), use_cache=False)
+        except _Stop:
+            return None
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+def _bind(function: Callable[..., Any], index: int) -> Callable[..., Any]:
+    return lambda *args, **kwargs: function(index, *args, **kwargs)
+
+
+def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args and isinstance(args[0], Tensor):
+        return args[0], args[1:], kwargs
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return kwargs["hidden_states"], args, {k: v for k, v in kwargs.items() if k != "hidden_states"}
+    found = [type(a).__name__ for a in args] + list(kwargs)
+    raise UnsupportedModelError(
+        f"a block must receive its hidden states as the first argument or as hidden_states; it was called with {found}"
+    )
+
+
+def _share_equal(seen: list[BlockCall], earlier: list[list[BlockCall]]) -> list[BlockCall]:
+    """Calls whose tensors equal those of the previous batch keep one copy of them (rotary tables, masks)."""
+    shared: dict[int, Any] = {}
+
+    def same(new: Any, old: Any) -> Any:
+        if isinstance(new, Tensor):
+            if id(new) not in shared:
+                equal = isinstance(old, Tensor) and new.shape == old.shape and torch.equal(new, old)
+                shared[id(new)] = old if equal else new
+            return shared[id(new)]
+        if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+            return tuple(same(n, o) for n, o in zip(new, old, strict=True))
+        return new
+
+    result = []
+    for call, calls in zip(seen, earlier, strict=True):
+        before = calls[-1] if calls else call
+        kwargs = {k: same(v, before.kwargs.get(k)) for k, v in call.kwargs.items()}
+        paired = before.args if len(before.args) == len(call.args) else call.args
+        result.append(BlockCall(tuple(same(n, o) for n, o in zip(call.args, paired, strict=True)), kwargs))
+    return result
+
+
+def _to_float(value: Any) -> Any:
+    """Floating-point tensors of nested arguments in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_to_float(each) for each in value)
+    if isinstance(value, dict):
+        return {key: _to_float(each) for key, each in value.items()}
+    return value

@@ -1,0 +1,206 @@
+"""A linear layer that keeps its weight packed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ptq_kernels
+import torch
+from torch import Tensor, nn
+
+from ptq.errors import FormatError
+from ptq.formats.codec import QuantizedWeight, Scheme
+
+_SAME_WIDTH_INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+class QuantLinear(nn.Module):
+    """``y = x @ dequantize(qweight, scales, zeros).T + bias`` through `ptq_kernels.matmul`.
+
+    Buffers: ``qweight`` int32 ``[N, ceil(K * bits / 32)]`` (a dense little-endian bit stream of codes along K),
+    ``scales`` ``[N, G]``, ``zeros`` uint8 ``[N, G]`` or None when symmetric. ``bias`` is a parameter ``[N]`` or None.
+    After `prepare_` the packed weight lies in a faster layout; a state dict always holds the canonical tensors above,
+    and loading one, or a move to another device, makes the layer canonical again.
+
+    A change of dtype (``.to(torch.bfloat16)``, ``.half()``) converts the bias only: a float16 scale is not exact in
+    bfloat16. The result of a forward pass has the dtype of its input.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, tensors: tuple[Tensor, Tensor, Tensor | None], scheme: Scheme, bias: Tensor | None, in_features: int
+    ) -> None:
+        """Hold canonical ``(qweight, scales, zeros)``; use `from_quantized` or `empty` instead."""
+        super().__init__()
+        qweight, scales, zeros = tensors
+        self.in_features, self.out_features = in_features, scales.shape[0]
+        self.bits, self.group_size, self.symmetric = scheme.bits, scheme.columns(in_features), scheme.symmetric
+        self.impl = "auto"
+        self.layout = "canonical"
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scales", scales)
+        self.register_buffer("zeros", zeros)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+
+    @classmethod
+    def from_quantized(
+        cls, quantized: QuantizedWeight, bias: Tensor | None = None, scales_dtype: torch.dtype = torch.float32
+    ) -> "QuantLinear":
+        """Pack the codes of `quantized`; raises FormatError if its scales are not exact in `scales_dtype`.
+
+        The bias ``[N]`` becomes a parameter of the same dtype that requires a gradient only if the given one does.
+        """
+        scales = quantized.scales.to(scales_dtype)
+        if not torch.equal(scales.float(), quantized.scales.float()):
+            raise FormatError(
+                f"every scale must be exact in {scales_dtype}, {_inexact(quantized.scales, scales_dtype)} of "
+                f"{quantized.scales.numel()} are not; keep them in float32 or quantize with scales of that dtype"
+            )
+        zeros = None if quantized.symmetric else quantized.zeros
+        scheme = Scheme(quantized.bits, quantized.group_size, quantized.symmetric)
+        tensors = (ptq_kernels.pack(quantized.codes, quantized.bits), scales, zeros)
+        return cls(tensors, scheme, bias, quantized.codes.shape[1])
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "meta",
+        scales_dtype: torch.dtype = torch.float32,
+    ) -> "QuantLinear":
+        """A layer of the right shapes with arbitrary contents, to be filled from a state dict; `dtype` is the bias's.
+
+        Raises FormatError if the group size does not divide `in_features`.
+        """
+        columns = scheme.columns(in_features)
+        if in_features % columns:
+            raise FormatError(
+                f"group_size must divide in_features = {in_features}, found {columns}; use a divisor, or -1"
+            )
+        groups = in_features // columns
+        qweight = torch.empty(out_features, -(-in_features * scheme.bits // 32), dtype=torch.int32, device=device)
+        scales = torch.empty(out_features, groups, dtype=scales_dtype, device=device)
+        zeros = None if scheme.symmetric else torch.empty(out_features, groups, dtype=torch.uint8, device=device)
+        values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        return cls((qweight, scales, zeros), scheme, values, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` bfloat16, float16 or float32 to ``[..., N]`` in the same dtype; accumulation in float32."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return ptq_kernels.matmul(
+            x,
+            self.qweight,
+            self.scales,
+            self.zeros,
+            bias,
+            bits=self.bits,
+            group_size=self.group_size,
+            layout=self.layout,
+            impl=self.impl,
+        )
+
+    def prepare_(self) -> "QuantLinear":
+        """Lay the packed weight out as the implementation for its device wants it; does nothing the second time."""
+        if self.layout == "canonical":
+            prepared = ptq_kernels.prepare(
+                self.qweight,
+                self.scales,
+                self.zeros,
+                bits=self.bits,
+                group_size=self.group_size,
+                in_features=self.in_features,
+                impl=self.impl,
+            )
+            self.qweight, self.layout = prepared.qweight, prepared.layout
+        return self
+
+    def quantized(self) -> QuantizedWeight:
+        """The codes, scales (float32) and zeros this layer was made from, exactly."""
+        zeros = self.zeros
+        if zeros is None:
+            zeros = torch.full(self.scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=self.scales.device)
+        codes = ptq_kernels.unpack(self._canonical_qweight(), self.bits, self.in_features)
+        return QuantizedWeight(codes, self.scales.float(), zeros, self.bits, self.group_size, self.symmetric)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense ``[N, K]`` weight, rounded once from float32 to `dtype` (default: the dtype of the scales)."""
+        return ptq_kernels.dequantize(
+            self.qweight,
+            self.scales,
+            self.zeros,
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            dtype=dtype or self.scales.dtype,
+            layout=self.layout,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, dequantized anew at every read.
+
+        For code that looks at ``linear.weight.dtype`` or ``.device``. It is neither a parameter nor a buffer, so state
+        dicts, moves and optimizers do not see it, and it cannot be assigned. Its dtype is the bias's where there is
+        one, otherwise the scales'.
+        """
+        return self.dequantize(None if self.bias is None else self.bias.dtype)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, symmetric={self.symmetric}, bias={self.bias is not None}, "
+            f"layout={self.layout}"
+        )
+
+    def _canonical_qweight(self) -> Tensor:
+        return ptq_kernels.canonical(
+            self.qweight,
+            self.scales,
+            self.zeros,
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            layout=self.layout,
+        )
+
+    def _canonicalize_(self) -> None:
+        self.qweight, self.layout = self._canonical_qweight(), "canonical"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        """Every move and conversion of a module passes here: `fn` may move the scales but not convert them."""
+        device = self.qweight.device
+        if self.layout != "canonical" and fn(torch.empty(0, dtype=torch.uint8, device=device)).device != device:
+            self._canonicalize_()  # another device may not read, or even invert, this layout
+        dtype = self.scales.dtype
+        self.scales = self.scales.view(_SAME_WIDTH_INT[dtype])  # conversions of a module leave integers alone
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.scales = self.scales.view(dtype)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "canonical":
+            destination[prefix + "qweight"] = self._canonical_qweight()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if self.layout != "canonical":
+            self._canonicalize_()
+        loaded = state_dict.get(prefix + "scales")
+        if isinstance(loaded, Tensor) and not loaded.is_meta and (count := _inexact(loaded, self.scales.dtype)):
+            raise FormatError(
+                f"{prefix}scales must be exact in {self.scales.dtype}, {count} of {loaded.numel()} values of the "
+                f"{loaded.dtype} tensor are not; create the layer with scales_dtype={loaded.dtype}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _inexact(scales: Tensor, dtype: torch.dtype) -> int:
+    return int((scales.to(dtype).float() != scales.float()).sum())

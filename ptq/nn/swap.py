@@ -1,0 +1,26 @@
+"""Putting QuantLinear where a Linear stood."""
+
+import torch
+from torch import Tensor, nn
+
+from ptq.formats.codec import QuantizedWeight
+from ptq.nn.linear import QuantLinear
+
+
+def exact_dtype(scales: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds every scale exactly: bfloat16, float16 or float32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(scales.to(dtype).float(), scales.float()):
+            return dtype
+    return torch.float32
+
+
+def to_quant_linear(quantized: QuantizedWeight, bias: Tensor | None) -> QuantLinear:
+    """A QuantLinear of a solver's or a file's result."""
+    return QuantLinear.from_quantized(quantized, bias, exact_dtype(quantized.scales))
+
+
+def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
+    """Put ``new`` where the module at ``path`` stands."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, new)

@@ -1,0 +1,193 @@
+"""Everything about a run that is known before a weight is read: modules, schemes, format, sizes, conflicts."""
+
+from collections import Counter
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ptq.config import RunConfig, scheme_for, unused_patterns
+from ptq.errors import ConfigError
+from ptq.formats import CODECS
+from ptq.formats.checkpoint import CheckpointReader
+from ptq.formats.codec import Codec, Scheme
+from ptq.models.loading import (
+    SourceNames,
+    build_skeleton,
+    load_module,
+    locate,
+    model_dtype,
+    read_config,
+    unload_module,
+)
+from ptq.models.streamed import StreamedModel
+from ptq.models.structure import find_blocks, linears, weight_shape
+
+
+class Plan(NamedTuple):
+    """A run, resolved and checked."""
+
+    config: RunConfig
+    directory: Path  # of the parent model
+    hf_config: Any
+    skeleton: nn.Module  # parameters on meta
+    blocks: str  # path of the ModuleList
+    schemes: dict[str, Scheme | None]  # every Linear of the model; None stays in float
+    shapes: dict[str, tuple[int, int]]  # (N, K) of every Linear
+    codec: Codec
+    reader: CheckpointReader
+    names: SourceNames
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def targets(self) -> dict[str, Scheme]:
+        """The Linears to be quantized."""
+        return {path: scheme for path, scheme in self.schemes.items() if scheme is not None}
+
+
+class Size(NamedTuple):
+    """Bytes of the checkpoint before and after, and the bits a quantized weight takes with scales and zeros."""
+
+    before: int
+    after: int
+    bits_per_weight: float
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Resolve a configuration against the model's files.
+
+    Raises:
+        ConfigError: model or device not there, a pattern without a module, a scheme the format or a shape rules out.
+        FormatError: a damaged checkpoint.
+        UnsupportedModelError: no decoder blocks found.
+    """
+    device = resolve_device(config.device)
+    directory = locate(config.model, config.revision)
+    hf_config = read_config(directory, trust_remote_code=config.trust_remote_code)
+    if getattr(hf_config, "quantization_config", None):
+        raise ConfigError(f"model must be a float checkpoint; {directory} is quantized already: name its parent instead")
+    dtype = model_dtype(hf_config, config.dtype)
+    skeleton = build_skeleton(hf_config, dtype, trust_remote_code=config.trust_remote_code)
+    blocks = find_blocks(skeleton)
+    found = dict(linears(skeleton))
+    schemes = {path: scheme_for(config, path) for path in found}
+    shapes = {path: weight_shape(module) for path, module in found.items()}
+    _check_patterns(config, list(found))
+    _check_reach(schemes, blocks, list(found))
+    codec = CODECS[config.format]
+    codec.check(schemes, shapes)
+    reader = CheckpointReader(directory)
+    names = SourceNames(skeleton, reader.names())
+    for name, _ in skeleton.named_parameters():
+        names.of_parameter(name)
+    _check_length(config, hf_config)
+    return Plan(
+        config, directory, hf_config, skeleton, blocks, schemes, shapes, codec, reader, names, dtype, device
+    )  # fmt: skip
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device to run on; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"device {name} must exist; this machine has {count} CUDA devices: use device: cpu or auto")
+    return device
+
+
+def _check_patterns(config: RunConfig, modules: list[str]) -> None:
+    unused = [p for p in unused_patterns(config, modules) if p != "lm_head"]  # the default; not every head has the name
+    if unused:
+        near = get_close_matches(unused[0], modules + [m.rpartition(".")[2] for m in modules], n=2, cutoff=0.3)
+        raise ConfigError(
+            f"a pattern in exclude or overrides must match a Linear; {unused[0]!r} matches none"
+            + (f": did you mean {' or '.join(near)}?" if near else "")
+        )
+
+
+def _check_reach(schemes: dict[str, Scheme | None], blocks: str, modules: list[str]) -> None:
+    if not any(schemes.values()):
+        raise ConfigError(
+            f"at least one Linear must be quantized; exclude rules out all {len(modules)}: shorten `exclude`"
+        )
+    stray = [p for p, s in schemes.items() if s and not p.startswith(blocks + ".") and "." in p]
+    if stray:
+        raise ConfigError(
+            f"only Linears of the decoder blocks ({blocks}) and the head can be quantized; {stray[0]} is neither: "
+            f"add it to `exclude`"
+        )
+
+
+def _check_length(config: RunConfig, hf_config: Any) -> None:
+    limit = getattr(hf_config, "max_position_embeddings", None)
+    wanted = {"calibration.sequence_length": config.calibration.sequence_length if config.method != "rtn" else 0}
+    if config.evaluation is not None:
+        wanted["evaluation.window"] = config.evaluation.window
+    for key, length in wanted.items():
+        if isinstance(limit, int) and length > limit:
+            raise ConfigError(f"{key} must be at most the model's context of {limit} tokens; found {length}: lower it")
+
+
+def estimate_size(plan: Plan) -> Size:
+    """Sizes from shapes alone: exact up to the safetensors headers."""
+    before = sum(plan.reader.files().values())
+    floats = {plan.names.of_parameter(n): p for n, p in plan.skeleton.named_parameters() if not plan.names.is_tied(n)}
+    after = sum(p.numel() * _itemsize(p, plan.dtype) for p in floats.values())
+    packed = weights = 0
+    scales_dtype = plan.codec.scales_dtype(plan.dtype)
+    for path, scheme in plan.targets.items():
+        n, k = plan.shapes[path]
+        specs = plan.codec.tensor_specs(path, n, k, scheme, scales_dtype)
+        packed += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in specs.values())
+        weights += n * k
+        tied = plan.names.is_tied(f"{path}.weight")
+        after -= 0 if tied else n * k * plan.dtype.itemsize
+    return Size(before, after + packed, 8 * packed / weights)
+
+
+def _itemsize(parameter: torch.Tensor, dtype: torch.dtype) -> int:
+    return dtype.itemsize if parameter.is_floating_point() else parameter.dtype.itemsize
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text, for ``--dry-run``."""
+    size = estimate_size(plan)
+    kinds = Counter((scheme, plan.shapes[path]) for path, scheme in plan.targets.items())
+    lines = [
+        f"model      {plan.config.model} ({type(plan.skeleton).__name__}, {plan.dtype}, {len(plan.schemes)} Linears)",
+        f"blocks     {plan.blocks}, {len(list(plan.skeleton.get_submodule(plan.blocks).children()))} of them",
+        f"method     {plan.config.method} on {plan.device}",
+        f"format     {plan.config.format}, written to {plan.config.output}",
+    ]
+    if plan.config.method != "rtn":
+        c = plan.config.calibration
+        lines.append(f"calibrate  {c.samples} sequences of {c.sequence_length} tokens, seed {c.seed}")
+    for (scheme, (n, k)), count in sorted(kinds.items(), key=lambda item: str(item[0])):
+        kind = "symmetric" if scheme.symmetric else "asymmetric"
+        groups = "1 group a row" if scheme.group_size == -1 else f"{k // scheme.group_size} groups of {scheme.group_size}"
+        lines.append(f"quantize   {count:4d} x {n} x {k}: {scheme.bits} bits, {groups} a row, {kind}")
+    left = [path for path, scheme in plan.schemes.items() if scheme is None]
+    lines.append(f"keep       {len(left)} Linears in float{': ' + ', '.join(left[:4]) if left else ''}")
+    lines.append(
+        f"size       {size.before / 1e6:.1f} MB -> {size.after / 1e6:.1f} MB, "
+        f"{size.bits_per_weight:.3f} bits a quantized weight"
+    )
+    return "\n".join(lines)
+
+
+def parent_stream(plan: Plan) -> StreamedModel:
+    """The parent model, block by block."""
+
+    def load(model: nn.Module, path: str) -> None:
+        load_module(model, path, plan.reader, plan.names, device=plan.device, dtype=plan.dtype)
+
+    return StreamedModel(plan.skeleton, plan.blocks, load, unload_module, plan.device)

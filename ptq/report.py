@@ -1,0 +1,97 @@
+"""``report.json``: what was run, on what, with which result; and the table a run ends with."""
+
+import platform
+import resource
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptq.version import VERSION
+
+PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "datasets", "triton")
+
+
+@dataclass
+class Report:
+    """Everything a run has to say for itself; `document` is what `report.json` holds."""
+
+    output: Path
+    document: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> dict[str, dict[str, Any]]:
+        """One row for each quantized Linear."""
+        rows: dict[str, dict[str, Any]] = self.document["modules"]
+        return rows
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"ptq": VERSION, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The machine a result was made on."""
+    row: dict[str, Any] = {"device": str(device), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        row["gpu"] = torch.cuda.get_device_name(device)
+    return row
+
+
+def resident_bytes(*, peak: bool = False) -> int:
+    """Resident memory of this process now, or its peak."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        key = "VmHWM:" if peak else "VmRSS:"
+        for line in status.read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    # elsewhere only the peak is to be had; macOS counts bytes
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if platform.system() == "Darwin" else used * 1024
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """Rows as aligned text. ``columns`` maps a key to its format specification."""
+    head = ["", *columns]
+    body = [[name, *(_cell(row.get(key), spec) for key, spec in columns.items())] for name, row in rows.items()]
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+             for line in [head, *body]]  # fmt: skip
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _cell(value: Any, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def summary(report: Report) -> str:
+    """The table a run ends with."""
+    document = report.document
+    size = document["size"]
+    lines = [
+        f"{len(report.modules)} modules quantized, {size['bits_per_weight']:.3f} bits a weight, "
+        f"{size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB",
+    ]
+    rescued = [name for name, row in report.modules.items() if row.get("rescues")]
+    if rescued:
+        lines.append(f"{len(rescued)} modules needed a numerical rescue, see the report: {', '.join(rescued[:3])}")
+    lines += ["", f"checkpoint  {report.output}", f"report      {report.output / 'report.json'}"]
+    return "\n".join(lines)
+
+
+def start_counting_peak() -> None:
+    """Let the kernel count the peak of resident memory from here on (Linux; elsewhere it is the process's peak)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

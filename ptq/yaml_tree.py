@@ -1,0 +1,71 @@
+"""YAML text to nested mappings, and ``key=value`` overrides on top of them."""
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from ptq.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that ``1e-2`` is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key_node.value!r} stands twice in one mapping", problem_mark=key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse(text: str, source: str) -> Any:
+    """The plain value ``text`` describes; ``source`` names it in errors. Raises ConfigError with line and column."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{source}{place}: valid YAML is required, found: {error.problem}; correct it") from error
+    except yaml.YAMLError as error:  # characters YAML forbids
+        raise ConfigError(f"{source}: valid YAML is required, found: {error}; remove what it names") from error
+
+
+def override(tree: dict[str, Any], assignment: str) -> None:
+    """Applies ``calibration.samples=64`` to ``tree`` in place; the value is YAML.
+
+    Below ``overrides`` the key is a module path pattern, which may hold dots itself:
+    ``overrides.model.layers.0={bits: 8}`` and ``overrides.model.layers.0.bits=8`` say the same.
+    """
+    path, equals, text = assignment.partition("=")
+    path = path.strip()
+    if not equals or not path:
+        raise ConfigError(f"an override must read key=value, found {assignment!r}; for example calibration.samples=64")
+    value = parse(text, f"the override {assignment!r}")
+    if path.startswith("overrides."):
+        pattern = path.removeprefix("overrides.")
+        leaf: tuple[str, ...] = ()
+        if not isinstance(value, dict):
+            pattern, _, last = pattern.rpartition(".")
+            leaf = (last,)
+        keys = ("overrides", pattern, *leaf)
+    else:
+        keys = tuple(path.split("."))
+    node = tree
+    for key in keys[:-1]:
+        inner = node.get(key)
+        if inner is None:
+            inner = node[key] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"the override {assignment!r} needs a mapping at {key!r}, found {inner!r}; check the key")
+        node = inner
+    node[keys[-1]] = value

@@ -1,0 +1,351 @@
+"""Calibration and evaluation tokens. Oracles: a tokenizer of one token a character, for which every expected token can
+be written down; the tokens of a whole text at once; hashlib over hand-made bytes."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptq.calibration import text as text_module
+from ptq.calibration.data import calibration_batches, evaluation_windows, token_hash
+from ptq.calibration.text import pieces
+from ptq.config import CalibrationConfig, DatasetConfig, EvaluationConfig
+from ptq.errors import DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+BOS, EOS = 1, 2
+
+
+class Characters:
+    """A tokenizer: each character is its code point. Records how long the texts were that it saw."""
+
+    def __init__(self, adds_bos=True, eos=EOS, template=None):
+        self.adds_bos, self.bos_token_id, self.eos_token_id, self.chat_template = adds_bos, BOS, eos, template
+        self.longest = 0
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        self.longest = max(self.longest, len(text))
+        start = [BOS] if self.adds_bos and add_special_tokens else []
+        return {"input_ids": start + [ord(character) for character in text]}
+
+    def apply_chat_template(self, messages, tokenize):
+        assert not tokenize
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+
+def calibration(*files, **changes):
+    settings = {"samples": 2, "sequence_length": 4, "batch_size": 2, **changes}
+    column = settings.pop("column", "text")
+    return CalibrationConfig(dataset=DatasetConfig(files=tuple(map(str, files)), column=column), **settings)
+
+
+def evaluation(*files, **changes):
+    return EvaluationConfig(files=tuple(map(str, files)), **changes)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def strings(batches):
+    return ["".join(map(chr, row)) for batch in batches for row in batch.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [
+        (Characters(adds_bos=True), "\1abc\1defgh"),
+        (Characters(adds_bos=False), "abc\2defgh\2"),
+        (Characters(adds_bos=False, eos=None), "abcdefgh"),
+    ],
+)
+def test_documents_are_packed_with_the_tokenizers_own_mark_between_them(write, tokenizer, expected):
+    file = write("a.jsonl", lines({"text": "abc"}, {"text": ""}, {"text": "defgh"}))
+    batches = calibration_batches(calibration(file), tokenizer)
+    assert [batch.shape for batch in batches] == [(2, 4)]
+    assert batches[0].dtype == torch.int64
+    assert "".join(strings(batches)) == expected[:8], "two windows are all there are, in order"
+
+
+def test_several_files_of_several_kinds(write):
+    files = [write("a.txt", "ab\ncd"), write("b.jsonl", lines({"body": "efg"}))]
+    batches = calibration_batches(calibration(*files, column="body", sequence_length=5), Characters())
+    assert strings(batches) == ["\1ab\nc", "d\1efg"]
+
+
+def test_windows_are_drawn_from_the_whole_text_without_overlap(write):
+    text = "".join(chr(1000 + index) for index in range(4000))
+    file = write("a.txt", text)
+    config = calibration(file, samples=100, sequence_length=10, batch_size=32)
+    batches = calibration_batches(config, Characters(adds_bos=False))
+    assert [len(batch) for batch in batches] == [32, 32, 32, 4]
+    starts = [row[0].item() - 1000 for batch in batches for row in batch]
+    assert all(torch.equal(row, row[0] + torch.arange(10)) for batch in batches for row in batch)
+    assert all(start % 10 == 0 for start in starts)
+    assert starts == sorted(set(starts))
+    # 100 of 400 windows: a tenth of the text holds 40 of them; none of its 40 is drawn with chance 0.75**40 = 1e-5.
+    assert {start // 400 for start in starts} == set(range(10))
+    again = calibration_batches(config, Characters(adds_bos=False))
+    other = calibration_batches(calibration(file, samples=100, sequence_length=10, seed=1), Characters(adds_bos=False))
+    assert token_hash(again) == token_hash(batches)
+    assert token_hash(other) != token_hash(batches)
+
+
+def test_every_window_is_equally_likely(write):
+    """Oracle: the binomial distribution. 400 draws of 1 of 4: 100 each, standard deviation 8.7; 35 is four of them."""
+    file = write("a.txt", "abcdefg")
+    drawn = [
+        strings(calibration_batches(calibration(file, samples=1, sequence_length=2, seed=seed), Characters()))[0]
+        for seed in range(400)
+    ]
+    assert all(abs(drawn.count(window) - 100) < 35 for window in ("\1a", "bc", "de", "fg"))
+
+
+def test_a_real_tokenizer_sees_the_text_as_if_it_were_one_string(write):
+    """Oracle: the tokenizer on the whole text; pieces end between paragraphs, where BPE merges nothing."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/tiny-llama")
+    text = (ROOT / "examples/text/eval-novel.txt").read_text(encoding="utf-8")[:60000]
+    expected = tokenizer(text, verbose=False)["input_ids"]
+    windows = len(expected) // 100
+    config = calibration(write("a.txt", text), samples=windows, sequence_length=100)
+    batches = calibration_batches(config, tokenizer)
+    assert torch.cat(batches).flatten().tolist() == expected[: windows * 100]
+
+
+def test_a_long_text_is_tokenized_in_pieces(write, monkeypatch):
+    monkeypatch.setattr(text_module, "PIECE", 1000)
+    text = "".join(f"line {index}\n" for index in range(2000))
+    tokenizer = Characters(adds_bos=False, eos=None)
+    config = calibration(write("a.txt", text), samples=len(text) // 10, sequence_length=10)
+    assert "".join(strings(calibration_batches(config, tokenizer))) == text[: len(text) // 10 * 10]
+    assert tokenizer.longest <= 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("aa\n\nb\nc dddd", ["aa\n\n", "b\nc dddd"]),
+        ("aaa\nb c\nddd", ["aaa\nb c\n", "ddd"]),
+        ("aaa bbb ccc", ["aaa bbb", " ccc"]),
+        ("aaaaaaaaaaa", ["aaaaaaaa", "aaa"]),
+        ("\n\naaaaaaaaa", ["\n\n", "aaaaaaaa", "a"]),
+        ("aaaaaaaa", ["aaaaaaaa"]),
+        ("", []),
+    ],
+)
+def test_pieces_end_where_words_do(monkeypatch, text, expected):
+    monkeypatch.setattr(text_module, "PIECE", 8)
+    assert list(pieces([text])) == expected
+    assert "".join(pieces(text)) == text, "one chunk a character"
+
+
+def test_bytes_of_a_character_may_stand_in_two_reads(write, monkeypatch):
+    monkeypatch.setattr(text_module, "PIECE", 4)
+    text = "aé€𝄞é€𝄞"
+    file = write("a.txt", "\ufeff" + text.replace("a", "\r\n"))
+    config = calibration(file, samples=1, sequence_length=7)
+    assert strings(calibration_batches(config, Characters(adds_bos=False))) == [text.replace("a", "\n")]
+
+
+def test_parquet_is_read_through_datasets(write, tmp_path):
+    import datasets
+
+    rows = {"body": ["abc", "defgh"], "other": [1, 2]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
+    batches = calibration_batches(calibration(tmp_path / "a.parquet", column="body"), Characters())
+    assert strings(batches) == ["\1abc", "\1def"]
+    with pytest.raises(DataError, match=r"a.parquet, row 1: the column 'text' is required, found body, other"):
+        calibration_batches(calibration(tmp_path / "a.parquet"), Characters())
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Replaces the hub by 50 rows in memory; records what was asked for."""
+    import datasets
+
+    asked = {}
+
+    def load_dataset(path, name=None, split=None, streaming=False):
+        asked.update(path=path, name=name, split=split, streaming=streaming)
+        rows = datasets.Dataset.from_dict({"text": [chr(100 + index) * 3 for index in range(50)]})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hub_datasets_are_shuffled_by_the_seed(hub, streaming):
+    source = DatasetConfig(name="some/text", config="en", streaming=streaming)
+
+    def draw(seed):
+        config = CalibrationConfig(dataset=source, samples=5, sequence_length=4, seed=seed)
+        return strings(calibration_batches(config, Characters()))
+
+    first = draw(0)
+    assert hub == {"path": "some/text", "name": "en", "split": "train", "streaming": streaming}
+    assert first == draw(0) != draw(1)
+    assert first != sorted(first), "not just the beginning"
+    assert all(row == "\1" + row[1] * 3 for row in first)
+
+
+def test_rows_of_a_dataset_are_scored_as_paragraphs_in_order(hub):
+    config = EvaluationConfig(dataset=DatasetConfig(name="some/text", split="test"), tokens=11, window=11, stride=11)
+    (window,) = evaluation_windows(config, Characters())
+    assert strings([window.tokens[None]]) == ["\1ddd\n\neee\n\n"]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route\nmore"), ValueError("no split"), TimeoutError()])
+def test_an_unreachable_hub_is_one_sentence(monkeypatch, error):
+    import datasets
+
+    def load_dataset(**options):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    reason = (str(error) or "TimeoutError").splitlines()[0]
+    with pytest.raises(DataError) as caught:
+        calibration_batches(CalibrationConfig(dataset=DatasetConfig(name="some/text")), Characters())
+    assert str(caught.value) == (
+        f"the dataset some/text: it must be readable, found: {reason}; "
+        "check its name and the network, or use local files"
+    )
+
+
+def test_without_the_datasets_package(write, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    file = write("a.txt", "abcdefgh")
+    assert len(calibration_batches(calibration(file), Characters())) == 1
+    with pytest.raises(DataError, match=r'b.parquet: the package datasets is required, found none; pip install "ptq'):
+        calibration_batches(calibration(write("b.parquet", "")), Characters())
+
+
+MESSAGES = [{"role": "user", "content": "how are you?"}, {"role": "assistant", "content": "well"}]
+
+
+def test_conversations_are_rendered_cut_and_grouped_by_length(write):
+    rows = [MESSAGES, "a prompt of its own", [{"role": "user", "content": "short"}], MESSAGES, "x" * 100]
+    file = write("a.jsonl", lines(*({"chat": row} for row in rows)))
+    config = calibration(file, column="chat", samples=4, sequence_length=30, batch_size=8, chat_template=True)
+    batches = calibration_batches(config, Characters(template="yes"))
+    rendered = "<user>how are you?<assistant>well"[:30]
+    assert [strings([batch]) for batch in batches] == [
+        [rendered, rendered, "<user>" + "x" * 24],
+        ["<user>a prompt of its own"],
+    ], "'<user>short' has 11 tokens, fewer than 16"
+
+
+def test_conversations_need_what_they_need(write):
+    file = write("a.jsonl", lines({"text": MESSAGES}, {"text": "hi"}))
+    config = calibration(file, sequence_length=30, chat_template=True)
+    with pytest.raises(DataError, match=r"chat_template is true, but the tokenizer has no chat template; use"):
+        calibration_batches(config, Characters())
+    with pytest.raises(DataError, match=r"needs 2 rows of 16 tokens or more, found 1; use more rows or fewer samples"):
+        calibration_batches(config, Characters(template="yes"))
+    for value, kind in ((3, "int"), (["a"], "list")):
+        file = write("b.jsonl", lines({"text": value}))
+        with pytest.raises(DataError, match=f"line 1: a list of messages .* or a prompt is required, found {kind}"):
+            calibration_batches(calibration(file, chat_template=True), Characters(template="yes"))
+    with pytest.raises(DataError, match=r"chat_template: true needs rows, found a .txt file; use .jsonl or .parquet"):
+        calibration_batches(calibration(write("c.txt", "a"), chat_template=True), Characters(template="yes"))
+
+
+def test_a_template_that_refuses_names_the_row(write):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/tiny-llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    )
+    good = write("a.jsonl", lines({"text": MESSAGES}))
+    config = calibration(good, samples=1, sequence_length=64, chat_template=True)
+    (batch,) = calibration_batches(config, tokenizer)
+    assert tokenizer.decode(batch[0]) == "[user] how are you?\n[assistant] well\n"
+    bad = write("b.jsonl", "\n" + lines({"text": [{"role": "tool", "content": "x"}]}))
+    with pytest.raises(DataError, match=r"b.jsonl, line 2: the chat template refuses this conversation: no tools"):
+        calibration_batches(calibration(bad, chat_template=True), tokenizer)
+
+
+FILES = {
+    "suffix": ("a.doc", b"", "a .txt, .jsonl or .parquet file is required, found '.doc'; convert it"),
+    "text bytes": ("a.txt", b"abc" * 3 + b"\xff", "UTF-8 text is required, found byte 0xff at offset 9; convert"),
+    "cut character": ("a.txt", b"abcdef\xe2\x82", "found byte 0xe2 at offset 6"),
+    "between reads": ("a.txt", b"abc\xe2\x82(abc", "found byte 0xe2 at offset 3"),
+    "json bytes": ("a.jsonl", b'{"text": "a"}\n{"text": "\xfe"}\n', "found byte 0xfe at offset 24"),
+    "json syntax": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2: a JSON object is required, found: Exp"),
+    "json array": ("a.jsonl", b"[1]\n", "a.jsonl, line 1: a JSON object is required, found list; correct the line"),
+    "column": ("a.jsonl", b'{"a": 1, "b": 2}', "line 1: the column 'text' is required, found a, b; set column to one"),
+    "type": ("a.jsonl", b'{"text": 3}', "line 1: the column must hold text, found int; name the column that holds"),
+    "short": ("a.txt", b"abcdef", "calibration needs 2 x 4 = 8 tokens, found 7; use more text, fewer samples or a"),
+    "parquet": ("a.parquet", b"no parquet", "a.parquet: it must be readable, found: "),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), FILES.values(), ids=FILES)
+def test_files_that_cannot_be_used(write, monkeypatch, name, content, message):
+    monkeypatch.setattr(text_module, "PIECE", 4)
+    with pytest.raises(DataError) as caught:
+        calibration_batches(calibration(write(name, content)), Characters())
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no.txt", "no.jsonl", "no.parquet"])
+def test_files_that_are_not_there(tmp_path, name):
+    with pytest.raises(DataError, match=f"{tmp_path}/{name}: a readable text file is required, found: No such file"):
+        calibration_batches(calibration(tmp_path / name), Characters())
+
+
+def test_the_hash_is_over_shapes_and_little_endian_tokens():
+    batches = [torch.tensor([[1, 2]]), torch.tensor([[-1], [1 << 40]])]
+    expected = hashlib.sha256(
+        b"(1, 2)" + bytes([1, *[0] * 7, 2, *[0] * 7]) + b"(2, 1)" + bytes([*[255] * 8, *[0] * 5, 1, 0, 0])
+    ).hexdigest()
+    assert token_hash(batches) == expected
+    assert token_hash([batches[0].T.contiguous()]) != token_hash([batches[0]])
+
+
+@pytest.mark.parametrize(("window", "stride"), [(4, 4), (4, 1), (5, 3), (2, 2)])
+@pytest.mark.parametrize("size", [5, 6, 19, 20, 50])
+def test_windows_score_each_token_once(write, monkeypatch, window, stride, size):
+    """Oracle: a loop over positions of the whole text."""
+    monkeypatch.setattr(text_module, "PIECE", 7)
+    text = "\1" + "".join(chr(300 + index) for index in range(size))
+    config = evaluation(write("a.txt", text[1:]), tokens=20, window=window, stride=stride)
+    scored = []
+    for index, (tokens, first_target) in enumerate(evaluation_windows(config, Characters())):
+        start = index * stride
+        assert strings([tokens[None]]) == [text[start : start + window]]
+        scored += range(start + first_target, start + window)
+    last = start + window
+    assert last <= min(20, len(text)) < last + stride, "as many windows as fit"
+    unseen = set(range(stride, last, stride)) if window == stride else set()  # first of a window: nothing before it
+    assert scored == [position for position in range(1, last) if position not in unseen]
+
+
+def test_files_share_the_tokens_and_no_window_spans_two(write):
+    files = [write("a.txt", "a" * 5), write("b.txt", "b" * 50), write("c.txt", "c" * 50)]
+    windows = list(evaluation_windows(evaluation(*files, tokens=26, window=3, stride=3), Characters(adds_bos=False)))
+    # 26 // 3 = 8 tokens for a, which has one window of 3; (26 - 3) // 2 = 11 for b: 9; 14 are left for c: 12
+    assert strings([window.tokens[None] for window in windows]) == ["aaa"] + ["bbb"] * 3 + ["ccc"] * 4
+
+
+def test_text_shorter_than_a_window(write):
+    config = evaluation(write("a.txt", "abc"), window=5, stride=5)
+    with pytest.raises(DataError, match=r"a.txt: a window of 5 tokens is required, found 4 tokens; use more text or a"):
+        list(evaluation_windows(config, Characters()))

@@ -1,0 +1,50 @@
+"""Every refusal of ptq_kernels.matmul: requirement, finding, remedy."""
+
+import ptq_kernels
+import pytest
+import torch
+from packed_weights import random_case
+
+CASE = random_case(16, 64, 32, symmetric=False)
+X = torch.ones(2, 64)
+WRONG = {
+    "scalar": (ValueError, r"shape \[\.\.\., K\], got a scalar", {"x": torch.tensor(1.0)}),
+    "bits": (ValueError, r"bits must be one of .* got 5; requantize", {"bits": 5}),
+    "group": (ValueError, "must divide in_features = 64, got 48; ", {"group_size": 48}),
+    "group unresolved": (ValueError, "must divide in_features = 64, got -1; resolve -1", {"group_size": -1}),
+    "scales dtype": (TypeError, r"scales must be one of .* got torch.float64", {"scales": CASE.scales.double()}),
+    "scales rank": (ValueError, r"scales must have shape \[N, 2\]", {"scales": CASE.scales.view(-1)}),
+    "scales groups": (ValueError, r"scales must have shape \[N, 2\].*transpose", {"scales": CASE.scales.T}),
+    "zeros dtype": (TypeError, "zeros must be torch.uint8 or None, got torch.int8", {"zeros": CASE.zeros.char()}),
+    "zeros shape": (ValueError, r"zeros must have the shape of scales, \[16, 2\]", {"zeros": CASE.zeros[:8]}),
+    "qweight dtype": (TypeError, "must be torch.int32, got torch.uint8", {"qweight": CASE.codes}),
+    "qweight width": (ValueError, r"shape \[16, 8\] .* got \[16, 7\]; check bits", {"qweight": CASE.qweight[:, :7]}),
+    "qweight rows": (ValueError, r"shape \[16, 8\] .* got \[15, 8\]", {"qweight": CASE.qweight[:15]}),
+    "columns of x": (ValueError, r"scales must have shape \[N, 3\] \(in_features 96", {"x": torch.ones(2, 96)}),
+    "x dtype": (TypeError, r"x must be one of .* got torch.float64; convert", {"x": X.double()}),
+    "bias dtype": (TypeError, "bias must be one of .* got torch.int64", {"bias": torch.ones(16, dtype=torch.int64)}),
+    "bias shape": (ValueError, r"bias must have shape \[16\].*got \[15\]", {"bias": torch.ones(15)}),
+    "layout": (ValueError, "layout must be one of .*'canonical'.* got 'rows'; convert", {"layout": "rows"}),
+    "impl": (ValueError, "impl must be 'auto' or one of .* got 'fast'; use 'auto'", {"impl": "fast"}),
+    "device of scales": (ValueError, r"scales must be on the device of qweight, cpu.*\.to", {"scales": CASE.scales.to("meta")}),
+    "device of zeros": (ValueError, "zeros must be on the device of qweight, cpu", {"zeros": CASE.zeros.to("meta")}),
+    "device of x": (ValueError, "x must be on the device of qweight, cpu, got meta", {"x": X.to("meta")}),
+    "device of bias": (ValueError, "bias must be on the device of qweight", {"bias": torch.ones(16, device="meta")}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_refuses(name: str) -> None:
+    error, message, change = WRONG[name]
+    arguments = {"x": X, "qweight": CASE.qweight, "scales": CASE.scales, "zeros": CASE.zeros, **CASE.scheme, **change}
+    with pytest.raises(error, match=message):
+        ptq_kernels.matmul(**arguments)
+
+
+def test_weight_functions_check_too() -> None:
+    arguments = {**CASE.sized, "group_size": 48}
+    for function in (ptq_kernels.dequantize, ptq_kernels.prepare):
+        with pytest.raises(ValueError, match="must divide in_features"):
+            function(*CASE.tensors, **arguments)
+    with pytest.raises(ValueError, match="must divide in_features"):
+        ptq_kernels.canonical(*CASE.tensors, layout="canonical", **arguments)
