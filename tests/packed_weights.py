@@ -6,7 +6,7 @@ import ptq_kernels
 import torch
 from torch import Tensor
 
-UNIT = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11, torch.float32: 2.0**-24}  # unit roundoff, half an ulp of 1
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}  # unit roundoff, half an ulp of 1
 
 
 class Case(NamedTuple):

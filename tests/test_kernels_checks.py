@@ -26,7 +26,11 @@ WRONG = {
     "bias shape": (ValueError, r"bias must have shape \[16\].*got \[15\]", {"bias": torch.ones(15)}),
     "layout": (ValueError, "layout must be one of .*'canonical'.* got 'rows'; convert", {"layout": "rows"}),
     "impl": (ValueError, "impl must be 'auto' or one of .* got 'fast'; use 'auto'", {"impl": "fast"}),
-    "device of scales": (ValueError, r"scales must be on the device of qweight, cpu.*\.to", {"scales": CASE.scales.to("meta")}),
+    "device of scales": (
+        ValueError,
+        r"scales must be on the device of qweight, cpu.*\.to",
+        {"scales": CASE.scales.to("meta")},
+    ),
     "device of zeros": (ValueError, "zeros must be on the device of qweight, cpu", {"zeros": CASE.zeros.to("meta")}),
     "device of x": (ValueError, "x must be on the device of qweight, cpu, got meta", {"x": X.to("meta")}),
     "device of bias": (ValueError, "bias must be on the device of qweight", {"bias": torch.ones(16, device="meta")}),

@@ -67,11 +67,12 @@ for n in (16, 48, 96, 176):
     prepared = ptq_kernels.prepare(*case.tensors, **case.sized)
     assert prepared.layout == "aten_int4", prepared.layout
     rest = case.tensors[1:]
-    assert torch.equal(ptq_kernels.canonical(prepared.qweight, *rest, layout=prepared.layout, **case.sized), case.qweight)
+    back = ptq_kernels.canonical(prepared.qweight, *rest, layout=prepared.layout, **case.sized)
+    assert torch.equal(back, case.qweight)
     for rows in (1, 50):
         x = random_rows(rows, 128, torch.bfloat16)
         y = ptq_kernels.matmul(x, prepared.qweight, *rest, layout=prepared.layout, **case.scheme)
-        assert worst_error(y, x, case, None, 3 * 2.0**-9) <= 1
+        assert worst_error(y, x, case, None, 3 * 2.0**-8) <= 1
 """
 
 

@@ -103,7 +103,7 @@ def test_compiles_whole_and_once_for_any_number_of_rows(backend: str) -> None:
     case = random_case(48, 64, 32, symmetric=False)
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled = torch.compile(layer(case), fullgraph=True, backend=counter, dynamic=True)
-    for rows in (2, 7, 65, 300):
+    for rows in (3, 7, 65, 300):  # none a size of the weight: torch would take equal sizes for the same
         x = random_rows(rows, 64, torch.bfloat16)
         assert torch.equal(compiled(x), layer(case)(x))
     assert counter.frame_count == 1

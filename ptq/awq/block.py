@@ -64,6 +64,7 @@ def _fold_all(
             stats[index].magnitude,
             [task.schemes[name] for name in fold.consumers],
             grid=task.config.awq.grid,
+            clip=task.config.awq.clip,
             scale_dtype=task.scale_dtype,
             tied=fold.rows - fold.rows.min(),
         )

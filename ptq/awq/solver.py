@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from ptq.formats.codec import Scheme
-from ptq.grid import Grid, grouped, min_max_grid, nearest_codes, values
 from ptq.gptq.solver import quadratic_loss
+from ptq.grid import Grid, grouped, min_max_grid, nearest_codes, values
+from ptq.grid_search import COARSE, diagonal_blocks, search_grid
 
-# Rows of each weight on which all candidates are screened; the best few are judged on all rows.
-SCREENED_ROWS = 512
+# Rows of each weight on which all candidates are screened, and on which the best few are then judged.
+SCREENED_ROWS = 128
+CONFIRMED_ROWS = 1024
 CONFIRMED = 3
-# Ranges tried by the clip search, as fractions of the full range.
-SHRINKS = tuple(1 - 0.05 * i for i in range(10))
-CLIPPED_ROWS = 1024
+# Keeps inputs that hardly fire from counting nothing.
+DAMPING = 0.01
 
 
 class ScaleSearch(NamedTuple):
@@ -38,6 +39,7 @@ def search_scales(
     schemes: Sequence[Scheme],
     *,
     grid: int = 20,
+    clip: bool = True,
     scale_dtype: torch.dtype = torch.float16,
     tied: Tensor | None = None,
 ) -> ScaleSearch:
@@ -49,18 +51,23 @@ def search_scales(
         magnitude_K: mean ``|x|`` of each channel.
         schemes: how each weight will be quantized.
         grid: exponents tried between 0 and 1.
+        clip: judge candidates by grids with searched ranges, as `search_clip` will choose them, not by full ranges.
         scale_dtype: dtype of the checkpoint's scales.
         tied: int64 ``[K]``; channels with the same entry must get the same scale (grouped-query attention).
     """
-    screened = [weight[:: -(-len(weight) // SCREENED_ROWS)] for weight in weights]
     ones = torch.ones_like(magnitude_K)
-    candidates = [(_scaled_loss(screened, H_KK, s, schemes, scale_dtype), s)
-                  for s in _candidates(weights, magnitude_K, schemes, grid, tied)]  # fmt: skip
-    candidates.sort(key=lambda pair: pair[0])
-    identity = _scaled_loss(weights, H_KK, ones, schemes, scale_dtype)
+
+    def judge(rows: int, s: Tensor) -> float:
+        losses = [_scaled_loss(w[:: -(-len(w) // rows)], H_KK, s, scheme, clip, scale_dtype)
+                  for w, scheme in zip(weights, schemes, strict=True)]  # fmt: skip
+        return sum(losses)
+
+    candidates = list(_candidates(weights, magnitude_K, schemes, grid, tied))
+    candidates.sort(key=lambda s: judge(SCREENED_ROWS, s))
+    identity = judge(CONFIRMED_ROWS, ones)
     best = ScaleSearch(ones, identity, identity)
-    for _, s in candidates[:CONFIRMED]:
-        loss = _scaled_loss(weights, H_KK, s, schemes, scale_dtype)
+    for s in candidates[:CONFIRMED]:
+        loss = judge(CONFIRMED_ROWS, s)
         if loss < best.loss:
             best = ScaleSearch(s, loss, identity)
     return best
@@ -93,14 +100,16 @@ def tie(scales: Tensor, tied: Tensor | None) -> Tensor:
 
 
 def _scaled_loss(
-    weights: Sequence[Tensor], H_KK: Tensor, s: Tensor, schemes: Sequence[Scheme], scale_dtype: torch.dtype
+    weight: Tensor, H_KK: Tensor, s: Tensor, scheme: Scheme, clip: bool, scale_dtype: torch.dtype
 ) -> float:
-    total = 0.0
-    for weight, scheme in zip(weights, schemes, strict=True):
-        scaled = weight * s
+    scaled = weight * s
+    if clip:
+        importance = H_KK.diagonal() / s.square()
+        importance = importance + DAMPING * importance.mean()
+        chosen = search_grid(scaled, importance, scheme, scale_dtype=scale_dtype, shrinks=COARSE)
+    else:
         chosen = min_max_grid(scaled, scheme, scale_dtype=scale_dtype)
-        total += quadratic_loss((values(nearest_codes(scaled, chosen), chosen) - scaled) / s, H_KK)
-    return total
+    return quadratic_loss((values(nearest_codes(scaled, chosen), chosen) - scaled) / s, H_KK)
 
 
 def rescale(H_KK: Tensor, s: Tensor) -> Tensor:
@@ -114,29 +123,5 @@ def search_clip(W_NK: Tensor, H_KK: Tensor, scheme: Scheme, *, scale_dtype: torc
     The error of one group's part of the output is ``d^T H_gg d`` with ``H_gg`` the group's diagonal block of H: exact,
     and no token is needed.
     """
-    group_size = scheme.columns(W_NK.shape[1])
-    count = W_NK.shape[1] // group_size
-    blocks = torch.stack([H_KK[i * group_size : (i + 1) * group_size, i * group_size : (i + 1) * group_size]
-                          for i in range(count)])  # fmt: skip
-    parts = [_clip_rows(rows, blocks, scheme, scale_dtype) for rows in W_NK.split(CLIPPED_ROWS)]
-    first = parts[0]
-    return first._replace(scales=torch.cat([p.scales for p in parts]), zeros=torch.cat([p.zeros for p in parts]))
-
-
-def _clip_rows(rows: Tensor, blocks: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
-    best: Grid | None = None
-    least: Tensor | None = None
-    for shrink in SHRINKS:
-        tried = min_max_grid(rows, scheme, scale_dtype=scale_dtype, shrink=shrink)
-        d = grouped(values(nearest_codes(rows, tried), tried) - rows, tried.group_size).transpose(0, 1)
-        loss = (torch.bmm(d, blocks) * d).sum(-1).t()
-        if best is None or least is None:
-            best, least = tried, loss
-            continue
-        better = loss < least
-        least = torch.where(better, loss, least)
-        best = best._replace(
-            scales=torch.where(better, tried.scales, best.scales), zeros=torch.where(better, tried.zeros, best.zeros)
-        )
-    assert best is not None
-    return best
+    blocks = diagonal_blocks(H_KK, scheme.columns(W_NK.shape[1]))
+    return search_grid(W_NK, blocks, scheme, scale_dtype=scale_dtype)

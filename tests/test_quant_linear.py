@@ -1,0 +1,171 @@
+"""QuantLinear: what it holds, what moves and conversions do to it, and its state dict."""
+
+import copy
+
+import pytest
+import torch
+from packed_weights import dense_float64, random_case, random_rows, worst_error
+from torch import nn
+
+from ptq.errors import FormatError
+from ptq.formats.codec import QuantizedWeight, Scheme
+from ptq.nn import QuantLinear
+
+
+def weight_of(case) -> QuantizedWeight:
+    zeros = torch.full(case.scales.shape, 2 ** (case.bits - 1), dtype=torch.uint8) if case.zeros is None else case.zeros
+    return QuantizedWeight(case.codes, case.scales.float(), zeros, case.bits, case.group_size, case.zeros is None)
+
+
+def layer_of(case, bias: torch.Tensor | None = None, **options) -> QuantLinear:
+    return QuantLinear.from_quantized(weight_of(case), bias, **options)
+
+
+BIAS = torch.linspace(-1, 1, 48)
+CASE = random_case(48, 64, 32, symmetric=False, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_round_trip_and_forward(bits: int, symmetric: bool, prepared: bool) -> None:
+    case = random_case(48, 64, 32, bits, symmetric)
+    layer = layer_of(case, BIAS)
+    if prepared:
+        layer.prepare_()
+    for got, want in zip(layer.quantized(), weight_of(case), strict=True):
+        assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want
+    assert torch.equal(layer.dequantize(torch.float32), dense_float64(case).float())
+    assert (layer.zeros is None) == symmetric
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = random_rows(3, 64, dtype)
+        y = layer(x)
+        assert y.dtype == dtype
+        # bfloat16 rows: the weight (and for the int4 operator its scale and offset) and the bias rounded to bfloat16
+        rounded = 3 * 2.0**-8 if dtype == torch.bfloat16 else 0.0
+        assert worst_error(y, x, case, BIAS.to(dtype), rounded) <= 1
+
+
+@pytest.mark.parametrize(
+    "convert", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half().bfloat16()]
+)
+@pytest.mark.parametrize("prepared", [True, False])
+def test_conversion_leaves_the_scales_alone(convert, prepared: bool) -> None:
+    model = nn.Sequential(layer_of(CASE, BIAS, scales_dtype=torch.float16))
+    if prepared:
+        model[0].prepare_()
+    layout = model[0].layout
+    layer = convert(model)[0]
+    assert layer.scales.dtype == torch.float16
+    assert torch.equal(layer.scales, CASE.scales)
+    assert layer.bias.dtype == torch.bfloat16
+    assert layer.layout == layout
+    assert layer(random_rows(2, 64, torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_moving_a_prepared_layer_makes_it_canonical() -> None:
+    layer = layer_of(CASE, BIAS).prepare_()
+    moved = layer.to("meta")
+    assert (moved.layout, moved.qweight.dtype, moved.qweight.shape) == ("canonical", torch.int32, (48, 8))
+    assert {t.device.type for t in (moved.qweight, moved.scales, moved.zeros, moved.bias)} == {"meta"}
+
+
+def test_prepare_is_idempotent_and_keeps_one_copy() -> None:
+    layer = layer_of(CASE)
+    once = layer.prepare_().qweight
+    assert layer.prepare_().qweight is once
+    assert {name for name, _ in layer.named_buffers()} == {"qweight", "scales", "zeros"}
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("into_prepared", [True, False])
+@pytest.mark.parametrize("from_prepared", [True, False])
+def test_state_dict_is_canonical_and_loads(from_prepared: bool, into_prepared: bool, assign: bool) -> None:
+    source, target = layer_of(CASE, BIAS), layer_of(random_case(48, 64, 32, 4, symmetric=False), BIAS + 1)
+    plain = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    if from_prepared:
+        source.prepare_()
+    if into_prepared:
+        target.prepare_()
+    state = source.state_dict()
+    assert list(state) == ["bias", "qweight", "scales", "zeros"]
+    assert all(torch.equal(state[name], plain[name]) for name in plain)
+    target.load_state_dict(state, assign=assign)
+    assert target.layout == "canonical"
+    x = random_rows(3, 64, torch.float32)
+    assert torch.equal(target(x), layer_of(CASE, BIAS)(x))
+    assert torch.equal(target.prepare_()(x), source(x) if from_prepared else target(x))
+
+
+def test_empty_layer_is_filled_from_a_state_dict() -> None:
+    layer = QuantLinear.empty(64, 48, Scheme(4, 32, False), bias=True, dtype=torch.float32)
+    assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
+    assert layer(torch.empty(5, 64, device="meta")).shape == (5, 48)
+    layer.load_state_dict(layer_of(CASE, BIAS).state_dict(), assign=True)
+    x = random_rows(3, 64, torch.float32)
+    assert torch.equal(layer(x), layer_of(CASE, BIAS)(x))
+    rows = QuantLinear.empty(60, 8, Scheme(3, -1, True), bias=False, dtype=torch.float32, device="cpu")
+    assert (rows.group_size, rows.zeros, rows.bias, rows.qweight.shape) == (60, None, None, (8, 6))
+    assert layer.to_empty(device="cpu").scales.dtype == torch.float32
+
+
+def test_copies_are_independent() -> None:
+    layer = layer_of(CASE, BIAS).prepare_()
+    other = copy.deepcopy(layer)
+    x = random_rows(3, 64, torch.float32)
+    want = layer(x)
+    layer.scales.zero_()
+    assert torch.equal(other(x), want)
+
+
+def test_weight_is_a_read_only_view_of_values() -> None:
+    layer = layer_of(CASE, BIAS.bfloat16(), scales_dtype=torch.float16)
+    assert torch.equal(layer.weight, dense_float64(CASE).float().bfloat16())
+    assert layer_of(CASE, scales_dtype=torch.float16).weight.dtype == torch.float16
+    assert "weight" not in layer.state_dict()
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    with pytest.raises(AttributeError):
+        layer.weight = torch.zeros(1)
+    with pytest.raises(KeyError):
+        layer.weight = nn.Parameter(torch.zeros(1))
+
+
+def test_gradients_reach_the_input_and_a_trainable_bias() -> None:
+    layer = layer_of(CASE, BIAS.clone().requires_grad_())
+    x = random_rows(3, 64, torch.float32).requires_grad_()
+    layer(x).sum().backward()
+    want = dense_float64(CASE).sum(0).float().expand(3, 64)
+    torch.testing.assert_close(
+        x.grad, want, rtol=0, atol=1e-5
+    )  # 48 float32 terms below 1: 48 * 48 * 2**-24 at worst 1.4e-4
+    assert torch.equal(layer.bias.grad, torch.full((48,), 3.0))
+    assert not layer_of(CASE, BIAS).bias.requires_grad
+
+
+def test_compiles_in_one_graph() -> None:
+    torch._dynamo.reset()
+    layer = layer_of(CASE, BIAS).prepare_()
+    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), random_rows(3, 64, torch.bfloat16)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_repr_says_what_it_is() -> None:
+    layer = layer_of(random_case(48, 64, 32))
+    assert repr(layer) == (
+        "QuantLinear(in_features=64, out_features=48, bits=4, group_size=32, symmetric=True, bias=False, "
+        "layout=canonical)"
+    )
+
+
+def test_inexact_scales_are_refused() -> None:
+    case = random_case(8, 64, 32)
+    with pytest.raises(FormatError, match=r"exact in torch.bfloat16, \d+ of 16 are not; keep them in float32"):
+        layer_of(case, scales_dtype=torch.bfloat16)
+    narrow = QuantLinear.empty(64, 8, Scheme(4, 32, True), False, torch.float32, "cpu", scales_dtype=torch.float16)
+    with pytest.raises(FormatError, match="scales must be exact in torch.float16, .*scales_dtype=torch.float32"):
+        narrow.load_state_dict(layer_of(case).state_dict())
+
+
+def test_group_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(FormatError, match="must divide in_features = 64, found 48"):
+        QuantLinear.empty(64, 8, Scheme(4, 48, True), bias=False, dtype=torch.float32)

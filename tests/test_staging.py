@@ -1,0 +1,177 @@
+"""Staged directories and atomic files. Oracle: what is on the disk after success, failure, interruption, full disk."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from ptq.errors import ConfigError, FormatError, PtqError
+from ptq.formats.checkpoint import atomic_write_text, read_json, staged_directory
+from ptq.formats.staging import full_disk_as_error
+
+
+def contents(directory):
+    """Every file below a directory and its text, hidden siblings of a staged write included."""
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+def checkpoint(path, text="old"):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(text)
+
+
+def test_success_renames_the_whole_directory(tmp_path):
+    with staged_directory(tmp_path / "deep" / "out", overwrite=False) as staged:
+        assert staged == tmp_path / "deep" / ".out.partial"
+        (staged / "sub").mkdir()
+        (staged / "sub" / "a").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert contents(tmp_path) == {"deep/out/sub/a": "1"}
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "out"]
+
+
+def write_then(error, final, overwrite=True):
+    with staged_directory(final, overwrite) as staged:
+        (staged / "config.json").write_text("new")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3), PtqError("x")])
+@pytest.mark.parametrize("existing", [False, True])
+def test_any_exception_leaves_the_final_name_as_it_was(tmp_path, error, existing):
+    if existing:
+        checkpoint(tmp_path / "out")
+    before = contents(tmp_path)
+    with pytest.raises(type(error)):
+        write_then(error, tmp_path / "out")
+    assert contents(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == int(existing)
+
+
+def test_overwrite_replaces_and_removes_the_old(tmp_path):
+    checkpoint(tmp_path / "out")
+    (tmp_path / "out" / "stale.safetensors").write_text("old")
+    with staged_directory(tmp_path / "out", overwrite=True) as staged:
+        (staged / "config.json").write_text("new")
+        assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert contents(tmp_path) == {"out/config.json": "new"}
+
+
+def test_a_failed_rename_restores_the_old(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "out")
+    rename = Path.rename
+
+    def refuse_partial(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_partial)
+    with (
+        pytest.raises(OSError, match="input/output error"),
+        staged_directory(tmp_path / "out", overwrite=True) as staged,
+    ):
+        (staged / "config.json").write_text("new")
+    assert contents(tmp_path) == {"out/config.json": "old"}
+
+
+def test_leftovers_of_a_crash_are_cleaned_up(tmp_path):
+    checkpoint(tmp_path / ".out.partial", "half")
+    (tmp_path / ".out.partial" / "rubbish").write_text("x")
+    checkpoint(tmp_path / ".out.old", "older")
+    checkpoint(tmp_path / "out", "old")
+    with staged_directory(tmp_path / "out", overwrite=True) as staged:
+        assert not any(staged.iterdir())
+        (staged / "config.json").write_text("new")
+    assert contents(tmp_path) == {"out/config.json": "new"}
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    checkpoint(tmp_path / ".out.old", "old")
+    with (
+        pytest.raises(ConfigError, match="exists; choose another"),
+        staged_directory(tmp_path / "out", overwrite=False),
+    ):
+        pass
+    assert contents(tmp_path) == {"out/config.json": "old"}
+
+
+def test_an_empty_directory_and_a_link_to_one_are_taken(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with staged_directory(tmp_path / "link", overwrite=False) as staged:
+        (staged / "a").write_text("1")
+    assert contents(tmp_path / "real") == {"a": "1"}
+
+
+def enter(final, overwrite):
+    with staged_directory(final, overwrite):
+        pytest.fail("the body must not run")
+
+
+def test_what_must_not_be_overwritten(tmp_path):
+    checkpoint(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"output directory \S+out exists; choose another `output` or pass --overw"):
+        enter(tmp_path / "out", False)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"home has files but no config.json; choose another"):
+        enter(tmp_path / "home", True)
+    with pytest.raises(ConfigError, match=r"output must be a directory, found the file \S+thesis.tex"):
+        enter(tmp_path / "home" / "thesis.tex", True)
+    with pytest.raises(ConfigError, match=r"thesis.tex/out cannot be created: Not a directory"):
+        enter(tmp_path / "home" / "thesis.tex" / "out", True)
+    assert contents(tmp_path) == {"out/config.json": "old", "home/thesis.tex": "x"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_a_sentence(tmp_path, number):
+    with pytest.raises(PtqError, match=r"no space left to write \S+out: \d+ bytes are free; free some space"):
+        write_then(OSError(number, "full"), tmp_path / "out")
+    assert contents(tmp_path) == {}
+    with (
+        pytest.raises(PtqError, match=r"write \S+a/b: 7 bytes are needed and \d+ bytes are free"),
+        full_disk_as_error(tmp_path / "a" / "b", 7),
+    ):
+        raise OSError(number, "full")
+
+
+def test_other_errors_of_the_disk_are_passed_on(tmp_path):
+    with pytest.raises(OSError, match="broken") as caught:
+        write_then(OSError(errno.EIO, "broken"), tmp_path / "out")
+    assert caught.value.errno == errno.EIO
+
+
+def test_atomic_text(tmp_path, monkeypatch):
+    atomic_write_text(tmp_path / "a.json", "ä\n")
+    assert (tmp_path / "a.json").read_bytes() == "ä\n".encode()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(PtqError, match=r"write \S+a.json: 4 bytes are needed and \d+ bytes are free"):
+        atomic_write_text(tmp_path / "a.json", "new\n")
+    assert contents(tmp_path) == {"a.json": "ä\n"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "must exist: is .* a complete checkpoint directory"),
+        ("{", "must be JSON: .* the file is damaged"),
+        (b"\xff\xfe\x00", "must be JSON"),
+        ("[1]", "must hold a JSON object, found list"),
+    ],
+)
+def test_read_json_says_what_is_wrong(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "c.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(FormatError, match=message):
+        read_json(tmp_path / "c.json")
+
+
+def test_read_json(tmp_path):
+    (tmp_path / "c.json").write_text('{"a": [1]}')
+    assert read_json(tmp_path / "c.json") == {"a": [1]}
