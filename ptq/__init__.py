@@ -16,7 +16,7 @@ _PUBLIC = {
     "quantize_linears": "ptq.plain",
 }
 
-__all__ = ["load", "load_config", "quantize", "quantize_linears"]  # noqa: RUF022  (as a person meets them)
+__all__ = ["load", "load_config", "quantize", "quantize_linears"]
 
 
 def __getattr__(name: str) -> Any:

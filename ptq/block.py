@@ -13,16 +13,10 @@ from torch import Tensor, nn
 from ptq.calibration.capture import InputGroup, InputStats, Run, collect, trace_groups
 from ptq.config import RunConfig
 from ptq.formats.codec import QuantizedWeight, Scheme
-from ptq.gptq.solver import (
-    Factor,
-    factorize,
-    gptq_solve,
-    quadratic_loss,
-    require_no_rescue,
-    rounding_loss,
-)
+from ptq.gptq.solver import Factor, factorize, gptq_solve, require_no_rescue
 from ptq.grid import Grid, min_max_grid, nearest_codes, pack_result
 from ptq.grid_search import search_grid
+from ptq.loss import quadratic_loss, rounding_loss
 from ptq.models.structure import linears, set_weight, weight_of
 from ptq.rtn import rtn_solve
 

@@ -40,12 +40,21 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         return 1
     except PtqError as error:
         return _fail(options, str(error), 2 if isinstance(error, ConfigError) else 1)
-    except MemoryError as error:
-        return _fail(options, f"out of memory ({error}): lower calibration.batch_size or calibration.samples", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        first = str(error).partition("\n")[0]
+        return _fail(options, f"out of memory ({first}): lower calibration.batch_size or calibration.samples", 1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(options, f"the disk is full ({error}): free space or choose another `output`", 1)
         return _fail(options, f"a file could not be read or written: {error}", 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch says so with a class of its own on GPUs and with a plain RuntimeError on CPUs."""
+    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return named or isinstance(error, MemoryError)
 
 
 def _fail(options: argparse.Namespace, message: str, code: int) -> int:
@@ -60,10 +69,10 @@ def _debug_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE",
-                        help="YAML file; a bare name is searched in the working directory, then in configs/")  # fmt: skip
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                        help="override a key of the configuration, e.g. calibration.samples=64")  # fmt: skip
+    where = "YAML file; a bare name is searched in the working directory, then in configs/"
+    parser.add_argument("--config", required=True, metavar="FILE", help=where)
+    change = "override a key of the configuration, e.g. calibration.samples=64"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change)
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; touch no weight")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
     _debug_argument(parser)

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ptq.formats.checkpoint import ShardWriter, atomic_write_text, read_json, st
 from ptq.formats.codec import Scheme
 from ptq.models.loading import load_tokenizer
 from ptq.models.streamed import StreamedModel
+from ptq.nn.linear import kernels_in_use
 from ptq.plan import Plan, estimate_size, make_plan, parent_stream
 from ptq.progress import Progress
 from ptq.report import Report, hardware, resident_bytes, start_counting_peak, versions
@@ -52,6 +54,7 @@ def quantize(config: RunConfig, *, overwrite: bool = False, progress: Progress |
     if config.evaluation is not None:
         with progress.stage("evaluate"):
             document["evaluation"] = evaluate_run(plan, output)
+        document["kernels"] = kernels_in_use()
         document["seconds"] = {**_rounded(progress), "total": round(time.perf_counter() - started, 2)}
         _write_report(report, output)
     return report
@@ -67,7 +70,11 @@ def _write_report(report: Report, directory: Path) -> None:
 
 def _solve_and_write(plan: Plan, staged: Path, progress: Progress) -> dict[str, Any]:
     config = plan.config
-    document: dict[str, Any] = {"versions": versions(), "hardware": hardware(plan.device)}
+    document: dict[str, Any] = {
+        "versions": versions(),
+        "hardware": hardware(plan.device),
+        "configuration": asdict(config),
+    }
     batches: list[Tensor] = []
     if config.method != "rtn":
         with progress.stage("calibration text"):

@@ -67,9 +67,12 @@ def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> 
     head = ["", *columns]
     body = [[name, *(_cell(row.get(key), spec) for key, spec in columns.items())] for name, row in rows.items()]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-             for line in [head, *body]]  # fmt: skip
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+    def aligned(cells: list[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip()
+
+    return "\n".join([aligned(head), "  ".join("-" * width for width in widths), *map(aligned, body)])
 
 
 def _cell(value: Any, spec: str) -> str:

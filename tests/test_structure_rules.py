@@ -25,7 +25,7 @@ class Layer(NamedTuple):
 
 LAYERS = [
     Layer(  # words and arithmetic: torch and the standard library (and yaml in yaml_tree)
-        "ptq.errors ptq.version ptq.schema ptq.yaml_tree ptq.config_paths ptq.grid ptq.grid_search "
+        "ptq.errors ptq.version ptq.schema ptq.yaml_tree ptq.config_paths ptq.grid ptq.grid_search ptq.loss "
         "ptq.formats.codec ptq.formats.bitpack ptq.formats.capability ptq.formats.checks ptq.formats.staging",
         mutual=True,
     ),
@@ -42,7 +42,7 @@ LAYERS = [
     Layer("ptq.cli ptq ptq.__main__ ptq.*.__main__", mutual=True),
 ]
 PURE = [  # tensors in, tensors out: no files, no progress bars, no models
-    *("ptq.grid", "ptq.grid_search", "ptq.rtn", "ptq.gptq.solver", "ptq.awq.solver", "ptq.formats.codec"),
+    *("ptq.grid", "ptq.grid_search", "ptq.loss", "ptq.rtn", "ptq.gptq.solver", "ptq.awq.solver", "ptq.formats.codec"),
     *("ptq.formats.bitpack", "ptq.formats.gptq", "ptq.formats.awq", "ptq.formats.compressed_tensors"),
 ]
 IMPURE = {"transformers", "datasets", "accelerate", "yaml", "tqdm", "rich", "logging", "safetensors"}

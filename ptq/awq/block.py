@@ -12,8 +12,8 @@ from ptq.awq.solver import rescale, search_clip, search_scales
 from ptq.block import TINY, BlockTask, ModuleResult, Solved, finish
 from ptq.calibration.capture import InputGroup, InputStats, Run, collect
 from ptq.errors import NumericsError
-from ptq.gptq.solver import quadratic_loss, rounding_loss
 from ptq.grid import min_max_grid, nearest_codes, values
+from ptq.loss import quadratic_loss, rounding_loss
 from ptq.models.structure import weight_of
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ptq.formats.codec import Scheme
-from ptq.gptq.solver import quadratic_loss
 from ptq.grid import Grid, grouped, min_max_grid, nearest_codes, values
 from ptq.grid_search import COARSE, diagonal_blocks, search_grid
+from ptq.loss import quadratic_loss
 
 # Rows of each weight on which all candidates are screened, and on which the best few are then judged.
 SCREENED_ROWS = 128

@@ -1,5 +1,5 @@
 """GPTQ: Hessian-based rounding. ``python -m ptq.gptq --config run.yaml`` runs it on a model."""
 
-from ptq.gptq.solver import Factor, SolveResult, factorize, gptq_solve, quadratic_loss
+from ptq.gptq.solver import Factor, SolveResult, factorize, gptq_solve
 
-__all__ = ["Factor", "SolveResult", "factorize", "gptq_solve", "quadratic_loss"]
+__all__ = ["Factor", "SolveResult", "factorize", "gptq_solve"]

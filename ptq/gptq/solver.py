@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import NumericsError
-from ptq.grid import Grid, check_finite, nearest_codes, values
+from ptq.grid import Grid, check_finite, values
 
 ActivationOrder = Literal["static", "none"]
 
@@ -136,16 +136,6 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
     # sum e^2 = trace(D (H + lam I) D^T) exactly; taking the damping's share off leaves the loss on H.
     loss = float(squared - factor.lam * moved)
     return SolveResult(codes_NK, max(loss, 0.0))
-
-
-def quadratic_loss(D_NK: Tensor, H_KK: Tensor) -> float:
-    """``trace(D H D^T)``: mean squared output error a token of a weight error D, summed over the N outputs."""
-    return float((D_NK @ H_KK).mul_(D_NK).sum(dtype=torch.float64))
-
-
-def rounding_loss(W_NK: Tensor, H_KK: Tensor, grid: Grid) -> float:
-    """Loss of plain rounding on a grid, to judge a solver by."""
-    return quadratic_loss(W_NK - values(nearest_codes(W_NK, grid), grid).to(W_NK.dtype), H_KK)
 
 
 def require_no_rescue(factor: Factor, name: str) -> None:

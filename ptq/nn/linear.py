@@ -13,6 +13,11 @@ from ptq.formats.codec import QuantizedWeight, Scheme
 _SAME_WIDTH_INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
+def kernels_in_use() -> dict[str, str]:
+    """What ran so far in this process, for a report: implementation, device, bits and layout, and why."""
+    return ptq_kernels.chosen()
+
+
 class QuantLinear(nn.Module):
     """``y = x @ dequantize(qweight, scales, zeros).T + bias`` through `ptq_kernels.matmul`.
 

@@ -1,0 +1,219 @@
+"""The command line as a person types it: what is printed, which exit code, what is left on disk."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptq
+from ptq import cli, pipeline, plan
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples" / "tiny-llama"
+TEXT = ROOT / "examples" / "text"
+SMALL = ["calibration.samples=2", "calibration.sequence_length=32", "evaluation.tokens=128", "evaluation.window=32",
+         "evaluation.stride=32"]  # fmt: skip
+
+
+def quantize(output: Path, *extra: str, verb: str = "quantize", settings: list[str] = SMALL) -> int:
+    changes = [f"--set={item}" for item in [f"output={output}", *settings]]
+    arguments = ["--config", "demo.yaml", *changes, *extra]
+    if verb == "quantize":
+        return cli.main(["quantize", *arguments])
+    return cli.main_of_method(verb, arguments)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("cli") / "made"
+    assert quantize(output, verb="gptq") == 0
+    return output
+
+
+def test_the_run_ends_with_a_table_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert quantize(output, verb="gptq") == 0
+    printed = capsys.readouterr().out
+    for word in ("perplexity", "kl", "top1", "parent", "round-to-nearest", "result", "56 modules quantized",
+                 "4.250 bits a weight", str(output), "report.json"):  # fmt: skip
+        assert word in printed
+    report = json.loads((output / "report.json").read_text())
+    assert set(report) == {"versions", "hardware", "configuration", "calibration", "memory", "size", "modules",
+                           "kept_in_float", "kernels", "evaluation", "seconds"}  # fmt: skip
+    assert len(report["modules"]) == 56
+    assert report["calibration"]["tokens"] == 64
+    assert report["configuration"]["calibration"]["samples"] == 2
+    row = report["modules"]["model.layers.0.mlp.down_proj"]
+    assert row["tokens"] == 64
+    assert 0 < row["relative_loss"] < row["relative_rounding_loss"]
+    assert report["kept_in_float"] == ["lm_head"]
+    assert {"solve", "evaluate", "total"} <= set(report["seconds"])
+    assert report["memory"]["peak_of_solve"] > report["memory"]["before_solve"] > 0
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan.CheckpointReader, "tensor", None)  # not one weight may be read
+    assert quantize(tmp_path / "out", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "16 x 128 x 256: 4 bits, 2 groups of 128 a row, symmetric" in printed
+    assert "16.8 MB -> 7.5 MB, 4.250 bits" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_and_inspect(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--text", str(TEXT / "eval-novel.txt"), "--tokens", "256", "--window", "64"]
+    figures = tmp_path / "figures.json"
+    assert cli.main(["eval", str(checkpoint), "--parent", str(MODEL), *text, "--json", str(figures)]) == 0
+    printed = capsys.readouterr().out
+    assert "parent" in printed
+    assert "window 64, stride 64" in printed
+    models = json.loads(figures.read_text())["models"]
+    assert models["parent"]["kl"] is None
+    assert 0 < models["result"]["kl"] < 1
+    assert cli.main(["eval", str(checkpoint), *text]) == 0
+    assert "parent" not in capsys.readouterr().out
+    assert cli.main(["inspect", str(checkpoint), "--modules"]) == 0
+    printed = capsys.readouterr().out
+    assert "56 Linears" in printed
+    assert "model.layers.7.mlp.down_proj  256 x 768, 4 bits, groups of 128, symmetric" in printed
+    assert cli.main(["inspect", str(MODEL)]) == 0
+    assert "no: a float checkpoint" in capsys.readouterr().out
+
+
+def test_load_and_generate(checkpoint: Path) -> None:
+    model = ptq.load(checkpoint, device="cpu")
+    tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+    assert tokens.shape[1] in range(4, 8)  # an end-of-text token may come early
+
+
+USAGE = {
+    "misspelt key": (["calibratoin.samples=2"], "did you mean calibration"),
+    "wrong type": (["calibration.samples=many"], "calibration.samples"),
+    "missing model": (["model=./no-such-model"], "no-such-model"),
+    "group does not divide": (["group_size=96"], "96"),
+    "format cannot hold it": (["format=awq", "bits=8"], "compressed-tensors"),
+    "pattern matches nothing": (["exclude=[lm_head, mlp.dawn_proj]"], "down_proj"),
+    "everything excluded": (["exclude=[lm_head, model]"], "at least one Linear"),
+    "outside blocks": (["exclude=[]", "overrides={lm_head: {group_size: 100}}"], "lm_head"),
+    "too long for the model": (["calibration.sequence_length=4096"], "context of 1024"),
+    "window too long": (["evaluation.window=4096", "evaluation.tokens=9000"], "context of 1024"),
+    "missing text": (["calibration.dataset={files: [no-such.txt]}"], "no-such.txt"),
+    "no such device": (["device=cuda:7"], "CUDA devices"),
+    "method mismatch": (["method=awq"], "needs method: gptq"),
+    "output is the model": ([f"model={MODEL}", f"output={MODEL}"], "output"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_usage_errors_are_a_sentence_and_exit_2(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, expected = USAGE[case]
+    assert quantize(tmp_path / "out", verb="gptq", settings=[*SMALL, *changes]) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_too_short_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("A few words.")
+    settings = [*SMALL, f"calibration.dataset={{files: [{tmp_path / 'a.txt'}]}}"]
+    assert quantize(tmp_path / "out", settings=settings) == 1
+    assert "tokens" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_output_is_refused_and_replaced_on_request(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (checkpoint / "model.safetensors").read_bytes()
+    assert quantize(checkpoint, settings=[*SMALL, "bits=8"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+    assert quantize(checkpoint, "--overwrite") == 0
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(tmp_path / "out", "--debug", settings=["bits=5"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+FAILURES = {
+    "full disk": (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
+    "unreadable file": (PermissionError(errno.EACCES, "Permission denied"), "could not be read or written"),
+    "interrupt": (KeyboardInterrupt(), "interrupted"),
+    "memory": (MemoryError("8 GiB"), "out of memory"),
+    "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_failures_are_a_sentence_exit_1_and_leave_nothing(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, expected = FAILURES[case]
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "quantize_block", fail)
+    assert quantize(tmp_path / "out") == 1
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert "Traceback" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unforeseen_error_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "quantize_block", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quantize(tmp_path / "out")
+
+
+def test_control_c_in_a_real_process(tmp_path: Path) -> None:
+    settings = [f"--set={item}" for item in [f"output={tmp_path / 'out'}", *SMALL]]
+    command = [sys.executable, "-m", "ptq.gptq", "--config", "demo.yaml", *settings]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": paths})  # fmt: skip
+    assert process.stderr is not None
+    deadline = time.monotonic() + 120
+    for line in process.stderr:
+        if line.startswith("block 1/") or time.monotonic() > deadline:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(60) == 1
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", [["--help"], ["quantize", "--help"], ["eval", "--help"], ["inspect", "--help"]])
+def test_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(verb)
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_no_verb_is_a_usage_error() -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 2
+
+
+def test_unknown_public_name() -> None:
+    with pytest.raises(AttributeError, match="it offers load"):
+        ptq.no_such_thing  # noqa: B018
