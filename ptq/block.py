@@ -1,4 +1,4 @@
-"""Quantizing one block: trace it, collect statistics group by group in execution order, solve, put the codes' values in.
+"""Quantizing one block: trace it, collect statistics group by group in execution order, solve, put the values in.
 
 A block is any module with Linears: a decoder block of a streamed model, or a whole plain PyTorch module.
 """
@@ -14,7 +14,7 @@ from ptq.calibration.capture import InputGroup, InputStats, Run, collect, trace_
 from ptq.config import RunConfig
 from ptq.formats.codec import QuantizedWeight, Scheme
 from ptq.gptq.solver import Factor, factorize, gptq_solve, require_no_rescue
-from ptq.grid import Grid, min_max_grid, nearest_codes, pack_result
+from ptq.grid import Grid, min_max_grid, nearest_codes, pack_result, values
 from ptq.grid_search import search_grid
 from ptq.loss import quadratic_loss, rounding_loss
 from ptq.models.structure import linears, set_weight, weight_of
@@ -114,12 +114,16 @@ def _gptq_linear(module: nn.Module, name: str, stats: InputStats, factor: Factor
     started = time.perf_counter()
     W = weight_of(module).float()
     plain = min_max_grid(W, task.schemes[name], scale_dtype=task.scale_dtype)
-    importance = stats.hessian.diagonal() + factor.lam
-    grid = search_grid(W, importance, task.schemes[name], scale_dtype=task.scale_dtype)
+    grid = plain
+    if task.config.gptq.scales == "hessian":
+        importance = stats.hessian.diagonal() + factor.lam
+        grid = search_grid(W, importance, task.schemes[name], scale_dtype=task.scale_dtype)
     solved = gptq_solve(W, factor, grid, block_size=task.config.gptq.block_size)
     rounding = rounding_loss(W, stats.hessian, plain)
     codes, solver, loss = solved.codes, "gptq", solved.loss
     rescues = list(factor.rescues)
+    if "diagonal" in rescues:  # the solver saw the diagonal only
+        loss = quadratic_loss(W - values(codes, grid), stats.hessian)
     if loss > rounding:  # possible with few tokens; the better codes are kept and counted
         codes, grid, solver, loss = nearest_codes(W, plain), plain, "rtn", rounding
         rescues.append("rounding was better")

@@ -82,12 +82,14 @@ class GPTQConfig:
 
     ``damping``: fraction of the mean diagonal of H that is added to the diagonal;
     ``activation_order``: ``static`` quantizes columns by decreasing diagonal of H on grids fixed beforehand, ``none``
-    takes them from left to right; ``block_size``: columns between two updates of the remaining weight (speed only).
+    takes them from left to right; ``block_size``: columns between two updates of the remaining weight (speed only);
+    ``scales``: ``hessian`` searches those that lose least where inputs are strong, ``range`` spans each group's range.
     """
 
     damping: float = field(default=0.01, metadata=checked(lambda damping: 0 < damping <= 1, "above 0, at most 1"))
     activation_order: Literal["static", "none"] = "static"
     block_size: int = field(default=128, metadata=at_least(1))
+    scales: Literal["hessian", "range"] = "hessian"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Grid(NamedTuple):
     @property
     def top(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1
+        return int(2**self.bits) - 1
 
 
 def round_scales(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,9 @@
 """Scales chosen for what a weight is multiplied by: the grid that loses least under the Hessian, group by group.
 
-For each row and group the objective is ``d^T H_g d`` with ``d = Q(w) - w`` and ``H_g`` either the diagonal of the Hessian
-over the group's columns or its whole block. For symmetric grids the scale carries a sign: ``2**bits`` codes reach one
-level further on one side, and a negative scale turns that side towards the group's largest weight. Every candidate is
-rounded as the checkpoint will hold it before it is judged.
+For each row and group the objective is ``d^T H_g d`` with ``d = Q(w) - w`` and ``H_g`` either the diagonal of the
+Hessian over the group's columns or its whole block. For symmetric grids the scale carries a sign: ``2**bits`` codes
+reach one level further on one side, and a negative scale turns that side towards the group's largest weight. Every
+candidate is rounded as the checkpoint will hold it before it is judged.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -28,14 +28,14 @@ def inspect(path: str, *, modules: bool = False, trust_remote_code: bool = False
     left = [name for name, _ in linears(opened.model)]
     weights = sum(m.in_features * m.out_features for m in packed.values())
     lines.append(f"format      {opened.codec.name}")
-    lines.append(
-        f"quantized   {len(packed)} Linears, {weights / 1e6:.1f} M weights, {packed_bits(opened) / weights:.3f} bits each"
-    )
+    bits = packed_bits(opened) / weights
+    lines.append(f"quantized   {len(packed)} Linears, {weights / 1e6:.1f} M weights, {bits:.3f} bits each")
     for scheme, count in Counter(opened.schemes.values()).most_common():
         lines.append(f"            {count:4d} x {_words(scheme)}")
     lines.append(f"float       {len(left)} Linears{': ' + ', '.join(left[:4]) if left else ''}")
     if modules:
-        lines += [f"  {name}  {m.out_features} x {m.in_features}, {_words(opened.schemes[name])}" for name, m in packed.items()]
+        for name, m in packed.items():
+            lines.append(f"  {name}  {m.out_features} x {m.in_features}, {_words(opened.schemes[name])}")
     return "\n".join(lines)
 
 

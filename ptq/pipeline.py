@@ -18,10 +18,11 @@ from ptq.config import RunConfig, dump
 from ptq.evaluation import evaluate_run
 from ptq.formats.checkpoint import ShardWriter, atomic_write_text, read_json, staged_directory
 from ptq.formats.codec import Scheme
-from ptq.models.loading import load_tokenizer
+from ptq.grid import check_finite
+from ptq.models.loading import load_tokenizer, working_dtype
 from ptq.models.streamed import StreamedModel
 from ptq.nn.linear import kernels_in_use
-from ptq.plan import Plan, estimate_size, make_plan, parent_stream
+from ptq.plan import Plan, check_output, estimate_size, make_plan, parent_stream, replaced_tensors
 from ptq.progress import Progress
 from ptq.report import Report, hardware, resident_bytes, start_counting_peak, versions
 from ptq.version import VERSION
@@ -44,6 +45,7 @@ def quantize(config: RunConfig, *, overwrite: bool = False, progress: Progress |
     progress = progress or Progress()
     started = time.perf_counter()
     output = Path(config.output)
+    check_output(config)
     with staged_directory(output, overwrite) as staged:
         with progress.stage("plan"):
             plan = make_plan(config)
@@ -122,6 +124,7 @@ def _walk(plan: Plan, batches: list[Tensor], progress: Progress) -> Iterator[Fin
         started = time.perf_counter()
         path = stream.block_path(index)
         with stream.block(index) as block:
+            _check_weights(block, path)
             task = BlockTask(path, _below(path, plan.targets), plan.config, plan.dtype, _probe(stream, index, hidden))
             runs = [_runner(stream, index, i, hidden) for i in range(len(hidden))]
             progress.module(path)
@@ -131,7 +134,8 @@ def _walk(plan: Plan, batches: list[Tensor], progress: Progress) -> Iterator[Fin
                     hidden[i] = stream.run_block(index, i, hidden[i]).cpu()
             results = {f"{path}.{name}": result for name, result in found.items()}
             tensors = _block_tensors(plan, path, block, results)
-        losses = [r.row["loss_to_rounding"] for r in results.values() if "loss_to_rounding" in r.row]
+        rows = [result.row.get("loss_to_rounding") for result in results.values()]
+        losses = [loss for loss in rows if isinstance(loss, float)]
         progress.step(index, total, losses, time.perf_counter() - started)
         yield results, tensors
     yield _outer(plan, stream, batches, hidden)
@@ -156,8 +160,8 @@ def _block_tensors(plan: Plan, path: str, block: nn.Module, results: Mapping[str
         module, _, leaf = f"{path}.{local}".rpartition(".")
         if module in results and leaf == "weight":
             tensors |= _encode(plan, module, results[module])
-        else:
-            tensors[plan.names.of_parameter(f"{path}.{local}")] = value.detach().cpu().contiguous()
+        elif (name := plan.names.find(f"{path}.{local}")) is not None:
+            tensors[name] = value.detach().cpu().contiguous()
     return tensors
 
 
@@ -178,18 +182,27 @@ def _outer(plan: Plan, stream: StreamedModel, batches: list[Tensor], hidden: lis
     targets = _head_targets(plan)
     if targets:
         with stream.outer():
+            for name in targets:
+                _check_weights(stream.model.get_submodule(name), name)
             runs = [_head_runner(stream, batch, h) for batch, h in zip(batches, hidden, strict=True)]
             results = quantize_block(stream.model, runs, BlockTask("", targets, plan.config, plan.dtype))
+    blocks = plan.skeleton.get_submodule(plan.blocks).state_dict()
+    written = {plan.names.find(f"{plan.blocks}.{local}") for local in blocks} | replaced_tensors(plan)
     tensors: dict[str, Tensor] = {}
-    done = {plan.names.of_parameter(n) for n, _ in plan.skeleton.named_parameters() if n.startswith(plan.blocks + ".")}
-    packed = {plan.names.of_module(name) + ".weight" for name in results}
     for name in plan.reader.names():
-        if name not in done and name not in packed:
+        if name not in written:
             value = plan.reader.tensor(name)
-            tensors[name] = value.to(plan.dtype) if value.is_floating_point() else value
+            if value.is_floating_point():
+                check_finite(value, name)
+            tensors[name] = value.to(working_dtype(plan.skeleton, name, value, plan.dtype))
     for name, result in results.items():
         tensors |= _encode(plan, name, result)
     return results, tensors
+
+
+def _check_weights(module: nn.Module, path: str) -> None:
+    for name, parameter in module.named_parameters():
+        check_finite(parameter, f"{path}.{name}")
 
 
 def _head_runner(stream: StreamedModel, batch: Tensor, hidden: Tensor) -> Callable[[], Tensor]:

@@ -1,27 +1,30 @@
 """Quantizing any PyTorch module, without Hugging Face."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq.block import BlockTask, ModuleResult, quantize_block
 from ptq.config import AWQConfig, GPTQConfig, RunConfig, scheme_for, unused_patterns
 from ptq.errors import ConfigError
+from ptq.formats.codec import Scheme
 from ptq.grid import resolve_group_size
 from ptq.models.structure import linears, weight_shape
 from ptq.nn.swap import replace_module, to_quant_linear
+from ptq.schema import build
 
-METHODS = ("gptq", "awq", "rtn")
 
-
+@torch.no_grad()
 def quantize_linears(
     module: nn.Module,
     calibration_batches: Iterable[Any] = (),
     *,
-    method: str = "gptq",
+    method: Literal["gptq", "awq", "rtn"] = "gptq",
     bits: int = 4,
     group_size: int = 128,
     symmetric: bool = True,
@@ -31,9 +34,13 @@ def quantize_linears(
 ) -> dict[str, dict[str, object]]:
     """Quantize the ``nn.Linear`` layers of a module in place: each becomes a `ptq.nn.QuantLinear`.
 
+    A weight that a Linear shares with another module (an embedding, say) stays float there.
+
     Args:
         module: any module; it is run on the calibration batches, once for each group of layers that share an input, so
-            that later layers are calibrated on what the quantized earlier ones put out.
+            that later layers are calibrated on what the quantized earlier ones put out. ``awq`` runs it once, and a
+            float32 copy of it on the first batch to prove which scales can be folded into norms and other Linears; it
+            needs an output with floating-point tensors to do so.
         calibration_batches: arguments of ``module``: a tensor, a tuple (positional) or a dict (keywords) each.
         method: ``gptq``, ``awq`` or ``rtn`` (which needs no batches).
         bits: 2, 3, 4 or 8.
@@ -47,37 +54,76 @@ def quantize_linears(
         For each quantized layer's path its losses and settings.
 
     Raises:
-        ConfigError: an unknown method, bits or pattern; a group size that does not divide a layer; no batches.
+        ConfigError: an unknown method, option or pattern; a group size that does not divide a layer; no batches; a
+            module that is a Linear itself or holds none; a parametrized weight; for ``awq``, no output to prove by.
         NumericsError: NaN or infinity in weights or activations.
+        UnsupportedModelError: a layer that the batches do not reach.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}; found {method!r}")
-    if bits not in (2, 3, 4, 8):
-        raise ConfigError(f"bits must be 2, 3, 4 or 8; found {bits!r}")
-    config = RunConfig(model="", output="", method=method, bits=bits, group_size=group_size, symmetric=symmetric,
-                       exclude=tuple(exclude))  # fmt: skip
-    config = replace(config, gptq=gptq or config.gptq, awq=awq or config.awq)
+    config = build(RunConfig, {
+        "model": "module", "output": "module", "method": method, "bits": bits, "group_size": group_size,
+        "symmetric": symmetric, "exclude": list(exclude), "gptq": asdict(gptq or GPTQConfig()),
+        "awq": asdict(awq or AWQConfig()),
+    })  # fmt: skip
+    schemes = _schemes(module, config)
+    batches = list(calibration_batches)
+    if method != "rtn" and not batches:
+        raise ConfigError(f"method {method} needs calibration batches; found none: pass them, or use method='rtn'")
+    _untie(module, schemes)
+    with _evaluating(module):
+        dtype = module.get_parameter(f"{next(iter(schemes))}.weight").dtype
+        probe = _Probe(module, batches[0]) if method == "awq" else None
+        runs = [_runner(module, batch) for batch in batches]
+        results = quantize_block(module, runs, BlockTask("", schemes, config, dtype, probe))
+    _swap(module, results)
+    return {path: result.row for path, result in results.items()}
+
+
+def _schemes(module: nn.Module, config: RunConfig) -> dict[str, Scheme]:
+    """How each Linear that is not excluded will be quantized."""
     found = dict(linears(module))
+    if "" in found:
+        raise ConfigError(
+            f"the module must hold its Linears, to be replaced in it; found a bare {type(module).__name__}: wrap it, "
+            "as in nn.Sequential(linear)"
+        )
     for pattern in unused_patterns(config, found):
         raise ConfigError(f"a pattern in exclude must match a Linear; {pattern!r} matches none of {', '.join(found)}")
     schemes = {path: s for path in found if (s := scheme_for(config, path)) is not None}
     if not schemes:
         raise ConfigError(f"the module must hold a Linear that is not excluded; {type(module).__name__} holds none")
     for path, scheme in schemes.items():
+        if "weight" not in found[path]._parameters:
+            raise ConfigError(
+                f"the weight of a Linear must be a parameter of its own; {path} computes it from others (a weight norm "
+                "or another parametrization): remove that first, or exclude the layer"
+            )
         resolve_group_size(scheme, weight_shape(found[path])[1], path)
-    batches = list(calibration_batches)
-    if method != "rtn" and not batches:
-        raise ConfigError(f"method {method} needs calibration batches; found none: pass them, or use method='rtn'")
-    training = module.training
+    return schemes
+
+
+def _untie(module: nn.Module, paths: Iterable[str]) -> None:
+    """Give each of these Linears a weight of its own."""
+    users: dict[int, int] = {}
+    for owner in module.modules():
+        for parameter in owner.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    for path in paths:
+        linear = module.get_submodule(path)
+        weight = linear.get_parameter("weight")
+        if users[id(weight)] > 1:
+            linear.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, then every submodule as it was."""
+    training = [(child, child.training) for child in module.modules()]
     module.eval()
-    with torch.no_grad():
-        runs = [_runner(module, batch) for batch in batches]
-        dtype = next(iter(found.values())).weight.dtype
-        assert isinstance(dtype, torch.dtype)
-        results = quantize_block(module, runs, BlockTask("", schemes, config, dtype))
-    _swap(module, found, results)
-    module.train(training)
-    return {path: result.row for path, result in results.items()}
+    try:
+        yield
+    finally:
+        for child, flag in training:
+            child.training = flag
 
 
 def _runner(module: nn.Module, batch: Any) -> Callable[[], Any]:
@@ -88,11 +134,52 @@ def _runner(module: nn.Module, batch: Any) -> Callable[[], Any]:
     return lambda: module(batch)
 
 
-def _swap(module: nn.Module, found: Mapping[str, nn.Module], results: Mapping[str, ModuleResult]) -> None:
+class _Probe:
+    """Runs a float32 stand-in for the module on the first batch: all its outputs, as one vector.
+
+    Each output is divided by the largest magnitude it has for the module itself, so that a small one counts as well.
+    """
+
+    def __init__(self, module: nn.Module, batch: Any) -> None:
+        self._batch = _map_floats(batch, Tensor.float)
+        outputs = self._outputs(copy.deepcopy(module).float())
+        if not outputs:
+            raise ConfigError(
+                "method awq proves by the module's output that folding scales leaves it unchanged; the output of "
+                f"{type(module).__name__} holds no floating-point tensor: return one, or use method='gptq'"
+            )
+        self._largest = [float(y.abs().max().clamp(min=1e-30)) for y in outputs]
+
+    def _outputs(self, module: nn.Module) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        _map_floats(_runner(module, self._batch)(), outputs.append)
+        return [y for y in outputs if y.numel()]
+
+    def __call__(self, module: nn.Module) -> Tensor:
+        pairs = zip(self._outputs(module), self._largest, strict=True)
+        return torch.cat([y.double().reshape(-1) / largest for y, largest in pairs])
+
+
+def _map_floats(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Nested tuples, lists and mappings with ``function`` applied to every floating-point tensor."""
+    if isinstance(value, Tensor):
+        return function(value) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _map_floats(each, function) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [_map_floats(each, function) for each in value]
+    return value
+
+
+def _swap(module: nn.Module, results: Mapping[str, ModuleResult]) -> None:
+    """Put the packed layers in, at every path where a Linear stands."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        paths.setdefault(child, []).append(path)
     for path, result in results.items():
-        old = found[path]
+        old = module.get_submodule(path)
         bias = old.bias
-        device = old.weight.device
-        new = to_quant_linear(result.quantized, bias if isinstance(bias, torch.Tensor) else None)
-        assert isinstance(device, torch.device)
-        replace_module(module, path, new.to(device).prepare_())
+        new = to_quant_linear(result.quantized, bias if isinstance(bias, Tensor) else None)
+        new.to(old.get_parameter("weight").device).prepare_().train(old.training)
+        for each in paths[old]:
+            replace_module(module, each, new)

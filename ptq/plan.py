@@ -14,14 +14,16 @@ from ptq.formats import CODECS
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Scheme
 from ptq.models.loading import (
-    SourceNames,
     build_skeleton,
+    check_shape,
     load_module,
     locate,
     model_dtype,
     read_config,
     unload_module,
+    working_dtype,
 )
+from ptq.models.names import SourceNames
 from ptq.models.streamed import StreamedModel
 from ptq.models.structure import find_blocks, linears, weight_shape
 
@@ -65,10 +67,11 @@ def make_plan(config: RunConfig) -> Plan:
         UnsupportedModelError: no decoder blocks found.
     """
     device = resolve_device(config.device)
+    check_output(config)
     directory = locate(config.model, config.revision)
     hf_config = read_config(directory, trust_remote_code=config.trust_remote_code)
     if getattr(hf_config, "quantization_config", None):
-        raise ConfigError(f"model must be a float checkpoint; {directory} is quantized already: name its parent instead")
+        raise ConfigError(f"model must be a float checkpoint; {directory} is quantized already: name its parent")
     dtype = model_dtype(hf_config, config.dtype)
     skeleton = build_skeleton(hf_config, dtype, trust_remote_code=config.trust_remote_code)
     blocks = find_blocks(skeleton)
@@ -81,8 +84,10 @@ def make_plan(config: RunConfig) -> Plan:
     codec.check(schemes, shapes)
     reader = CheckpointReader(directory)
     names = SourceNames(skeleton, reader.names())
-    for name, _ in skeleton.named_parameters():
-        names.of_parameter(name)
+    for name, parameter in skeleton.named_parameters():
+        stored = names.of_parameter(name)
+        check_shape(stored, parameter.shape, reader.spec(stored)[1])
+    _check_head(skeleton, names, schemes)
     _check_length(config, hf_config)
     return Plan(
         config, directory, hf_config, skeleton, blocks, schemes, shapes, codec, reader, names, dtype, device
@@ -102,6 +107,31 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(f"device {name} must exist; this machine has {count} CUDA devices: use device: cpu or auto")
     return device
+
+
+def check_output(config: RunConfig) -> None:
+    """Refuse an output that would replace the model or lie among its files.
+
+    Raises:
+        ConfigError: output and model are the same directory, or one is inside the other.
+    """
+    model, output = Path(config.model).expanduser().resolve(), Path(config.output).expanduser().resolve()
+    if model.is_dir() and (model in (output, *output.parents) or output in model.parents):
+        raise ConfigError(
+            f"output must be a directory apart from the model's; {config.output} and {config.model} are the same or "
+            "one is inside the other: choose another `output`"
+        )
+
+
+def _check_head(skeleton: nn.Module, names: SourceNames, schemes: dict[str, Scheme | None]) -> None:
+    """A packed head stands beside the embedding it was tied to, so the embedding needs a name of its own."""
+    for path, scheme in schemes.items():
+        weight = f"{path}.weight"
+        if scheme is not None and names.is_tied(weight) and names.of_parameter(weight).endswith(weight):
+            raise ConfigError(
+                f"{path} can be quantized only where the checkpoint keeps the embedding it is tied to under its own "
+                f"name; this one has {names.of_parameter(weight)} alone: add {path} to `exclude`"
+            )
 
 
 def _check_patterns(config: RunConfig, modules: list[str]) -> None:
@@ -128,7 +158,7 @@ def _check_reach(schemes: dict[str, Scheme | None], blocks: str, modules: list[s
 
 
 def _check_length(config: RunConfig, hf_config: Any) -> None:
-    limit = getattr(hf_config, "max_position_embeddings", None)
+    limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     wanted = {"calibration.sequence_length": config.calibration.sequence_length if config.method != "rtn" else 0}
     if config.evaluation is not None:
         wanted["evaluation.window"] = config.evaluation.window
@@ -138,10 +168,15 @@ def _check_length(config: RunConfig, hf_config: Any) -> None:
 
 
 def estimate_size(plan: Plan) -> Size:
-    """Sizes from shapes alone: exact up to the safetensors headers."""
+    """Sizes from the headers alone: exact up to the safetensors headers of the result."""
     before = sum(plan.reader.files().values())
-    floats = {plan.names.of_parameter(n): p for n, p in plan.skeleton.named_parameters() if not plan.names.is_tied(n)}
-    after = sum(p.numel() * _itemsize(p, plan.dtype) for p in floats.values())
+    replaced = replaced_tensors(plan)
+    after = 0
+    for name in plan.reader.names():
+        if name not in replaced:
+            dtype, shape = plan.reader.spec(name)
+            stand_in = torch.empty(shape, dtype=dtype, device="meta")
+            after += stand_in.numel() * working_dtype(plan.skeleton, name, stand_in, plan.dtype).itemsize
     packed = weights = 0
     scales_dtype = plan.codec.scales_dtype(plan.dtype)
     for path, scheme in plan.targets.items():
@@ -149,13 +184,12 @@ def estimate_size(plan: Plan) -> Size:
         specs = plan.codec.tensor_specs(path, n, k, scheme, scales_dtype)
         packed += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in specs.values())
         weights += n * k
-        tied = plan.names.is_tied(f"{path}.weight")
-        after -= 0 if tied else n * k * plan.dtype.itemsize
     return Size(before, after + packed, 8 * packed / weights)
 
 
-def _itemsize(parameter: torch.Tensor, dtype: torch.dtype) -> int:
-    return dtype.itemsize if parameter.is_floating_point() else parameter.dtype.itemsize
+def replaced_tensors(plan: Plan) -> set[str]:
+    """Tensors of the parent that the result holds packed instead; the embedding of a tied head is not one of them."""
+    return {f"{plan.names.of_module(path)}.weight" for path in plan.targets}
 
 
 def describe(plan: Plan) -> str:
@@ -173,7 +207,8 @@ def describe(plan: Plan) -> str:
         lines.append(f"calibrate  {c.samples} sequences of {c.sequence_length} tokens, seed {c.seed}")
     for (scheme, (n, k)), count in sorted(kinds.items(), key=lambda item: str(item[0])):
         kind = "symmetric" if scheme.symmetric else "asymmetric"
-        groups = "1 group a row" if scheme.group_size == -1 else f"{k // scheme.group_size} groups of {scheme.group_size}"
+        columns = scheme.columns(k)
+        groups = "1 group" if columns == k else f"{k // columns} groups of {columns}"
         lines.append(f"quantize   {count:4d} x {n} x {k}: {scheme.bits} bits, {groups} a row, {kind}")
     left = [path for path, scheme in plan.schemes.items() if scheme is None]
     lines.append(f"keep       {len(left)} Linears in float{': ' + ', '.join(left[:4]) if left else ''}")
@@ -188,6 +223,9 @@ def parent_stream(plan: Plan) -> StreamedModel:
     """The parent model, block by block."""
 
     def load(model: nn.Module, path: str) -> None:
-        load_module(model, path, plan.reader, plan.names, device=plan.device, dtype=plan.dtype)
+        load_module(
+            model, path, plan.reader, plan.names, device=plan.device, dtype=plan.dtype,
+            skip=lambda name: not path and name.startswith(f"{plan.blocks}."),
+        )  # fmt: skip
 
     return StreamedModel(plan.skeleton, plan.blocks, load, unload_module, plan.device)

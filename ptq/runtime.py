@@ -11,15 +11,8 @@ from ptq.errors import FormatError
 from ptq.formats import codec_for_config
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Scheme
-from ptq.models.loading import (
-    SourceNames,
-    build_skeleton,
-    load_module,
-    locate,
-    model_dtype,
-    read_config,
-    unload_module,
-)
+from ptq.models.loading import build_skeleton, load_module, locate, model_dtype, read_config, unload_module
+from ptq.models.names import SourceNames
 from ptq.models.streamed import StreamedModel
 from ptq.models.structure import find_blocks, linears, weight_shape
 from ptq.nn.linear import QuantLinear
@@ -82,21 +75,26 @@ def _empty(linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> QuantLinear
     return QuantLinear.empty(k, n, scheme, getattr(linear, "bias", None) is not None, dtype)
 
 
-def load_weights(checkpoint: Checkpoint, path: str, device: torch.device) -> None:
-    """Read everything below one module of an opened checkpoint, packed weights as QuantLinears.
+def load_weights(checkpoint: Checkpoint, path: str, device: torch.device, *, without: str | None = None) -> None:
+    """Read what lies below one module, but not below ``without``; packed weights become QuantLinears.
 
     Raises:
         FormatError: a tensor is missing, or of the wrong dtype or shape.
     """
-    model, prefix = checkpoint.model, f"{path}." if path else ""
-    packed = [n for n in checkpoint.schemes if n == path or n.startswith(prefix)]
+    model = checkpoint.model
+    packed = [n for n in checkpoint.schemes if _below(n, path) and not _below(n, without)]
     inside = tuple(f"{name}." for name in packed)
     load_module(
         model, path, checkpoint.reader, checkpoint.names, device=device, dtype=checkpoint.dtype,
-        skip=lambda name: name.startswith(inside) and not name.endswith(".bias"),
+        skip=lambda name: _below(name, without) or (name.startswith(inside) and not name.endswith(".bias")),
     )  # fmt: skip
     for name in packed:
         _load_packed(checkpoint, name, device)
+
+
+def _below(name: str, path: str | None) -> bool:
+    """Whether a name is that of a module or of something in it; everything is in "", nothing in None."""
+    return path is not None and (not path or name == path or name.startswith(f"{path}."))
 
 
 def _load_packed(checkpoint: Checkpoint, name: str, device: torch.device) -> None:
@@ -106,13 +104,13 @@ def _load_packed(checkpoint: Checkpoint, name: str, device: torch.device) -> Non
     tensors = checkpoint.reader.tensors(codec.tensor_names(stored, scheme))
     quantized = codec.decode(stored, tensors, scheme)
     old = checkpoint.model.get_submodule(name)
+    assert isinstance(old, QuantLinear)
     if tuple(quantized.codes.shape) != (old.out_features, old.in_features):
         raise FormatError(
             f"{stored} must be a packed {old.out_features} x {old.in_features} weight; the checkpoint holds "
             f"{tuple(quantized.codes.shape)}: config.json and the shards do not belong together"
         )
-    bias = old.bias
-    new = to_quant_linear(quantized, bias if isinstance(bias, torch.Tensor) else None).to(device)
+    new = to_quant_linear(quantized, old.bias).to(device)
     replace_module(checkpoint.model, name, new)
 
 
@@ -129,7 +127,7 @@ def open_stream(checkpoint: Checkpoint, device: torch.device) -> StreamedModel:
     model = checkpoint.model
 
     def load(_model: nn.Module, path: str) -> None:
-        load_weights(checkpoint, path, device)
+        load_weights(checkpoint, path, device, without=None if path else checkpoint.blocks)
 
     return StreamedModel(model, checkpoint.blocks, load, unload_weights, device)
 
@@ -167,19 +165,11 @@ def load(
     checkpoint = open_checkpoint(path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     load_weights(checkpoint, "", target)
     model = checkpoint.model
-    retie(model)
     for module in quant_linears(model):
         module.impl = impl
         module.prepare_()
     _add_generation_config(model, checkpoint.directory)
     return model
-
-
-def retie(model: nn.Module) -> None:
-    """Let tied parameters share storage again: each was read under its own name."""
-    tie = getattr(model, "tie_weights", None)
-    if tie is not None:
-        tie()
 
 
 def quant_linears(model: nn.Module) -> Iterable[QuantLinear]:

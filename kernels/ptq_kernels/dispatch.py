@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptq_kernels import layouts, reference
+from ptq_kernels import layouts, reference, tiles
 from ptq_kernels.cpu import matmul as cpu
 from ptq_kernels.layouts import PackedWeight
 
@@ -43,18 +43,22 @@ def _refuse_triton(device: torch.device) -> str | None:
 
 
 def _run_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    from ptq_kernels.triton import w4a16
+    from ptq_kernels.triton import launch
 
-    return w4a16.matmul(x, weight, bias)
+    return launch.matmul(x, weight, bias)
+
+
+def _describe_triton(weight: PackedWeight) -> str:
+    from ptq_kernels.triton import launch
+
+    return launch.describe(weight)
 
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(
         ("canonical",), lambda device: None, reference.matmul, lambda weight: "float32 dequantize and matmul"
     ),
-    "triton": Implementation(
-        ("canonical",), _refuse_triton, _run_triton, lambda weight: "fused dequantize-matmul kernel"
-    ),
+    "triton": Implementation((*tiles.NAMES, "canonical"), _refuse_triton, _run_triton, _describe_triton),
     "cpu": Implementation(
         ("aten_int4", "canonical"),
         lambda device: None if device.type == "cpu" else f"it needs CPU tensors, got {device}",
@@ -110,6 +114,15 @@ def run(impl: str, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tens
         weight = layouts.convert(weight, "canonical")
     _note(impl, name, weight)
     return _IMPLEMENTATIONS[name].run(x, weight, bias)
+
+
+def grad_input(grad: Tensor, weight: PackedWeight) -> Tensor:
+    """``grad [M, N] @ weight``: on a GPU by Triton where it reads the layout, otherwise as the specification does it."""
+    if weight.layout in tiles.NAMES and _refuse_triton(grad.device) is None:
+        from ptq_kernels.triton import launch
+
+        return launch.grad_input(grad.contiguous(), weight)
+    return reference.grad_input(grad, weight)
 
 
 def _note(impl: str, name: str, weight: PackedWeight) -> None:

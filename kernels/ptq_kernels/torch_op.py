@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq_kernels import dispatch, reference
+from ptq_kernels import dispatch
 from ptq_kernels.layouts import PackedWeight
 
 # The low level interface costs a fraction of torch.library.custom_op on every call.
@@ -61,7 +61,7 @@ def _grad_input(
     shape = (*grad.shape[:-1], in_features)
     if grad.numel() == 0:
         return grad.new_empty(shape)
-    return reference.grad_input(grad.reshape(-1, grad.shape[-1]), weight).view(shape)
+    return dispatch.grad_input(grad.reshape(-1, grad.shape[-1]), weight).view(shape)
 
 
 def _grad_input_fake(

@@ -34,8 +34,8 @@ def awq_block(
     stats = collect(modules, groups, runs, where)
     scaled = copy.deepcopy(block).float()
     folded, rescues = _fold_all(scaled, groups, stats, task)
-    for path in {fold.producer for fold, _ in folded.values()} - set(modules):
-        _take_over(block.get_submodule(path), scaled.get_submodule(path))
+    for path in {fold.producer for fold, _ in folded.values()}:
+        _take_over(block.get_submodule(path), scaled.get_submodule(path), skip="weight" if path in modules else "")
     results = {}
     for group, input_stats in zip(groups, stats, strict=True):
         fold, scales = folded.get(group.members, (None, None))
@@ -74,17 +74,19 @@ def _fold_all(
         return applied, []
     if task.config.strict:
         raise NumericsError(
-            f"strict: folding scales must leave the float block {task.name} unchanged; its output moved by {error:.1e}: "
-            "set strict: false to quantize it without scales"
+            f"strict: folding scales must leave the float block {task.name} unchanged; its output moved by "
+            f"{error:.1e}: set strict: false to quantize it without scales"
         )
     for name, parameter in scaled.named_parameters():
         parameter.copy_(originals[name])
     return {}, [f"folds dropped, output moved by {error:.1e}"]
 
 
-def _take_over(norm: nn.Module, scaled: nn.Module) -> None:
-    for name, parameter in norm.named_parameters(recurse=False):
-        parameter.copy_(scaled.get_parameter(name))
+def _take_over(producer: nn.Module, scaled: nn.Module, skip: str) -> None:
+    """A norm's weight and bias; of a Linear the bias, for its weight is still to be quantized."""
+    for name, parameter in producer.named_parameters(recurse=False):
+        if name != skip:
+            parameter.copy_(scaled.get_parameter(name))
 
 
 def _awq_linear(

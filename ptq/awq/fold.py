@@ -113,7 +113,7 @@ def _candidates(
 ) -> Iterator[Fold]:
     weight = weight_of(block.get_submodule(group.members[0]))
     k, device = weight.shape[1], weight.device
-    if norm is not None:
+    if norm is not None and _outputs(block.get_submodule(norm)) == k:
         every = torch.arange(k, device=device)
         yield Fold(norm, group.members, every, False)
         yield Fold(norm, group.members, every, True)
@@ -181,7 +181,8 @@ def _keep_input(store: dict[str, Tensor], path: str) -> Callable[..., None]:
 
 
 def _keep_output(store: list[tuple[str, Tensor]], path: str) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-        store.append((path, output))
+    def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: object) -> None:
+        if isinstance(output, Tensor):
+            store.append((path, output))
 
     return hook

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import NumericsError, UnsupportedModelError
+from ptq.grid import check_finite
 
 # Rows of x multiplied at a time: bounds the float32 copy of the activations.
 CHUNK_ROWS = 8192
@@ -16,9 +17,10 @@ Run = Callable[[], Any]
 
 
 class InputGroup(NamedTuple):
-    """Linears that read the very same tensor, in order of execution."""
+    """Linears that read the very same tensors, in order of execution."""
 
     members: tuple[str, ...]
+    calls: int = 1  # how often each of them runs in a forward pass
 
 
 class InputStats(NamedTuple):
@@ -59,68 +61,72 @@ def trace_groups(modules: Mapping[str, nn.Module], run: Run) -> list[InputGroup]
         UnsupportedModelError: a Linear was not called, so nothing could be calibrated for it.
     """
     # Inputs are kept alive until the end: a freed tensor's address may be given to another one.
-    inputs: list[tuple[str, Tensor]] = []
-    with input_hooks(modules, lambda name, x: inputs.append((name, x))):
+    alive: list[Tensor] = []
+    read: dict[str, list[tuple[Any, ...]]] = {}
+
+    def seen(name: str, x: Tensor) -> None:
+        # The version tells the contents before an in-place change from those after it; inference tensors have none.
+        version = -len(alive) if x.is_inference() else x._version
+        read.setdefault(name, []).append((x.data_ptr(), tuple(x.shape), x.stride(), version))
+        alive.append(x)
+
+    with input_hooks(modules, seen):
         run()
     groups: dict[tuple[Any, ...], list[str]] = {}
-    placed: set[str] = set()
-    for name, x in inputs:
-        if name not in placed:
-            placed.add(name)
-            key = (x.data_ptr(), tuple(x.shape), x.stride(), x._version)
-            groups.setdefault(key, []).append(name)
-    missing = [name for name in modules if name not in placed]
+    for name, keys in read.items():
+        groups.setdefault(tuple(keys), []).append(name)
+    missing = [name for name in modules if name not in read]
     if missing:
         raise UnsupportedModelError(
             f"every Linear to be quantized must run when calibration data does; {', '.join(missing[:4])} did not: "
             "add them to `exclude`"
         )
-    return [InputGroup(tuple(members)) for members in groups.values()]
+    return [InputGroup(tuple(members), len(keys)) for keys, members in groups.items()]
 
 
 @torch.no_grad()
 def collect(
     modules: Mapping[str, nn.Module], groups: Sequence[InputGroup], runs: Iterable[Run], where: str = ""
 ) -> list[InputStats]:
-    """Accumulate the statistics of each group over all runs; a run stops once the last group has been fed.
+    """Accumulate the statistics of each group over all runs; a run stops once all groups have been fed.
 
     ``H <- H n/n' + X^T X / n'`` keeps magnitudes bounded; float32 whatever the activations' dtype.
 
     Raises:
-        NumericsError: an activation is NaN or infinite.
+        NumericsError: an activation is NaN or infinite, or so large that its square is.
         UnsupportedModelError: a group was never fed.
     """
     heads = {group.members[0]: i for i, group in enumerate(groups)}
     sums: list[_Sum | None] = [None] * len(groups)
-    left = 0
+    left: dict[str, int] = {}
 
     def seen(name: str, x: Tensor) -> None:
-        nonlocal left
         index = heads[name]
         rows = x.reshape(-1, x.shape[-1])
         current = sums[index]
         if current is None:
             sums[index] = current = _Sum(rows.shape[-1], rows.device)
         current.add(rows, f"{where}{name}")
-        left -= 1
-        if left == 0:
+        left[name] -= 1
+        if max(left.values()) <= 0:
             raise StopForward
 
     with input_hooks({name: modules[name] for name in heads}, seen):
         for run in runs:
-            left = len(groups)
+            left.update({group.members[0]: group.calls for group in groups})
             try:
                 run()
             except StopForward:
                 continue
     result = []
     for group, total in zip(groups, sums, strict=True):
-        if total is None:
+        if total is None or total.tokens == 0:
             raise UnsupportedModelError(
                 f"calibration must reach every Linear; nothing reached {where}{group.members[0]}: give more samples or "
                 "exclude it"
             )
-        result.append(total.stats())
+        check_finite(total.hessian, f"the second moment of the input of {where}{group.members[0]}")
+        result.append(InputStats(total.hessian, total.magnitude, total.tokens))
     return result
 
 
@@ -138,12 +144,9 @@ class _Sum:
                 f"activations must be finite; the input of {name} holds NaN or infinity: check the checkpoint, or run "
                 "in bfloat16 or float32 where float16 overflows"
             )
-        for chunk in rows.split(CHUNK_ROWS):
+        for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
             x = chunk.float()
             total = self.tokens + len(x)
             self.hessian.mul_(self.tokens / total).addmm_(x.t(), x, alpha=1 / total)
             self.magnitude.mul_(self.tokens / total).add_(x.abs().sum(0), alpha=1 / total)
             self.tokens = total
-
-    def stats(self) -> InputStats:
-        return InputStats(self.hessian, self.magnitude, self.tokens)

@@ -30,7 +30,8 @@ class Factor(NamedTuple):
 class SolveResult(NamedTuple):
     """Codes ``uint8 [N, K]`` in original column order and what they cost.
 
-    ``loss`` is ``trace(D H D^T)``, the mean squared output error a token, D the weight error.
+    ``loss`` is ``trace(D H D^T)``, the mean squared output error a token, D the weight error; after the rescue
+    ``diagonal`` it is that of the diagonal alone.
     """
 
     codes: Tensor
@@ -50,19 +51,19 @@ def factorize(H_KK: Tensor, *, damping: float = 0.01, activation_order: Activati
     """
     check_finite(H_KK, "the Hessian")
     diagonal = H_KK.diagonal()
-    mean = float(diagonal.mean())
+    mean = float(diagonal.abs().mean())
     dead = int((diagonal == 0).sum())
     if activation_order == "static":
         order = torch.argsort(diagonal, descending=True, stable=True)
         H_KK = H_KK[order][:, order]
     else:
         order = torch.arange(len(diagonal), device=H_KK.device)
-    if mean <= 0:  # nothing was ever fed in: every direction costs the same
+    if mean == 0:  # nothing was ever fed in: every direction costs the same
         return Factor(torch.eye(len(order), dtype=H_KK.dtype, device=H_KK.device), order, 1.0, damping, dead, ())
     rescues: list[str] = []
     tried = damping
     while True:
-        for dtype in (H_KK.dtype, torch.float64):
+        for dtype in dict.fromkeys((H_KK.dtype, torch.float64)):
             U_KK = _inverse_factor(H_KK, tried * mean, dtype)
             if U_KK is not None:
                 return Factor(U_KK, order, tried * mean, tried, dead, tuple(rescues))
@@ -70,7 +71,7 @@ def factorize(H_KK: Tensor, *, damping: float = 0.01, activation_order: Activati
                 rescues.append("float64")
         if tried >= 1:
             rescues.append("diagonal")
-            U_KK = torch.diag((H_KK.diagonal() + mean).abs().clamp(min=1e-12).rsqrt())
+            U_KK = torch.diag((H_KK.diagonal().clamp(min=0) + mean).rsqrt())
             return Factor(U_KK, order, mean, tried, dead, tuple(rescues))
         tried = min(1.0, 3 * max(tried, 1e-6))
         rescues.append(f"damping {tried:.3g}")
@@ -115,7 +116,6 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
     scales, zeros = grid.scales.t().contiguous().to(W.dtype), grid.zeros.t().contiguous().to(W.dtype)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     squared = torch.zeros((), dtype=torch.float64, device=W.device)
-    moved = torch.zeros((), dtype=torch.float64, device=W.device)
     for start in range(0, K, block_size):
         end = min(start + block_size, K)
         block, U_block = W[start:end], U[start:end, start:end]
@@ -129,9 +129,8 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
             block[j + 1 :].addr_(U_block[j, j + 1 :], errors[j], alpha=-1)
         W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
         squared += errors.double().square().sum()
-    result = torch.empty_like(codes)
-    result[order] = codes
-    codes_NK = result.t().contiguous()
+    codes_NK = torch.empty_like(W_NK, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    codes_NK[:, order] = codes.t()
     moved = (W_NK - values(codes_NK, grid).to(W_NK.dtype)).double().square().sum()
     # sum e^2 = trace(D (H + lam I) D^T) exactly; taking the damping's share off leaves the loss on H.
     loss = float(squared - factor.lam * moved)

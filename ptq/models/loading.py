@@ -1,7 +1,7 @@
 """A model without its weights, and the weights of one module at a time from safetensors shards."""
 
-from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import ConfigError, FormatError, UnsupportedModelError
+from ptq.models.names import SourceNames, retie
 
 
 class TensorSource(Protocol):
@@ -107,55 +108,29 @@ def model_dtype(config: Any, requested: str) -> torch.dtype:
     return getattr(torch, own) if isinstance(own, str) else own
 
 
-def tied_names(model: nn.Module) -> Mapping[str, str]:
-    """Parameters that share another parameter's storage: name to the name it is loaded under."""
-    tied = getattr(model, "all_tied_weights_keys", None)
-    return dict(tied) if isinstance(tied, Mapping) else {}
+def working_dtype(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of one parameter in a model that works in ``dtype``: some models keep a few in float32."""
+    if not value.is_floating_point():
+        return value.dtype
+    kept: set[str] = set()
+    if dtype != torch.float32:
+        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return torch.float32 if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept) else dtype
 
 
-class SourceNames:
-    """Which tensor of a checkpoint holds which parameter of a model.
+def check_shape(name: str, expected: Sequence[int], found: Sequence[int]) -> None:
+    """Whether a tensor of a checkpoint fits its parameter.
 
-    The names agree but for the base model's prefix, which some checkpoints leave out or add.
+    Raises:
+        FormatError: it does not.
     """
-
-    def __init__(self, model: nn.Module, source: Iterable[str]) -> None:
-        self._source = set(source)
-        self._tied = tied_names(model)
-        prefix = str(getattr(model, "base_model_prefix", "") or "") + "."
-        wanted = [name for name, _ in model.named_parameters()]
-        spellings = {
-            "same": lambda n: n,
-            "shorter": lambda n: n.removeprefix(prefix),
-            "longer": lambda n: prefix + n,
-        }
-        hits = {key: sum(spell(n) in self._source for n in wanted) for key, spell in spellings.items()}
-        self._spell = spellings[max(hits, key=lambda key: hits[key])]
-
-    def of_module(self, path: str) -> str:
-        """A module's name as the checkpoint spells it."""
-        return self._spell(path)
-
-    def of_parameter(self, name: str) -> str:
-        """The tensor that holds a parameter.
-
-        Raises:
-            FormatError: the checkpoint has no such tensor.
-        """
-        name = self._tied.get(name, name)
-        for candidate in (self._spell(name), name):
-            if candidate in self._source:
-                return candidate
-        near = get_close_matches(self._spell(name), self._source, n=1)
-        hint = f"; the nearest name in it is {near[0]}" if near else ""
+    if tuple(expected) != tuple(found):
         raise FormatError(
-            f"the checkpoint must hold every parameter of the model; {self._spell(name)} is missing{hint}: "
-            "the download may be incomplete, or the checkpoint belongs to another architecture"
+            f"{name} must have the model's shape {tuple(expected)}; the checkpoint has {tuple(found)}: "
+            "config.json and the shards do not belong together"
         )
-
-    def is_tied(self, name: str) -> bool:
-        """Whether the parameter shares another one's storage."""
-        return name in self._tied
 
 
 def load_module(
@@ -170,33 +145,33 @@ def load_module(
 ) -> None:
     """Read the parameters and persistent buffers below ``path`` and put them on ``device`` (buffers too).
 
-    ``skip`` names those (by full name) that are loaded by other means.
+    Tied parameters are read once. A persistent buffer that the checkpoint lacks keeps the model's own value. ``skip``
+    names those (by full name) that are loaded by other means.
 
     Raises:
         FormatError: a tensor is missing or has another shape than the model's.
+        UnsupportedModelError: a parameter is put together from several tensors.
     """
     from accelerate.utils import set_module_tensor_to_device
 
     module = model.get_submodule(path)
     persistent = set(module.state_dict())
-    for local, current in [*module.named_parameters(), *module.named_buffers()]:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for local, current in [*parameters.items(), *module.named_buffers()]:
         full = f"{path}.{local}" if path else local
-        if skip(full):
+        if skip(full) or names.is_tied(full):
             continue
-        if local not in persistent:
+        name = names.of_parameter(full) if local in parameters else names.find(full)
+        if name is None or local not in persistent:
             if current.device != device:
                 set_module_tensor_to_device(module, local, device)
             continue
-        name = names.of_parameter(full)
         value = source.tensor(name)
-        if value.shape != current.shape:
-            raise FormatError(
-                f"{name} must have the model's shape {tuple(current.shape)}; the checkpoint has {tuple(value.shape)}: "
-                "config.json and the shards do not belong together"
-            )
-        target = dtype if value.is_floating_point() else value.dtype
+        check_shape(name, current.shape, value.shape)
+        target = working_dtype(model, full, value, dtype)
         # A copy: the file's memory map must not see a solver's changes.
         set_module_tensor_to_device(module, local, device, value=value.to(device, target, copy=True), dtype=target)
+    retie(model)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
 

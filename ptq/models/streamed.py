@@ -34,8 +34,8 @@ class StreamedModel:
     Args:
         model: skeleton with parameters on ``meta``.
         blocks: dotted path of its ModuleList of blocks.
-        load: puts real weights into the module at a path (not into the blocks for path "").
-        unload: takes them out again.
+        load: puts real weights into the module at a path; for path "" into all that is not in the blocks.
+        unload: takes the weights out of a module and all below it.
         device: where everything runs.
     """
 
@@ -52,32 +52,14 @@ class StreamedModel:
         """Dotted path of one block."""
         return f"{self.blocks_path}.{index}"
 
-    def outer_modules(self) -> Iterator[str]:
-        """Paths of the largest modules that hold no block: embeddings, final norm, head."""
-
-        def walk(path: str, module: nn.Module) -> Iterator[str]:
-            for name, child in module.named_children():
-                full = f"{path}{name}"
-                if full == self.blocks_path:
-                    continue
-                if self.blocks_path.startswith(full + "."):
-                    yield from walk(full + ".", child)
-                else:
-                    yield full
-
-        yield from walk("", self.model)
-
     @contextmanager
     def outer(self) -> Iterator[None]:
         """Everything but the blocks in memory."""
-        paths = list(self.outer_modules())
         try:
-            for path in paths:
-                self._load(self.model, path)
+            self._load(self.model, "")
             yield
         finally:
-            for path in paths:
-                self._unload(self.model.get_submodule(path))
+            self._unload(self.model)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -117,15 +99,13 @@ class StreamedModel:
     def run_block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """The output of a loaded block for one batch of hidden states, on the device it runs on."""
         call = self.calls[index][batch]
-        output = self.blocks[index](hidden.to(self.device), *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return _hidden_of(self.blocks[index](hidden.to(self.device), *call.args, **call.kwargs))
 
     @torch.no_grad()
     def run_in_place(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
         """Run a float32 stand-in for a block on the first sequences of batch 0."""
         call = self.calls[index][0]
-        output = module(hidden.to(self.device).float(), *_to_float(call.args), **_to_float(call.kwargs))
-        return output[0] if isinstance(output, tuple) else output
+        return _hidden_of(module(hidden.to(self.device).float(), *_to_float(call.args), **_to_float(call.kwargs)))
 
     @torch.no_grad()
     def logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
@@ -142,7 +122,7 @@ class StreamedModel:
         def record(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden, args, kwargs = _split_hidden(args, kwargs)
             start.append(hidden)
-            seen.append(BlockCall(args, {k: v for k, v in kwargs.items() if "cache" not in k and "past" not in k}))
+            seen.append(BlockCall(args, kwargs))
             if index == len(self.blocks) - 1:
                 raise _Stop
             return self._wrap(hidden)
@@ -164,7 +144,7 @@ class StreamedModel:
 
     def _forward(self, batch: Tensor, replacement: Callable[..., Any]) -> Any:
         for index, block in enumerate(self.blocks):
-            block.forward = _bind(replacement, index)  # type: ignore[method-assign]  # restored below
+            block.forward = _bind(replacement, index)
         try:
             return self.model(input_ids=batch.to(self.device), use_cache=False)
         except _Stop:
@@ -172,6 +152,12 @@ class StreamedModel:
         finally:
             for block in self.blocks:
                 del block.forward
+
+
+def _hidden_of(output: Any) -> Tensor:
+    """A block returns its hidden states alone or first in a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _bind(function: Callable[..., Any], index: int) -> Callable[..., Any]:

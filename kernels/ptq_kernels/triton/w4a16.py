@@ -13,6 +13,7 @@ that an asynchronous wgmma may still read.
 
 import contextlib
 import os
+from functools import cache
 
 import torch
 import triton
@@ -110,10 +111,20 @@ def interpreted() -> bool:
 
 
 def refuse(device: torch.device) -> str | None:
-    """Why the kernel cannot run on `device`; None: it can."""
-    if device.type == "cuda" or (interpreted() and device.type == "cpu"):
+    """Why no Triton kernel of this package can run on `device`; None: they can."""
+    if device.type == "cuda":
+        return _too_old(device)
+    if interpreted() and device.type == "cpu":
         return None
-    return f"the Triton kernel needs CUDA tensors, got {device}"
+    return f"the Triton kernels need CUDA tensors, got {device}"
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    return f"the Triton kernels need compute capability 8.0 or newer, {device} has {major}.{minor}"
 
 
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,283 @@
+"""Compiles the kernels ahead of time for any GPU, without one, and reads what the assembler made of them.
+
+``python -m ptq_kernels.triton.aot`` compiles every tile of the table and prints registers, spills, resident programs,
+instructions a weight and every violation of `violations`; the exit status says whether there was one.
+
+The longest backward branch counts as the main loop. The machine code is read as text, with the opcodes that these
+kernels use. No timing comes out of this.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ptq_kernels.triton import configs
+from ptq_kernels.triton.configs import Tile
+from ptq_kernels.triton.tiled import tiled_kernel
+
+_TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB; each resident program takes 1 KiB of it besides its own
+_MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB of one program
+_THREADS_OF_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048}
+_MOST_IN_THE_DECODE_LOOP = 3.0  # instructions a weight that an H200 can issue while it reads 4-bit weights: 3.6 to 4.0
+_TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+
+
+class Form(NamedTuple):
+    """One specialisation of `tiled_kernel`."""
+
+    tile: Tile
+    capability: int
+    dtype: str = "bf16"
+    asymmetric: bool = False
+    split: bool = True
+    bias: bool = False
+
+    @property
+    def name(self) -> str:
+        """For tables and test ids."""
+        t = self.tile
+        kind = "asymmetric" if self.asymmetric else "symmetric"
+        return f"sm{self.capability}-{t.bits}bit-g{t.span}-{t.block_m}x{t.block_n}x{t.block_k}-{self.dtype}-{kind}"
+
+
+class Report(NamedTuple):
+    """What the assembler made of a form."""
+
+    registers: int  # a thread
+    stack: int  # bytes a thread; anything but 0 is a spill
+    shared: int  # bytes a program
+    resident: int  # programs on a multiprocessor
+    loop: Counter[str]  # opcodes of the main loop
+    from_registers: bool | None  # does wgmma take the weight from registers? None: there is no wgmma
+    overwrites: list[str]  # instructions that write a register which an unfinished wgmma may still read
+    weights: float  # a thread unpacks in one turn of the loop
+
+    @property
+    def per_weight(self) -> float:
+        """Instructions of the loop a weight."""
+        return sum(self.loop.values()) / self.weights
+
+
+def available() -> bool:
+    """Whether this Triton brings the tool that prints machine code."""
+    return _TOOL.exists()
+
+
+def order_of(capability: int) -> int:
+    """The layout that a capability uses."""
+    return configs.Gpu(capability, 0).order
+
+
+def compile_form(form: Form) -> Any:
+    """The compiled kernel, specialised as the launcher does for sizes that are multiples of 16."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    tile = form.tile
+    constants = {
+        "BITS": tile.bits,
+        "ORDER": order_of(form.capability),
+        "GROUP": tile.span,
+        "SCALES": _TYPES[form.dtype],
+        "ASYM": form.asymmetric,
+        "HAS_BIAS": form.bias,
+        "SPLIT": form.split,
+        "EVEN_K": True,
+        "BM": tile.block_m,
+        "BN": tile.block_n,
+        "BK": tile.block_k,
+        "USE_ASM": True,
+    }
+    pointers = {"w_ptr": "*u8", "parts_ptr": "*fp32", "counters_ptr": "*i32"}
+    pointers |= dict.fromkeys(("x_ptr", "b_ptr", "y_ptr"), "*" + form.dtype)
+    names = tiled_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    aligned = {*pointers, "N", "K"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned}
+    source = ASTSource(fn=tiled_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", form.capability, 32)
+    return triton.compile(source, target=target, options=options(tile))
+
+
+def options(tile: Tile) -> dict[str, Any]:
+    """The compiler's options for a tile."""
+    # Fusing is for the accumulator's multiply-add: Triton 3.10 no longer fuses unasked.
+    chosen = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return chosen if tile.max_registers is None else {**chosen, "maxnreg": tile.max_registers}
+
+
+def machine_code(kernel: Any) -> tuple[int, int, list[tuple[int, str]]]:
+    """(registers, bytes of stack, (address, instruction) of the whole kernel)."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage, code = (
+            subprocess.run([_TOOL, flag, cubin], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"{_TOOL.name} -res-usage must print REG and STACK, it printed {usage!r}; use its own version")
+    lines = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+    return int(found[1]), int(found[2]), lines
+
+
+def inspect(kernel: Any, form: Form) -> Report:
+    """The report on what `compile_form` returned."""
+    registers, stack, lines = machine_code(kernel)
+    first, last = _main_loop(lines)
+    loop = [line for at, line in lines if first <= at <= last]
+    wgmma = [line for _, line in lines if "HGMMA" in line]
+    shared, threads = kernel.metadata.shared, 32 * form.tile.warps
+    resident = min(
+        65536 // (-(-registers // 8) * 8 * threads),  # registers are handed out eight at a time
+        _SHARED_OF_SM[form.capability] * 1024 // (shared + 1024),
+        _THREADS_OF_SM[form.capability] // threads,
+    )
+    return Report(
+        registers,
+        stack,
+        shared,
+        resident,
+        Counter(_opcode(line) for line in loop),
+        all(re.search(r"R\d+, R\d+, gdesc", line) for line in wgmma) if wgmma else None,
+        early_overwrites(loop + loop) or early_overwrites([line for _, line in lines]),
+        form.tile.block_n * form.tile.block_k / threads,
+    )
+
+
+def _main_loop(lines: Sequence[tuple[int, str]]) -> tuple[int, int]:
+    spans = [
+        (int(target[1], 16), at)
+        for at, line in lines
+        if (target := re.search(r"BRA\b.*?(0x[0-9a-f]+)", line)) and int(target[1], 16) < at
+    ]
+    return max(spans, key=lambda span: span[1] - span[0], default=(0, -1))
+
+
+def _bare(line: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", line)
+
+
+def _opcode(line: str) -> str:
+    return _bare(line).split()[0].split(".")[0]
+
+
+def _written(line: str) -> set[int]:
+    """Registers that an instruction writes."""
+    opcode, _, operands = _bare(line).partition(" ")
+    if opcode.startswith("SHFL"):
+        operands = operands.partition(",")[2]
+    first = re.match(r"R(\d+)\b", operands.strip())
+    reads_only = ("STS", "STG", "STL", "ST", "RED", "BAR", "BRA", "LDGSTS", "WARPGROUP", "DEPBAR")
+    if first is None or opcode.split(".")[0] in reads_only:
+        return set()
+    width = 4 if ".128" in opcode or opcode.endswith(".4") else 2 if ".64" in opcode or ".WIDE" in opcode else 1
+    if shape := re.search(r"HGMMA\.64x(\d+)x", opcode):
+        width = int(shape[1]) // 2
+    return set(range(int(first[1]), int(first[1]) + width))
+
+
+def early_overwrites(lines: Sequence[str]) -> list[str]:
+    """Instructions that write a register operand of a wgmma before a wait has retired its group.
+
+    The assembler of Triton 3.6 emits such code for products that accumulate in place.
+    """
+    groups: list[set[int]] = []  # operand registers of the committed groups, oldest first
+    current: set[int] = set()
+    found = []
+    for line in lines:
+        if wait := re.search(r"WARPGROUP\.DEPBAR.*gsb0, (0x[0-9a-f]+)", line):
+            keep = int(wait[1], 16)
+            groups = groups[-keep:] if keep else []
+            continue
+        if current.union(*groups) & _written(line):
+            found.append(line)
+        if operand := re.search(r"HGMMA.* R\d+, R(\d+), gdesc", line):
+            current = current | set(range(int(operand[1]), int(operand[1]) + 4))
+        if "HGMMA" in line and "gsb0" in line:
+            groups.append(current)
+            current = set()
+    return found
+
+
+def violations(form: Form, report: Report) -> list[str]:
+    """What of the report must not be shipped; empty if all is well."""
+    tile, loop = form.tile, report.loop
+    scales = 2 if tile.span < tile.block_k else 1  # loads of scales in a step
+    wide = order_of(form.capability) == 90
+    rules = [
+        (report.stack == 0, f"spills {report.stack} bytes"),
+        (not report.overwrites, f"writes operands of unfinished wgmma: {report.overwrites[:3]}"),
+        (loop["I2F"] + loop["I2FP"] == 0, "converts integers to floats in the loop"),
+        (loop["LDSM"] == 0 or not wide, "sends the weight through shared memory (LDSM)"),
+        (loop["STS"] <= scales * (1 + form.asymmetric), f"{loop['STS']} stores to shared memory in the loop"),
+        (loop["PRMT"] <= _most_permutations(form, report), f"{loop['PRMT']} byte permutations in the loop"),
+        (report.from_registers is True if wide else loop["HMMA"] > 0, "the tensor cores do not read registers"),
+        (report.shared <= _MOST_SHARED[form.capability] * 1024, f"needs {report.shared} bytes of shared memory"),
+        (report.resident >= tile.resident, f"{report.resident} programs resident, the table says {tile.resident}"),
+        (report.per_weight <= most_instructions(form), f"{report.per_weight:.2f} instructions a weight"),
+    ]
+    return [message for holds, message in rules if not holds]
+
+
+def _most_permutations(form: Form, report: Report) -> float:
+    """A few a step place the scales and zeros; unpacking 8 bits takes one a weight, and half of one with float16."""
+    scales = 2 if form.tile.span < form.tile.block_k else 1
+    around = scales * (8 if form.asymmetric else 4)
+    if form.tile.bits == 4:
+        return around
+    return around + report.weights * (1.0 if form.dtype == "bf16" else 0.5)
+
+
+def most_instructions(form: Form) -> float:
+    """Instructions a weight: what the memory leaves time for while decoding, elsewhere 5 % over what was recorded."""
+    tile = form.tile
+    if order_of(form.capability) == 90 and tile.block_m == 16 and tile.bits == 4 and tile.span >= 64:
+        return _MOST_IN_THE_DECODE_LOOP
+    return configs.recorded_instructions(order_of(form.capability), tile, form.dtype, form.asymmetric) * 1.05
+
+
+def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
+    """Every tile in both dtypes, symmetric and not."""
+    return [
+        Form(tile, capability, dtype, asymmetric)
+        for capability in capabilities
+        for tile in configs.tiles(order_of(capability))
+        for dtype in ("bf16", "fp16")
+        for asymmetric in (False, True)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print a line for each form; 1 if one is not fit to ship."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[90, 80])
+    parser.add_argument("--match", default="", help="a regular expression that the name of a form must contain")
+    chosen = parser.parse_args(arguments)
+    failed = 0
+    print(f"triton {triton.__version__}: instructions a weight, registers, shared memory, resident programs")
+    for form in forms(chosen.capabilities):
+        if not re.search(chosen.match, form.name):
+            continue
+        report = inspect(compile_form(form), form)
+        wrong = violations(form, report)
+        failed += bool(wrong)
+        figures = f"{report.per_weight:5.2f} {report.registers:4d} {report.shared:7d} {report.resident:2d}"
+        print(f"{form.name:52s} {figures}  {'; '.join(wrong) or 'ok'}", flush=True)
+    print(f"{failed} forms are not fit to ship")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Which tile, how many splits: a table (configs.json, and a file that `tune` fills), and a rule where it is silent."""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ptq_kernels.triton.workspace import COUNTERS, PART_BYTES
+
+SHIPPED = Path(__file__).with_name("configs.json")
+BUCKETS = (16, 32, 64, 128, 256, 512)  # numbers of rows are rounded up to one of these
+_SMALL = 64  # rows of the largest bucket that one tile covers
+FORMAT = 1
+
+
+class Tile(NamedTuple):
+    """One compiled form of the kernel."""
+
+    rows: int  # the largest bucket it serves
+    bits: int
+    span: int  # columns that share a scale: 128, 64 or 32
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    max_registers: int | None  # a limit for the compiler; None: its own choice
+    resident: int  # programs that fit a multiprocessor, by registers and shared memory
+
+
+class Gpu(NamedTuple):
+    """What decides which configuration is fast."""
+
+    capability: int  # 90 for 9.0
+    processors: int
+
+    @property
+    def order(self) -> int:
+        """Which tiles of the table: 90 for Hopper's wgmma, 80 for mma.sync."""
+        return 90 if self.capability // 10 == 9 else 80
+
+
+class Problem(NamedTuple):
+    """One product, as far as the choice depends on it."""
+
+    bits: int
+    span: int
+    rows: int  # M, or a bucket
+    n: int
+    k: int
+
+
+class Plan(NamedTuple):
+    """A tile and over how many programs the columns are split."""
+
+    tile: Tile
+    splits: int
+
+
+def bucket(rows: int) -> int:
+    """The bucket of a number of rows; more than the largest bucket gives the largest."""
+    return next((size for size in BUCKETS if rows <= size), BUCKETS[-1])
+
+
+@cache
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {"tiles": {}, "shapes": [], "dequantize_from": {}}
+    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if table.get("format") != FORMAT:
+        raise ValueError(
+            f"a table of kernel configurations must have format {FORMAT}, {path} has {table.get('format')!r}; delete "
+            "it and tune again"
+        )
+    return table
+
+
+def user_file() -> Path:
+    """Where `tune` writes: $PTQ_KERNELS_CONFIGS, or ptq_kernels/configs.json in the user's cache folder."""
+    if chosen := os.environ.get("PTQ_KERNELS_CONFIGS"):
+        return Path(chosen)
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "ptq_kernels" / "configs.json"
+
+
+def forget() -> None:
+    """Read the files again at the next use; launchers that exist keep their plans."""
+    _read.cache_clear()
+
+
+def tiles(order: int) -> list[Tile]:
+    """Every tile of the shipped table for an order."""
+    return [Tile(**entry) for entry in _read(SHIPPED)["tiles"][str(order)]]
+
+
+def candidates(gpu: Gpu, problem: Problem) -> list[Tile]:
+    """The tiles that can serve a problem, those made for its number of rows."""
+    same = [t for t in tiles(gpu.order) if (t.bits, t.span) == (problem.bits, problem.span)]
+    rows = min((t.rows for t in same if t.rows >= problem.rows), default=max(t.rows for t in same))
+    return [t for t in same if t.rows == rows]
+
+
+def dequantize_from(gpu: Gpu) -> int:
+    """The number of rows from which dequantising and cuBLAS is faster than the kernel."""
+    for path in (user_file(), SHIPPED):
+        table = _read(path)["dequantize_from"]
+        if found := table.get(f"{gpu.capability}/{gpu.processors}", table.get(str(gpu.order))):
+            return int(found)
+    raise ValueError(f"{SHIPPED} must name the rows to dequantize from for order {gpu.order}, it does not; restore it")
+
+
+def fits(tile: Tile, problem: Problem, splits: int) -> bool:
+    """Whether so many splits have work for each, and room in the workspace."""
+    steps = -(-problem.k // tile.block_k)
+    each = -(-steps // splits)
+    outputs = -(-problem.n // tile.block_n) * -(-problem.rows // tile.block_m)
+    room = splits == 1 or (4 * splits * problem.rows * problem.n <= PART_BYTES and outputs <= COUNTERS)
+    return room and each * (splits - 1) < steps
+
+
+def splits_by_rule(gpu: Gpu, tile: Tile, problem: Problem) -> int:
+    """As many splits as fill the GPU once, while parts stay long and their traffic small beside the weight's."""
+    outputs = -(-problem.n // tile.block_n) * -(-problem.rows // tile.block_m)
+    shortest = 256 if outputs * 8 < gpu.processors else 512  # columns of a part
+    # bytes of parts written and read: 8 * splits * M * N, beside about N * K * bits / 8 of the weight
+    traffic = 1.0 if problem.rows <= _SMALL else 2.0
+    best = 1
+    for splits in range(2, max(problem.k // shortest, 1) + 1):
+        if not fits(tile, problem, splits) or outputs * splits > gpu.processors * tile.resident:
+            continue
+        if 64 * splits * problem.rows <= traffic * problem.k * problem.bits:
+            best = splits
+    return best
+
+
+def _listed(path: Path, gpu: Gpu, problem: Problem) -> Plan | None:
+    for entry in _read(path)["shapes"]:
+        (least_n, most_n), (least_k, most_k) = entry["n"], entry["k"]
+        same_gpu = (entry["capability"], entry["processors"]) == gpu
+        same_kind = (entry["bits"], entry["span"], entry["rows"]) == (problem.bits, problem.span, problem.rows)
+        if not (same_gpu and same_kind and least_n <= problem.n <= most_n and least_k <= problem.k <= most_k):
+            continue
+        for tile in candidates(gpu, problem):
+            if (tile.block_m, tile.block_n) == tuple(entry["tile"]) and fits(tile, problem, entry["splits"]):
+                return Plan(tile, entry["splits"])
+    return None
+
+
+def plan(gpu: Gpu, problem: Problem) -> Plan:
+    """The user's table, then the shipped one, then the rule; `problem.rows` is rounded up to its bucket."""
+    problem = problem._replace(rows=bucket(problem.rows))
+    for path in (user_file(), SHIPPED):
+        if found := _listed(path, gpu, problem):
+            return found
+    tile = candidates(gpu, problem)[0]
+    return Plan(tile, splits_by_rule(gpu, tile, problem))
+
+
+def recorded_instructions(order: int, tile: Tile, dtype: str, asymmetric: bool) -> float:
+    """The most instructions a weight of the tile's main loop that were counted when the table was made."""
+    key = f"{order} {tile.bits} {tile.span} {tile.block_m}x{tile.block_n} {dtype} {'asym' if asymmetric else 'sym'}"
+    return float(_read(SHIPPED)["instructions"].get(key, 0.0))

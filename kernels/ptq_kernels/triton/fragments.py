@@ -1,0 +1,181 @@
+"""Unpacking of fragment-order tiles (tiles.py) into the operand of a tensor-core product, as parts of Triton kernels.
+
+A 4-bit code becomes a float without a conversion instruction: put under the mantissa of a power of two whose last bits
+count in ones, it reads 128 + code in bfloat16 and 1024 + code in float16. So does an 8-bit code in float16; bfloat16 has
+too few bits for it and takes the detour over float32. What the code was raised by is subtracted together with the zero:
+small integers, exact.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators
+# (the arguments of a kernel are Triton's, and triton.jit carries no annotations)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _codes4_bf16(q):
+    """uint8 -> two bfloat16 tensors of its shape, 128 + code; lop3 0xEA is ``(a & b) | c``."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c;
+        shr.u32 a, $4, 4;
+        shr.u32 b, $4, 8;
+        shr.u32 c, $4, 12;
+        lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $1, a, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $2, b, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $3, c, 0x000F000F, 0x43004300, 0xEA;
+        }""",
+        "=r,=r,=r,=r,r",
+        [q],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _codes4_fp16(q):
+    """uint8 -> two float16 tensors of its shape, 1024 + code."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c;
+        shr.u32 a, $4, 4;
+        shr.u32 b, $4, 8;
+        shr.u32 c, $4, 12;
+        lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 $1, a, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 $2, b, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 $3, c, 0x000F000F, 0x64006400, 0xEA;
+        }""",
+        "=r,=r,=r,=r,r",
+        [q],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _codes8_bf16(q):
+    """uint8 -> bfloat16, code - 128: each byte under the mantissa of 2**23 in float32, then pairs are rounded (exactly)."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c, d;
+        .reg .f32 e, f, g, h;
+        prmt.b32 a, $2, 0x4B000000, 0x7440;
+        prmt.b32 b, $2, 0x4B000000, 0x7441;
+        prmt.b32 c, $2, 0x4B000000, 0x7442;
+        prmt.b32 d, $2, 0x4B000000, 0x7443;
+        add.f32 e, a, 0fCB000080;
+        add.f32 f, b, 0fCB000080;
+        add.f32 g, c, 0fCB000080;
+        add.f32 h, d, 0fCB000080;
+        cvt.rn.bf16x2.f32 $0, f, e;
+        cvt.rn.bf16x2.f32 $1, h, g;
+        }""",
+        "=r,=r,r",
+        [q],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _codes8_fp16(q):
+    """uint8 -> float16, 1024 + code."""
+    return tl.inline_asm_elementwise(
+        """{
+        prmt.b32 $0, $2, 0x64646464, 0x4140;
+        prmt.b32 $1, $2, 0x64646464, 0x4342;
+        }""",
+        "=r,=r,r",
+        [q],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _codes4_plain(q, TILES: tl.constexpr, H: tl.constexpr):
+    """What the assembly of 4 bits computes, in float32 and without the 128 or 1024: byte b of a word stands for fields
+    2 (b // 2) and, in the second result, 8 bits further, of the half word b % 2.
+    """
+    b = tl.arange(0, 4)
+    word = tl.sum(q.reshape(TILES, 256 * H, 4).to(tl.int32) << (b * 8)[None, None, :], axis=2)
+    shift = (b % 2) * 16 + (b // 2) * 4
+    first = ((word[:, :, None] >> shift[None, None, :]) & 15).to(tl.float32)
+    second = ((word[:, :, None] >> (shift + 8)[None, None, :]) & 15).to(tl.float32)
+    return first.reshape(TILES, 1024 * H), second.reshape(TILES, 1024 * H)
+
+
+@triton.jit
+def raised_codes(q, BITS: tl.constexpr, ORDER: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
+                 USE_ASM: tl.constexpr):  # fmt: skip
+    """What lies at `tile_pointers` -> raised codes ``[BN, BK]`` in DTYPE. The shapes only rename registers."""
+    RAISED: tl.constexpr = 1024.0 if DTYPE != tl.bfloat16 else 128.0 if BITS == 4 else -128.0
+    A: tl.constexpr = BN // 64
+    B: tl.constexpr = (BK + 63) // 64
+    H: tl.constexpr = BK // B // 32  # halves of a tile: 2, or 1 where BK is 32
+    if BITS == 4:
+        if not USE_ASM:
+            first, second = _codes4_plain(q, A * B, H)
+            t = tl.join(first, second) + RAISED
+        elif DTYPE == tl.bfloat16:
+            first, second = _codes4_bf16(q)
+            t = tl.join(first, second)
+        else:
+            first, second = _codes4_fp16(q)
+            t = tl.join(first, second)
+        if ORDER == 90:  # B A | w lh ll j rh kk | r -> A w rh lh, B j r ll kk
+            t = t.reshape(B, A, 4, 8, 4, 2 * H, 2, 2, 2).permute(1, 2, 6, 3, 0, 5, 8, 4, 7)
+        else:  # B A | w lh ll jt jr eh kk | r -> A w jr lh, B jt ll r eh kk
+            t = t.reshape(B, A, 4, 8, 4, H, 2, 2, 2, 2).permute(1, 2, 6, 3, 0, 5, 4, 9, 7, 8)
+    else:
+        if not USE_ASM:
+            t = q.to(tl.float32) + RAISED
+        elif DTYPE == tl.bfloat16:
+            t = _codes8_bf16(q)
+        else:
+            t = _codes8_fp16(q)
+        if ORDER == 90:  # B h A | w lh ll j r rh kk -> A w rh lh, B h j r ll kk
+            t = t.reshape(B * H, A, 4, 8, 4, 2, 2, 2, 2).permute(1, 2, 7, 3, 0, 5, 6, 4, 8)
+        else:  # B jt A | w lh ll jr r eh kk -> A w jr lh, B jt ll r eh kk
+            t = t.reshape(B * H, A, 4, 8, 4, 2, 2, 2, 2).permute(1, 2, 5, 3, 0, 4, 6, 7, 8)
+    return t.reshape(BN, BK)
+
+
+@triton.jit
+def half_tiles(q, TILES: tl.constexpr):
+    """4-bit tiles ``[TILES, 2048]`` -> those of columns 0..31 and of columns 32..63, ``[TILES, 1024]`` each."""
+    first, second = tl.split(q.reshape(TILES, 128, 2, 8).permute(0, 1, 3, 2))
+    return first.reshape(TILES, 1024), second.reshape(TILES, 1024)
+
+
+@triton.jit
+def _raised_zero(zero, BITS: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
+    """uint8 zeros -> DTYPE, raised as the codes are; by or, so that no integer is converted."""
+    RAISED: tl.constexpr = 1024.0 if DTYPE != tl.bfloat16 else 128.0 if BITS == 4 else -128.0
+    if not USE_ASM:
+        return zero.to(tl.float32) + RAISED
+    elif DTYPE != tl.bfloat16:
+        return (zero.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
+    elif BITS == 4:
+        return (zero.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+    else:
+        return ((zero.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0).to(tl.bfloat16)
+
+
+@triton.jit
+def centered(t, zero, BITS: tl.constexpr, ASYM: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
+    """Raised codes ``[..., columns]`` minus their uint8 zeros ``[...]``, or minus the middle of the range."""
+    MIDDLE: tl.constexpr = (1024.0 if DTYPE != tl.bfloat16 else 128.0 if BITS == 4 else -128.0) + 2 ** (BITS - 1)
+    if ASYM:
+        return t - tl.expand_dims(_raised_zero(zero, BITS, DTYPE, USE_ASM), -1)
+    elif MIDDLE == 0:
+        return t
+    else:
+        return t - MIDDLE

@@ -1,0 +1,199 @@
+"""The product with a weight in fragment order: which kernel by the number of rows, and a launch with little overhead.
+
+All of it happens inside one torch operator, so a new number of rows neither recompiles a graph nor breaks it. What does
+not depend on the call (plans, compiled kernels) is kept for each kind of layer in a `_Layer`.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ptq_kernels import tiles
+from ptq_kernels.layouts import PackedWeight
+from ptq_kernels.triton import configs, dequant, w4a16, workspace
+from ptq_kernels.triton.aot import options
+from ptq_kernels.triton.configs import Gpu, Plan, Problem
+from ptq_kernels.triton.tiled import tiled_kernel
+
+ORDERS = {"tile_sm90": 90, "tile_sm80": 80}
+_SCALES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_INTERPRETED_GPU = Gpu(90, 132)  # whose table the interpreter follows
+
+
+@cache
+def gpu(index: int) -> Gpu:
+    """The capability and the number of multiprocessors of a CUDA device."""
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+class _Launch:
+    """`tiled_kernel` with one set of constants, for any rows that `plan` serves."""
+
+    def __init__(self, plan: Plan, constants: tuple[Any, ...], even_k: bool) -> None:
+        self.tile, self.splits = plan
+        tile = plan.tile
+        self.constants = (*constants, self.splits > 1, even_k, tile.block_m, tile.block_n, tile.block_k)
+        self.options = options(tile)
+        self.compiled: Any = None
+
+    def __call__(self, x: Tensor, qweight: Tensor, bias: Tensor | None, y: Tensor, stream: int) -> None:
+        """Fill y ``[M, N]``. Every tensor is contiguous."""
+        rows, columns = x.shape
+        outputs = y.shape[1]
+        space = workspace.get(x.device, stream)
+        count = -(-outputs // self.tile.block_n) * -(-rows // self.tile.block_m)
+        grid = (count, self.splits, 1)
+        b = x if bias is None else bias
+        arguments = (x, qweight, b, y, *space, rows, outputs, columns, *self.constants, not w4a16.interpreted())
+        # The compiled kernel may assume 16-byte alignment, as all memory of torch has; a slice of rows may not have it.
+        aligned = not (x.data_ptr() | qweight.data_ptr() | b.data_ptr()) & 15
+        if self.compiled is not None and aligned:
+            self.compiled[grid](*arguments, stream=stream)
+            return
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the kernel for {rows} rows of a {outputs} x {columns} weight must be compiled before a CUDA graph is "
+                "captured, it is not; call ptq_kernels.triton.launch.warmup, or matmul once with so many rows, before"
+            )
+        compiled = tiled_kernel[grid](*arguments, **self.options)
+        if aligned and x.is_cuda:
+            self.compiled = compiled
+
+
+class _Layer:
+    """All weights of one shape and scheme, with one dtype of rows, on one device."""
+
+    def __init__(self, x: Tensor, weight: PackedWeight, has_bias: bool) -> None:
+        self.gpu = gpu(x.device.index) if x.is_cuda else _INTERPRETED_GPU
+        self.order = ORDERS[weight.layout]
+        # A layout made for another GPU runs as well, with that one's tiles.
+        self.table = self.gpu if self.gpu.order == self.order else Gpu(self.order, self.gpu.processors)
+        self.span = tiles.span(weight) or tiles.SPANS[-1]
+        group = 0 if weight.group_size == weight.in_features else weight.group_size
+        asymmetric = weight.zeros is not None
+        self.scheme = (weight.bits, self.order, group, _SCALES[weight.scales.dtype], asymmetric)
+        self.has_bias = has_bias
+        self.shape = (weight.out_features, weight.in_features)
+        self.most_rows = configs.dequantize_from(self.gpu) if x.dtype != torch.float32 else 0
+        self.launches: dict[int, _Launch] = {}
+
+    def plan(self, rows: int) -> Plan:
+        """How a number of rows is computed."""
+        return configs.plan(self.table, Problem(self.scheme[0], self.span, rows, *self.shape))
+
+    def launch(self, rows: int) -> _Launch:
+        """The launcher of the bucket of `rows`."""
+        bucket = configs.bucket(rows)
+        found = self.launches.get(bucket)
+        if found is None:
+            plan = self.plan(bucket)
+            found = _Launch(plan, (*self.scheme, self.has_bias), self.shape[1] % plan.tile.block_k == 0)
+            self.launches[bucket] = found
+        return found
+
+    def dequantize(self, qweight: Tensor, out: Tensor, first_row: int) -> None:
+        """Rows ``first_row..`` of the dense weight into out ``[rows, K]``; first_row is a multiple of 128."""
+        rows, columns = out.shape
+        grid = (triton.cdiv(rows, dequant.BLOCK_N), triton.cdiv(columns, dequant.BLOCK_K))
+        dequant.dequantize_kernel[grid](
+            qweight, out, first_row, rows, *self.shape, *self.scheme, self.span, dequant.BLOCK_N, dequant.BLOCK_K,
+            not w4a16.interpreted(), num_warps=dequant.NUM_WARPS, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def chunks(self, qweight: Tensor, dtype: torch.dtype) -> Any:
+        """(first row, dense rows) a chunk at a time, in one buffer."""
+        outputs, columns = self.shape
+        most = max(dequant.CHUNK_BYTES // (columns * dtype.itemsize) // tiles.ALIGNMENT, 1) * tiles.ALIGNMENT
+        buffer = torch.empty(min(most, outputs), columns, dtype=dtype, device=qweight.device)
+        for start in range(0, outputs, most):
+            part = buffer[: min(most, outputs - start)]
+            self.dequantize(qweight, part, start)
+            yield start, part
+
+
+_layers: dict[tuple[Any, ...], _Layer] = {}
+
+
+def _layer(x: Tensor, weight: PackedWeight, has_bias: bool) -> _Layer:
+    key = (
+        x.device, x.dtype, weight.scales.shape, weight.scales.dtype, weight.in_features, weight.bits, weight.group_size,
+        weight.layout, weight.zeros is None, has_bias,
+    )  # fmt: skip
+    found = _layers.get(key)
+    if found is None:
+        found = _layers[key] = _Layer(x, weight, has_bias)
+    return found
+
+
+def forget() -> None:
+    """Drop every plan, so that the tables are read again."""
+    _layers.clear()
+    configs.forget()
+
+
+def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``x [M, K] @ weight.T + bias``, ``[M, N]`` in ``x.dtype``; canonical weights take the simple kernel."""
+    if weight.layout == "canonical":
+        return w4a16.matmul(x, weight, bias)
+    if not x.is_cuda:
+        return _matmul(x, weight, bias, 0)
+    index = x.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return _matmul(x, weight, bias, _stream(index))
+    return _matmul(x, weight, bias, _stream(index))
+
+
+def _stream(index: int) -> int:
+    return int(triton.runtime.driver.active.get_current_stream(index))
+
+
+def _matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, stream: int) -> Tensor:
+    layer = _layer(x, weight, bias is not None)
+    rows = x.shape[0]
+    y = torch.empty(rows, layer.shape[0], dtype=x.dtype, device=x.device)
+    qweight = weight.qweight if weight.qweight.is_contiguous() else weight.qweight.contiguous()
+    if rows < layer.most_rows:
+        bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+        layer.launch(rows)(x, qweight, bias, y, stream)
+        return y
+    bias = None if bias is None else bias.to(x.dtype)
+    for start, dense in layer.chunks(qweight, x.dtype):
+        stop = start + dense.shape[0]
+        if bias is None:
+            torch.mm(x, dense.T, out=y[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], x, dense.T, out=y[:, start:stop])
+    return y
+
+
+def grad_input(grad: Tensor, weight: PackedWeight) -> Tensor:
+    """``grad [M, N] @ weight``, ``[M, K]`` in ``grad.dtype``: a chunk of the weight is dequantized at a time."""
+    if grad.is_cuda and grad.device.index != torch.cuda.current_device():
+        with torch.cuda.device(grad.device.index):
+            return grad_input(grad, weight)
+    layer = _layer(grad, weight, False)
+    total = torch.zeros(grad.shape[0], weight.in_features, dtype=torch.float32, device=grad.device)
+    for start, dense in layer.chunks(weight.qweight.contiguous(), grad.dtype):
+        total += grad[:, start : start + dense.shape[0]] @ dense
+    return total.to(grad.dtype)
+
+
+def warmup(weight: PackedWeight, dtype: torch.dtype, has_bias: bool = False) -> None:
+    """Compile what every number of rows needs, and make the workspaces, before a CUDA graph is captured."""
+    device = weight.qweight.device
+    bias = torch.zeros(weight.out_features, dtype=dtype, device=device) if has_bias else None
+    for rows in (*configs.BUCKETS, configs.BUCKETS[-1] + 1):
+        matmul(torch.zeros(rows, weight.in_features, dtype=dtype, device=device), weight, bias)
+
+
+def describe(weight: PackedWeight) -> str:
+    """What `matmul` does with such a weight, for the log and the report."""
+    if weight.layout == "canonical":
+        return "fused dequantize-matmul kernel"
+    return "fused kernel on fragment-order tiles, dequantize and cuBLAS for many rows"

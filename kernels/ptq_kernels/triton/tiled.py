@@ -1,0 +1,206 @@
+"""The product with fragment-order tiles: y.T = W x.T, so that the unpacked weight is the tensor cores' register operand.
+
+The codes stay exact small integers; the group's scale multiplies the float32 accumulator, once a step. That form waits for
+the product in every step, which is what keeps it right with Triton 3.6: accumulating in place lets its assembler write
+operand registers that an asynchronous wgmma may still read.
+
+Split over K: each of the programs of an output tile writes its float32 part to a workspace; the last one to arrive, known
+by a counter, adds the parts in their order. The result has the same bits in every run, whoever comes last.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# (the arguments of a kernel are Triton's, and triton.jit carries no annotations)
+
+import triton
+import triton.language as tl
+
+from ptq_kernels.triton.fragments import centered, half_tiles, raised_codes
+
+
+@triton.jit
+def _padded(size):
+    return (size + 127) // 128 * 128
+
+
+@triton.jit
+def scales_of(w_ptr, N, K, BITS: tl.constexpr, SCALES: tl.constexpr):
+    """The scales behind the tiles, as a pointer to SCALES."""
+    return (w_ptr + _padded(N).to(tl.int64) * _padded(K) * BITS // 8).to(tl.pointer_type(SCALES), bitcast=True)
+
+
+@triton.jit
+def zeros_of(w_ptr, N, K, BITS: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr):
+    """The zeros behind the scales."""
+    rows = _padded(N).to(tl.int64)
+    if GROUP:
+        rows *= (_padded(K) + GROUP - 1) // GROUP + 1
+    scales = scales_of(w_ptr, N, K, BITS, SCALES) + rows
+    return scales.to(tl.pointer_type(tl.uint8), bitcast=True)
+
+
+@triton.jit
+def tile_pointers(w_ptr, first_n, first_k, K, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Pointers ``[pieces, 512 * BITS or 2048]`` to rows first_n.. and columns first_k.., both in units of 64.
+
+    A piece is a tile of 4 bits, or half a tile of 8 bits (or of 4 where BK is 32). The row varies fastest, as among
+    the warps of a product.
+    """
+    PIECE: tl.constexpr = 32 if BITS == 8 or BK == 32 else 64  # columns
+    A: tl.constexpr = BN // 64
+    piece = tl.arange(0, A * BK // PIECE)
+    across = piece // A
+    tile = (first_n + piece % A).to(tl.int64) * (_padded(K) // 64) + first_k + across * PIECE // 64
+    start = tile * (512 * BITS) + across % (64 // PIECE) * (8 * BITS * PIECE)
+    return w_ptr + start[:, None] + tl.arange(0, 8 * BITS * PIECE)[None, :]
+
+
+@triton.jit
+def _product(t, x, scale, USE_ASM: tl.constexpr):
+    if not USE_ASM:
+        x = x.to(tl.float32)  # the interpreter multiplies the bit patterns of bfloat16
+    return tl.dot(t, x, input_precision="ieee") * scale.to(tl.float32)[:, None]
+
+
+@triton.jit
+def _load_x(x_ptrs, k, in_m, K, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        x = tl.load(x_ptrs, mask=in_m[None, :], other=0.0, eviction_policy="evict_last")
+    else:
+        x = tl.load(x_ptrs, mask=in_m[None, :] & (k < K)[:, None], other=0.0, eviction_policy="evict_last")
+    return x
+
+
+@triton.jit
+def _second_row(step, width, BK: tl.constexpr, GROUP: tl.constexpr):
+    """From the scales of a step's first half to those of its second."""
+    if GROUP == 0 or GROUP % BK == 0:
+        return width * 0
+    elif BK % GROUP == 0:
+        return width
+    else:
+        return ((step * BK + BK // 2) // GROUP - step * BK // GROUP) * width
+
+
+@triton.jit(do_not_specialize=["M"])
+def tiled_kernel(
+    x_ptr,  # [M, K] bfloat16 or float16
+    w_ptr,  # uint8, see tiles.py
+    b_ptr,  # [N]; not read unless HAS_BIAS
+    y_ptr,  # [M, N], as x
+    parts_ptr,  # float32 [splits, M, N]; not used unless SPLIT
+    counters_ptr,  # int32, one for each tile of y, 0 before and after; not used unless SPLIT
+    M,
+    N,
+    K,
+    BITS: tl.constexpr,  # 4 or 8
+    ORDER: tl.constexpr,  # 90 or 80
+    GROUP: tl.constexpr,  # group size; 0: one group
+    SCALES: tl.constexpr,  # dtype of the scales
+    ASYM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BK divides K
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    USE_ASM: tl.constexpr,  # False in the interpreter, which knows no assembly
+):
+    """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile of y (M fastest), split. The group is a multiple of
+    BK or of BK / 2.
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    HALVES: tl.constexpr = GROUP % BK != 0  # the halves of a step may be of two groups
+    tl.static_assert(GROUP % (BK // 2) == 0)
+    PART: tl.constexpr = BK // 2 if HALVES else BK  # columns that share a scale
+    LOADS: tl.constexpr = 2 if HALVES and (PART == 64 or BITS == 8) else 1  # of the weight, in a step
+    rows = tl.cdiv(M, BM)
+    pm = tl.program_id(0) % rows
+    pn = tl.program_id(0) // rows
+    steps = tl.cdiv(K, BK)
+    first = 0
+    count = steps
+    if SPLIT:
+        each = tl.cdiv(steps, tl.num_programs(1))
+        first = tl.program_id(1) * each
+        count = tl.minimum(each, steps - first)
+    m = pm * BM + tl.arange(0, BM)
+    n = pn * BN + tl.arange(0, BN)
+    in_m = m < M
+    width = _padded(N)
+    scale_ptrs = scales_of(w_ptr, N, K, BITS, SCALES) + n
+    zero_ptrs = zeros_of(w_ptr, N, K, BITS, SCALES, GROUP) + n
+    q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), K, BITS, BN, BK // LOADS)
+    acc = tl.zeros((BN, BM), tl.float32)
+    k = first * BK + tl.arange(0, PART)
+    x_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + k[:, None]
+    if GROUP:
+        row = (first * BK // GROUP).to(tl.int64) * width
+        scale_ptrs += row
+        zero_ptrs += row
+    second = _second_row(first, width, BK, GROUP)
+    scale = tl.load(scale_ptrs)
+    zero = scale
+    if ASYM:
+        zero = tl.load(zero_ptrs)
+    if HALVES:
+        scale1 = tl.load(scale_ptrs + second)
+        zero1 = scale1
+        if ASYM:
+            zero1 = tl.load(zero_ptrs + second)
+    for i in range(0, count):
+        q = tl.load(q_ptrs, eviction_policy="evict_first")
+        x = _load_x(x_ptrs, k, in_m, K, EVEN_K)
+        if HALVES:
+            x1 = _load_x(x_ptrs + PART, k + PART, in_m, K, EVEN_K)
+            if LOADS == 2:
+                q1 = tl.load(q_ptrs + PART * (8 * BITS), eviction_policy="evict_first")
+        # Triton pipelines only the loads that feed the product: the next scales are fetched one step ahead by hand.
+        # After the last step that reads the extra row of the layout.
+        next_scale = scale
+        next_zero = zero
+        if GROUP:
+            step = first + i + 1
+            if BK % GROUP == 0:
+                ahead = width * (BK // GROUP)
+            else:
+                ahead = (step * BK // GROUP - (step - 1) * BK // GROUP) * width
+                second = _second_row(step, width, BK, GROUP)
+            scale_ptrs += ahead
+            next_scale = tl.load(scale_ptrs)
+            if ASYM:
+                zero_ptrs += ahead
+                next_zero = tl.load(zero_ptrs)
+        if HALVES:
+            if LOADS == 1:
+                q, q1 = half_tiles(q, BN // 64)
+            t1 = raised_codes(q1, BITS, ORDER, BN, PART, DTYPE, USE_ASM)
+            acc += _product(centered(t1, zero1, BITS, ASYM, DTYPE, USE_ASM), x1, scale1, USE_ASM)
+            scale1 = tl.load(scale_ptrs + second)
+            if ASYM:
+                zero1 = tl.load(zero_ptrs + second)
+        t = raised_codes(q, BITS, ORDER, BN, PART, DTYPE, USE_ASM)
+        t = centered(t, zero, BITS, ASYM, DTYPE, USE_ASM)
+        acc += _product(t, x, scale, USE_ASM)
+        q_ptrs += BK * (8 * BITS)
+        x_ptrs += BK
+        k += BK
+        scale = next_scale
+        zero = next_zero
+    mask = in_m[None, :] & (n < N)[:, None]
+    offset = m.to(tl.int64)[None, :] * N + n[:, None]
+    last = True
+    if SPLIT:
+        size = M.to(tl.int64) * N
+        tl.store(parts_ptr + tl.program_id(1) * size + offset, acc, mask=mask)
+        tl.debug_barrier()  # the parts of all threads are written before the one atomic below publishes them
+        arrived = tl.atomic_add(counters_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+        last = arrived == tl.num_programs(1) - 1
+        if last:
+            acc = tl.zeros((BN, BM), tl.float32)
+            for i in range(0, tl.num_programs(1)):
+                acc += tl.load(parts_ptr + i * size + offset, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(counters_ptr + tl.program_id(0), 0)
+    if last:
+        if HAS_BIAS:
+            acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,57 @@
+"""Coordinate descent on codes: each one is the best there is, given all others.
+
+GPTQ decides a column once and never comes back to it. With the grid held, the error ``trace(D Hd D^T)`` is a quadratic
+function of each column's values, minimised by ``q_j + (D Hd)_j / Hd_jj``; rounding that to the grid can only lower it.
+Pure functions; letters as in `ptq.gptq.solver`.
+"""
+
+import torch
+from torch import Tensor
+
+from ptq.gptq.solver import Factor
+from ptq.grid import Grid, values
+
+
+def descend(
+    W_NK: Tensor, codes: Tensor, H_KK: Tensor, factor: Factor, grid: Grid, *, sweeps: int = 1, block_size: int = 128
+) -> Tensor:
+    """Improve codes by ``sweeps`` rounds over all columns, in the factor's order.
+
+    Args:
+        W_NK: the weight the codes stand for, in the dtype of the Hessian.
+        codes: ``uint8 [N, K]`` to start from.
+        H_KK: Hessian, undamped.
+        factor: its factor, for the damping and the order.
+        grid: scales and zeros, ``[N, G]``.
+        sweeps: rounds; 0 returns the codes as they are.
+        block_size: columns between two updates of the rest.
+
+    Returns:
+        ``uint8 [N, K]`` whose damped loss is at most that of ``codes``, up to rounding.
+    """
+    order = factor.order_K
+    Hd = H_KK[order][:, order]
+    Hd.diagonal().add_(factor.lam)
+    group_of = (order // grid.group_size).tolist()
+    scales, zeros = grid.scales.t().contiguous().to(W_NK.dtype), grid.zeros.t().contiguous().to(W_NK.dtype)
+    # Transposed and in order, so that a column is contiguous.
+    Q = values(codes, grid).to(W_NK.dtype).t()[order].contiguous()
+    found = codes.t()[order].contiguous()
+    M = Hd @ (W_NK.t()[order] - Q)
+    for _ in range(sweeps):
+        for start in range(0, len(order), block_size):
+            end = min(start + block_size, len(order))
+            H_block = Hd[start:end, start:end]
+            local, moved = M[start:end].clone(), torch.empty_like(Q[start:end])
+            for j in range(end - start):
+                s, z = scales[group_of[start + j]], zeros[group_of[start + j]]
+                best = Q[start + j] + local[j] / H_block[j, j]
+                code = torch.round(best / s).add_(z).clamp_(0, grid.top)
+                torch.sub((code - z).mul_(s), Q[start + j], out=moved[j])
+                found[start + j] = code
+                local.addr_(H_block[j], moved[j], alpha=-1)
+            Q[start:end] += moved
+            M.addmm_(Hd[:, start:end], moved, alpha=-1)
+    result = torch.empty_like(found)
+    result[order] = found
+    return result.t().contiguous()

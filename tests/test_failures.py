@@ -1,0 +1,204 @@
+"""What goes wrong with a model's files and numbers ends in a sentence that names the place, and leaves no output."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import build, run, save, settings
+
+import ptq
+from ptq.config import EvaluationConfig, SchemeOverride
+from ptq.errors import ConfigError, FormatError, NumericsError, PtqError, UnsupportedModelError
+from ptq.evaluation import evaluate_checkpoint
+from ptq.inspection import inspect
+from ptq.models.loading import build_skeleton, load_tokenizer, locate, read_config
+from ptq.plan import make_plan, resolve_device
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+METHODS = ["rtn", "gptq", "awq"]
+
+
+@pytest.fixture
+def parent(tmp_path):
+    return save(build("llama"), tmp_path / "parent")
+
+
+def change(directory, alter):
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    alter(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def refuse(error, pattern, config):
+    """The run fails with this sentence and leaves nothing of its output."""
+    with pytest.raises(error, match=pattern) as caught:
+        run(config)
+    assert isinstance(caught.value, PtqError)
+    output = Path(config.output)
+    assert not [path for path in output.parent.iterdir() if output.name in path.name]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [WEIGHT, "model.layers.0.input_layernorm.weight", "model.norm.weight"])
+def test_nan_in_a_weight(name, method, parent, tmp_path):
+    change(parent, lambda tensors: tensors[name].view(-1)[3:5].fill_(torch.nan))
+    pattern = re.escape(f"{name} must be finite; 2 of") + ".* values are NaN or infinite"
+    refuse(NumericsError, pattern, settings(parent, tmp_path / "out", method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_infinity_in_the_head(method, parent, tmp_path):
+    change(parent, lambda tensors: tensors["lm_head.weight"][0, 0].fill_(torch.inf))
+    refuse(NumericsError, "lm_head.weight must be finite", settings(parent, tmp_path / "out", method, exclude=()))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_activations_that_overflow_float16(method, parent, tmp_path):
+    """Finite weights; the product of gate and up leaves float16's range."""
+    for name in ("gate_proj", "up_proj"):
+        change(parent, lambda tensors, name=name: tensors[f"model.layers.0.mlp.{name}.weight"].mul_(400))
+    config = settings(parent, tmp_path / "out", method, dtype="float16")
+    refuse(NumericsError, "input of model.layers.0.mlp.down_proj holds NaN or infinity.*bfloat16", config)
+
+
+def test_a_truncated_shard(parent, tmp_path):
+    file = parent / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refuse(FormatError, "model.safetensors is truncated or damaged", settings(parent, tmp_path / "out"))
+
+
+def test_a_missing_shard(tmp_path):
+    parent = save(build("llama"), tmp_path / "parent", max_shard_size="60KB")
+    missing = sorted(parent.glob("*.safetensors"))[1]
+    missing.unlink()
+    refuse(FormatError, f"1 of them are not in .*{missing.name}", settings(parent, tmp_path / "out"))
+
+
+def test_a_missing_tensor(parent, tmp_path):
+    change(parent, lambda tensors: tensors.pop(WEIGHT))
+    refuse(FormatError, f"{WEIGHT} is missing; the nearest name in it is model", settings(parent, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", [WEIGHT, "model.norm.weight"])
+def test_a_wrong_shape(name, parent, tmp_path):
+    change(parent, lambda tensors: tensors.update({name: torch.zeros(3, 5)}))
+    pattern = rf"{name} must have the model's shape .*; the checkpoint has \(3, 5\)"
+    refuse(FormatError, pattern, settings(parent, tmp_path / "out", "rtn"))
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq", "compressed-tensors"])
+def test_packed_tensors_that_do_not_fit(form, parent, tmp_path):
+    """Of another module, or absent: named when the model is loaded."""
+    run(settings(parent, tmp_path / "out", "rtn", format=form))
+    module, other = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+
+    def swap(tensors):
+        for name in [name for name in tensors if name.startswith(f"{module}.")]:
+            tensors[name] = tensors[name.replace(module, other)].clone()
+
+    change(tmp_path / "out", swap)
+    with pytest.raises(FormatError, match=f"{module} must be a packed 64 x 128 weight; .*128, 64"):
+        ptq.load(tmp_path / "out", device="cpu")
+    change(tmp_path / "out", lambda tensors: [tensors.pop(name) for name in list(tensors) if f"{module}." in name])
+    with pytest.raises(FormatError, match=re.escape(module)):
+        ptq.load(tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("place", ["parent", "parent/deeper/out", "."])
+@pytest.mark.parametrize("check", [run, make_plan])
+def test_an_output_among_the_models_files(place, check, parent, tmp_path):
+    """Overwriting would delete the parent."""
+    before = sorted(path.name for path in parent.iterdir())
+    config = settings(parent, tmp_path / place)
+    with pytest.raises(ConfigError, match="output must be a directory apart from the model's"):
+        check(config, overwrite=True) if check is run else check(config)
+    assert sorted(path.name for path in parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"exclude": ("up_prj",)}, "'up_prj' matches none: did you mean up_proj"),
+        ({"overrides": {"vision.*": SchemeOverride(bits=8)}}, "'vision.*' matches none"),
+        ({"exclude": ("*",)}, "exclude rules out all 15"),
+        ({"group_size": 48}, "group_size must be -1 or divide in_features 64, found 48"),
+        ({"symmetric": False}, "gptq cannot hold 4-bit asymmetric"),
+        ({"device": "cuda:99"}, "device cuda:99 must exist; this machine has"),
+        ({"evaluation": EvaluationConfig(files=("x",), window=256)}, "evaluation.window must be at most .* 128 tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_run_that_does_not_fit_the_model(changes, sentence, parent, tmp_path):
+    refuse(ConfigError, sentence.replace("*'", r"\*'"), settings(parent, tmp_path / "out", **changes))
+
+
+def test_a_context_that_is_too_short(tmp_path):
+    parent = save(build("llama", max_position_embeddings=32), tmp_path / "parent")
+    refuse(ConfigError, "calibration.sequence_length must be at most .* 32 tokens", settings(parent, tmp_path / "out"))
+
+
+def test_a_parent_that_is_quantized_already(parent, tmp_path):
+    run(settings(parent, tmp_path / "once", "rtn"))
+    refuse(ConfigError, "quantized already: name its parent", settings(tmp_path / "once", tmp_path / "twice", "rtn"))
+
+
+def test_linears_outside_the_blocks(parent, tmp_path, monkeypatch):
+    """A projection beside the blocks cannot be calibrated: it must be excluded by name."""
+
+    def with_adapter(*args, **kwargs):
+        model = build_skeleton(*args, **kwargs)
+        model.model.adapter = torch.nn.Linear(32, 32, device="meta")
+        return model
+
+    monkeypatch.setattr("ptq.plan.build_skeleton", with_adapter)
+    pattern = "only Linears of the decoder blocks .*model.adapter is neither"
+    refuse(ConfigError, pattern, settings(parent, tmp_path / "out"))
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="must hold config.json"):
+        locate(str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no directory '/not/here'"):
+        locate("/not/here")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="'some/model' is no directory and the hub answered"):
+        locate("some/model")
+
+
+def test_configurations_that_are_no_language_model(tmp_path):
+    from transformers import ViTConfig
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "not-a-model"}))
+    with pytest.raises(UnsupportedModelError, match="must describe a model transformers knows"):
+        read_config(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="causal language model of transformers; ViTConfig"):
+        build_skeleton(ViTConfig(), torch.float32)
+    with pytest.raises(UnsupportedModelError, match="must hold its tokenizer"):
+        load_tokenizer(tmp_path, False)
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda")
+
+
+def test_a_parent_with_another_vocabulary(parent, tmp_path):
+    other = save(build("llama", vocab_size=320), tmp_path / "other")
+    text = EvaluationConfig(files=("unread",))
+    with pytest.raises(ConfigError, match="must share a vocabulary; .* has 320 tokens and .* 288"):
+        evaluate_checkpoint(str(parent), str(other), text, device="cpu")
+
+
+def test_inspect_tells_what_is_there(parent, tmp_path):
+    assert "quantized   no: a float checkpoint" in inspect(str(parent))
+    run(settings(parent, tmp_path / "out", "rtn", overrides={"down_proj": SchemeOverride(bits=8, group_size=-1)}))
+    lines = inspect(str(tmp_path / "out"), modules=True).splitlines()
+    assert "format      gptq" in lines
+    assert "              12 x 4 bits, groups of 32, symmetric" in lines
+    assert "               2 x 8 bits, one group a row, symmetric" in lines
+    assert "float       1 Linears: lm_head" in lines
+    assert "  model.layers.0.mlp.down_proj  64 x 128, 8 bits, one group a row, symmetric" in lines
