@@ -83,24 +83,30 @@ class GPTQConfig:
     ``damping``: fraction of the mean diagonal of H that is added to the diagonal;
     ``activation_order``: ``static`` quantizes columns by decreasing diagonal of H on grids fixed beforehand, ``none``
     takes them from left to right; ``block_size``: columns between two updates of the remaining weight (speed only);
-    ``scales``: ``hessian`` searches those that lose least where inputs are strong, ``range`` spans each group's range.
+    ``scales``: ``hessian`` searches those that lose least where inputs are strong, ``range`` spans each group's range;
+    ``sweeps``: rounds of coordinate descent over the finished codes; ``correct_inputs``: share, 0 to 1, of the
+    correction for what the quantized layers before changed (0 also saves a second pass of hidden states).
     """
 
     damping: float = field(default=0.01, metadata=checked(lambda damping: 0 < damping <= 1, "above 0, at most 1"))
     activation_order: Literal["static", "none"] = "static"
     block_size: int = field(default=128, metadata=at_least(1))
     scales: Literal["hessian", "range"] = "hessian"
+    sweeps: int = field(default=1, metadata=at_least(0))
+    correct_inputs: float = field(default=0.5, metadata=checked(lambda share: 0 <= share <= 1, "between 0 and 1"))
 
 
 @dataclass(frozen=True)
 class AWQConfig:
     """Options of the AWQ search.
 
-    ``grid``: exponents between 0 and 1 that are tried for the channel scales; ``clip``: search weight ranges as well.
+    ``grid``: exponents between 0 and 1 that are tried for the channel scales; ``clip``: search weight ranges as well;
+    ``codes``: ``round`` rounds the scaled weights to nearest, ``gptq`` solves for them as the ``gptq`` options say.
     """
 
     grid: int = field(default=20, metadata=at_least(1))
     clip: bool = True
+    codes: Literal["round", "gptq"] = "round"
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
 """One run: plan, calibrate, walk the blocks, write the checkpoint, evaluate, report."""
 
+import copy
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptq.block import BlockTask, ModuleResult, quantize_block
+from ptq.block import quantize_block
 from ptq.calibration.capture import Run
 from ptq.calibration.data import calibration_batches, token_hash
 from ptq.config import RunConfig, dump
@@ -25,6 +27,7 @@ from ptq.nn.linear import kernels_in_use
 from ptq.plan import Plan, check_output, estimate_size, make_plan, parent_stream, replaced_tensors
 from ptq.progress import Progress
 from ptq.report import Report, hardware, resident_bytes, start_counting_peak, versions
+from ptq.task import BlockTask, FloatTwin, ModuleResult
 from ptq.version import VERSION
 
 # Weights and what describes them are written anew; everything else beside them is the parent's.
@@ -119,16 +122,22 @@ def _walk(plan: Plan, batches: list[Tensor], progress: Progress) -> Iterator[Fin
     """Block by block: results, and the tensors the checkpoint holds in place of the parent's."""
     stream = parent_stream(plan)
     hidden = stream.enter(batches) if batches else []
+    # What the float model has at the same place; followed only where the solver corrects for the difference.
+    float_hidden = list(hidden) if plan.config.method == "gptq" and plan.config.gptq.correct_inputs else []
     total = len(stream.blocks)
     for index in range(total):
         started = time.perf_counter()
         path = stream.block_path(index)
         with stream.block(index) as block:
             _check_weights(block, path)
-            task = BlockTask(path, _below(path, plan.targets), plan.config, plan.dtype, _probe(stream, index, hidden))
+            twin = _twin(stream, index, block, float_hidden) if float_hidden else None
+            probe = _probe(stream, index, hidden)
+            task = BlockTask(path, _below(path, plan.targets), plan.config, plan.dtype, probe, twin)
             runs = [_runner(stream, index, i, hidden) for i in range(len(hidden))]
             progress.module(path)
             found = quantize_block(block, runs, task) if task.schemes else {}
+            if twin is not None and index + 1 < total:
+                float_hidden = [run().cpu() for run in twin.runs]
             if index + 1 < total or _head_targets(plan):
                 for i in range(len(hidden)):
                     hidden[i] = stream.run_block(index, i, hidden[i]).cpu()
@@ -151,6 +160,11 @@ def _runner(stream: StreamedModel, index: int, batch: int, hidden: list[Tensor])
 
 def _probe(stream: StreamedModel, index: int, hidden: list[Tensor]) -> Callable[[nn.Module], Tensor]:
     return lambda module: stream.run_in_place(index, module, hidden[0])
+
+
+def _twin(stream: StreamedModel, index: int, block: nn.Module, hidden: list[Tensor]) -> FloatTwin:
+    twin = copy.deepcopy(block)
+    return FloatTwin(twin, [partial(stream.run_as_block, index, twin, i, each) for i, each in enumerate(hidden)])
 
 
 def _block_tensors(plan: Plan, path: str, block: nn.Module, results: Mapping[str, ModuleResult]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ptq.block import BlockTask, ModuleResult, quantize_block
+from ptq.block import quantize_block
 from ptq.config import AWQConfig, GPTQConfig, RunConfig, scheme_for, unused_patterns
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
@@ -17,6 +17,7 @@ from ptq.grid import resolve_group_size
 from ptq.models.structure import linears, weight_shape
 from ptq.nn.swap import replace_module, to_quant_linear
 from ptq.schema import build
+from ptq.task import BlockTask, FloatTwin, ModuleResult
 
 
 @torch.no_grad()
@@ -73,7 +74,8 @@ def quantize_linears(
         dtype = module.get_parameter(f"{next(iter(schemes))}.weight").dtype
         probe = _Probe(module, batches[0]) if method == "awq" else None
         runs = [_runner(module, batch) for batch in batches]
-        results = quantize_block(module, runs, BlockTask("", schemes, config, dtype, probe))
+        twin = _twin(module, batches) if method == "gptq" and config.gptq.correct_inputs else None
+        results = quantize_block(module, runs, BlockTask("", schemes, config, dtype, probe, twin))
     _swap(module, results)
     return {path: result.row for path, result in results.items()}
 
@@ -124,6 +126,12 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child, flag in training:
             child.training = flag
+
+
+def _twin(module: nn.Module, batches: Iterable[Any]) -> FloatTwin:
+    """The module as it is now, to say what its layers would read without quantization."""
+    twin = copy.deepcopy(module)
+    return FloatTwin(twin, [_runner(twin, batch) for batch in batches])
 
 
 def _runner(module: nn.Module, batch: Any) -> Callable[[], Any]:

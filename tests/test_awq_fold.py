@@ -12,13 +12,14 @@ from ptq.awq import apply_fold, find_folds
 from ptq.awq import block as awq_block
 from ptq.awq.fold import UNCHANGED, difference
 from ptq.awq.solver import tie
-from ptq.block import BlockTask, quantize_block
+from ptq.block import quantize_block
 from ptq.calibration.capture import input_hooks, trace_groups
 from ptq.config import AWQConfig, RunConfig
 from ptq.errors import NumericsError
 from ptq.formats.codec import Scheme
 from ptq.grid import min_max_grid, nearest_codes, values
 from ptq.models.structure import linears, weight_of
+from ptq.task import BlockTask
 
 K = 24
 

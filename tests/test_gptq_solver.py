@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from ptq import block as ptq_block
-from ptq.block import BlockTask, quantize_block
+from ptq.block import quantize_block
 from ptq.calibration.capture import InputStats
 from ptq.config import RunConfig
 from ptq.errors import NumericsError
 from ptq.formats.codec import Scheme
+from ptq.gptq import block as gptq_block
 from ptq.gptq import factorize, gptq_solve
 from ptq.gptq.solver import require_no_rescue
 from ptq.grid import Grid, min_max_grid, nearest_codes, values
 from ptq.grid_search import search_grid
 from ptq.loss import quadratic_loss, rounding_loss
+from ptq.task import BlockTask
 
 N, K, T = 4, 24, 60
 ORDERS = ["static", "none"]
@@ -243,7 +244,7 @@ def test_a_block_reports_the_losses_of_its_outputs(W, x):
 
 def test_strict_names_the_linear_whose_hessian_needed_a_rescue(W, x, monkeypatch):
     H = torch.block_diag(*[pair(3.0)] * 6)
-    monkeypatch.setattr(ptq_block, "collect", lambda *_args, **_kw: [InputStats(H, torch.ones(K), T)])
+    monkeypatch.setattr(gptq_block, "collect", lambda *_args, **_kw: [InputStats(H, torch.ones(K), T)])
     for name, found in (("block", "block.0"), ("", "0")):
         with pytest.raises(NumericsError, match=f"strict: the Hessian of {found} must be positive definite"):
             run_block(x.float(), linear(W), name, strict=True)
@@ -251,7 +252,7 @@ def test_strict_names_the_linear_whose_hessian_needed_a_rescue(W, x, monkeypatch
 
 def test_the_loss_after_the_last_rescue_is_not_that_of_the_diagonal(W, x, monkeypatch):
     H = torch.block_diag(*[pair(3.0)] * 6)
-    monkeypatch.setattr(ptq_block, "collect", lambda *_args, **_kw: [InputStats(H, torch.ones(K), T)])
+    monkeypatch.setattr(gptq_block, "collect", lambda *_args, **_kw: [InputStats(H, torch.ones(K), T)])
     W = W.abs()  # so that the energy under this indefinite H is positive
     quantized, row = run_block(x.float(), linear(W))
     assert "diagonal" in row["rescues"]

@@ -25,8 +25,8 @@ def packed(case) -> PackedWeight:
 @pytest.mark.parametrize("n", [16, 32, 48, 64, 80, 96, 112, 128, 208, 1040])
 def test_aten_layout_inverts_exactly(n: int) -> None:
     case = random_case(n, 96, 96, symmetric=False)
-    prepared = ptq_kernels.prepare(*case.tensors, **case.sized)
-    assert (prepared.layout, prepared.impl) == ("aten_int4", "cpu")
+    prepared = ptq_kernels.prepare(*case.tensors, impl="cpu-torch", **case.sized)
+    assert (prepared.layout, prepared.impl) == ("aten_int4", "cpu-torch")
     assert prepared.qweight.dtype == torch.uint8
     back = ptq_kernels.canonical(prepared.qweight, *case.tensors[1:], layout=prepared.layout, **case.sized)
     assert torch.equal(back, case.qweight)
@@ -64,7 +64,7 @@ from ptq_kernels.cpu import aten_int4
 print(torch.backends.cpu.get_cpu_capability(), aten_int4.placement(64))
 for n in (16, 48, 96, 176):
     case = random_case(n, 128, 64, symmetric=False)
-    prepared = ptq_kernels.prepare(*case.tensors, **case.sized)
+    prepared = ptq_kernels.prepare(*case.tensors, impl="cpu-torch", **case.sized)
     assert prepared.layout == "aten_int4", prepared.layout
     rest = case.tensors[1:]
     back = ptq_kernels.canonical(prepared.qweight, *rest, layout=prepared.layout, **case.sized)
@@ -93,7 +93,7 @@ def test_every_instruction_set_this_machine_has(capability: str) -> None:
     ],
 )
 def test_what_does_not_fit_stays_canonical(case, reason: str) -> None:
-    assert ptq_kernels.prepare(*case.tensors, **case.sized).layout == "canonical"
+    assert ptq_kernels.prepare(*case.tensors, impl="cpu-torch", **case.sized).layout == "canonical"
     with pytest.raises(ValueError, match=f"cannot hold this weight: .*{reason}.*keep it canonical"):
         layouts.convert(packed(case), "aten_int4")
 
@@ -102,7 +102,7 @@ def test_unknown_order_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case(64, 64, 32)
     weight = layouts.convert(packed(case), "aten_int4") if aten_int4.placement(64) else None
     monkeypatch.setattr(aten_int4, "placement", lambda rows: None)
-    assert ptq_kernels.prepare(*case.tensors, **case.sized).layout == "canonical"
+    assert ptq_kernels.prepare(*case.tensors, impl="cpu-torch", **case.sized).layout == "canonical"
     with pytest.raises(ValueError, match="unknown order"):
         layouts.convert(packed(case), "aten_int4")
     if weight is not None:

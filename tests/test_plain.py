@@ -278,7 +278,8 @@ def test_later_layers_are_calibrated_on_what_quantized_ones_put_out():
     """With 2 bits in front the second layer's inputs move far; its loss is that on the moved ones."""
     module, x = seeded(nn.Sequential, nn.Linear(K, K), nn.Tanh(), nn.Linear(K, 8)), inputs(1)[0]
     weight = module[2].weight.detach().double().clone()
-    losses = ptq.quantize_linears(module, [x], bits=2, group_size=16)
+    options = GPTQConfig(correct_inputs=0.0)  # with it the loss is that of another target
+    losses = ptq.quantize_linears(module, [x], bits=2, group_size=16, gptq=options)
     moved = torch.tanh(module[0](x)).detach().double()
     error = weight - module[2].dequantize(torch.float32).double()
     expected = oracles.output_error(moved, error) / oracles.output_error(moved, weight)

@@ -3,7 +3,9 @@
 Oracle: the model's own forward pass with all weights in memory; for quantization, the same solver fed by that pass.
 """
 
+import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from tiny_models import ARCHITECTURES, build, logits, save, settings, tokens
 from torch import nn
 
-from ptq.block import BlockTask, quantize_block
+from ptq.block import quantize_block
 from ptq.calibration.data import calibration_batches
 from ptq.errors import FormatError, UnsupportedModelError
 from ptq.evaluate import streamed
@@ -23,6 +25,7 @@ from ptq.models.streamed import StreamedModel
 from ptq.models.structure import find_blocks, linears, weight_of
 from ptq.plan import make_plan, parent_stream
 from ptq.runtime import load, open_checkpoint, open_stream
+from ptq.task import BlockTask, FloatTwin
 
 CPU = torch.device("cpu")
 # Lengths on both sides of the sliding windows of 16, and batches of different size.
@@ -83,16 +86,22 @@ def test_equal_arguments_of_two_batches_are_kept_once(tmp_path):
 
 
 def whole_model_run(model, config):
-    """Quantize with all weights in memory: each run of a block is a forward pass of the whole model from the tokens."""
+    """Quantize with all weights in memory: each run of a block is a forward pass of a whole model from the tokens.
+
+    The float model, to which inputs are compared, is a second copy of it.
+    """
+    untouched = copy.deepcopy(model)
     batches = calibration_batches(config.calibration, load_tokenizer(Path(config.model), False))
     plan = make_plan(config)
     results = {}
     for index, block in enumerate(model.get_submodule(plan.blocks)):
         path = f"{plan.blocks}.{index}"
         schemes = {n.removeprefix(f"{path}."): s for n, s in plan.targets.items() if n.startswith(f"{path}.")}
-        runs = [lambda batch=batch: model(input_ids=batch, use_cache=False) for batch in batches]
+        runs, float_runs = ([partial(m, input_ids=batch, use_cache=False) for batch in batches]
+                            for m in (model, untouched))  # fmt: skip
+        twin = FloatTwin(untouched.get_submodule(path), float_runs)
         with torch.no_grad():
-            found = quantize_block(block, runs, BlockTask(path, schemes, config, plan.dtype))
+            found = quantize_block(block, runs, BlockTask(path, schemes, config, plan.dtype, twin=twin))
         results |= {f"{path}.{name}": result.quantized for name, result in found.items()}
     return results
 

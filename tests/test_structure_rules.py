@@ -30,19 +30,22 @@ LAYERS = [
         mutual=True,
     ),
     Layer(  # solvers and codecs: tensors in, tensors out; and what a run is
-        "ptq.config ptq.rtn ptq.gptq ptq.gptq.solver ptq.awq.solver "
+        "ptq.config ptq.rtn ptq.gptq ptq.gptq.solver ptq.gptq.descent ptq.awq.solver "
         "ptq.formats.gptq ptq.formats.awq ptq.formats.compressed_tensors",
         mutual=False,
     ),
     Layer("ptq.models ptq.models.* ptq.calibration ptq.calibration.* ptq.formats ptq.formats.* ptq.nn ptq.nn.*", False),
-    Layer("ptq.awq ptq.awq.fold ptq.awq.block ptq.block ptq.progress ptq.report", mutual=True),  # one block
+    Layer(  # one block
+        "ptq.task ptq.gptq.block ptq.awq ptq.awq.fold ptq.awq.block ptq.block ptq.progress ptq.report", mutual=True
+    ),
     Layer(  # a whole model
         "ptq.pipeline ptq.plan ptq.plain ptq.runtime ptq.evaluate ptq.evaluation ptq.inspection ptq.hub", mutual=True
     ),
     Layer("ptq.cli ptq ptq.__main__ ptq.*.__main__", mutual=True),
 ]
 PURE = [  # tensors in, tensors out: no files, no progress bars, no models
-    *("ptq.grid", "ptq.grid_search", "ptq.loss", "ptq.rtn", "ptq.gptq.solver", "ptq.awq.solver", "ptq.formats.codec"),
+    *("ptq.grid", "ptq.grid_search", "ptq.loss", "ptq.rtn", "ptq.gptq.solver"),
+    *("ptq.gptq.descent", "ptq.awq.solver", "ptq.formats.codec"),
     *("ptq.formats.bitpack", "ptq.formats.gptq", "ptq.formats.awq", "ptq.formats.compressed_tensors"),
 ]
 IMPURE = {"transformers", "datasets", "accelerate", "yaml", "tqdm", "rich", "logging", "safetensors"}

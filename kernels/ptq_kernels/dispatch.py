@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ptq_kernels import layouts, reference, tiles
+from ptq_kernels.cpu import library
 from ptq_kernels.cpu import matmul as cpu
 from ptq_kernels.layouts import PackedWeight
 
@@ -54,17 +55,28 @@ def _describe_triton(weight: PackedWeight) -> str:
     return launch.describe(weight)
 
 
+def _refuse_cpu(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"it needs CPU tensors, got {device}"
+
+
+def _forced(name: str) -> Implementation:
+    """One instruction set of the CPU, whichever is fastest."""
+    return Implementation(
+        ("strips", "canonical"),
+        lambda device: _refuse_cpu(device) or library.refuse(name),
+        cpu.by_library(name),
+        lambda weight: f"C++ library for {name}",
+    )
+
+
 _IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(
         ("canonical",), lambda device: None, reference.matmul, lambda weight: "float32 dequantize and matmul"
     ),
     "triton": Implementation((*tiles.NAMES, "canonical"), _refuse_triton, _run_triton, _describe_triton),
-    "cpu": Implementation(
-        ("aten_int4", "canonical"),
-        lambda device: None if device.type == "cpu" else f"it needs CPU tensors, got {device}",
-        cpu.matmul,
-        cpu.describe,
-    ),
+    "cpu": Implementation(("strips", "aten_int4", "canonical"), _refuse_cpu, cpu.matmul, cpu.describe),
+    "cpu-torch": Implementation(("aten_int4", "canonical"), _refuse_cpu, cpu.by_torch, cpu.describe),
+    **{f"cpu-{name}": _forced(name) for name in library.SETS},
 }
 
 _chosen: dict[tuple[str, str, int, str], str] = {}
@@ -117,7 +129,7 @@ def run(impl: str, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tens
 
 
 def grad_input(grad: Tensor, weight: PackedWeight) -> Tensor:
-    """``grad [M, N] @ weight``: on a GPU by Triton where it reads the layout, otherwise as the specification does it."""
+    """``grad [M, N] @ weight``: by Triton where it reads the layout, otherwise as the specification does it."""
     if weight.layout in tiles.NAMES and _refuse_triton(grad.device) is None:
         from ptq_kernels.triton import launch
 

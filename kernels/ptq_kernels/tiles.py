@@ -1,8 +1,8 @@
 """Fragment-order layouts "tile_sm90" and "tile_sm80": codes lie as the tensor core's operand registers want them.
 
-The weight is cut into 64 x 64 tiles; what one of 128 threads needs of a tile lies together, so a kernel loads 16 bytes a
-thread and unpacks them in place, with no exchange between threads. "tile_sm90" follows the register operand of Hopper's
-wgmma, "tile_sm80" mma.sync of every other GPU from Ampere on. Both are right everywhere, the other one is slower.
+The weight is cut into 64 x 64 tiles; what one of 128 threads needs of a tile lies together, so a kernel loads 16 bytes
+a thread and unpacks them in place, with no exchange between threads. "tile_sm90" follows the register operand of
+Hopper's wgmma, "tile_sm80" mma.sync of every other GPU from Ampere on. Both are right everywhere, one is faster.
 
 Of a code's row n in its tile, ``w = n / 16`` is a warp, of its column k the letters below are digits, most significant
 first; thread ``t = 32 w + 4 lh + ll``:
@@ -17,8 +17,9 @@ first; thread ``t = 32 w + 4 lh + ll``:
     ========= ==== ================================ =============================================================
 
 qweight is uint8 ``[bytes]``: the tiles ``[N' / 64, K' / 64, 512 * bits]``, then the scales ``[G', N']`` in their own
-dtype, then the zeros uint8 ``[G', N']`` where there are any. N' and K' are N and K rounded up to 128; G' is the groups of
-K' and one more, which a kernel may fetch ahead, or 1 where a group is the whole row. What is added has scale 0. The canonical scales and zeros stay beside it, so the conversion back is exact.
+dtype, then the zeros uint8 ``[G', N']`` where there are any. N' and K' are N and K rounded up to 128; G' is the groups
+of K' and one more, which a kernel may fetch ahead, or 1 where a group is the whole row. What is added has scale 0. The
+canonical scales and zeros stay beside it, so the conversion back is exact.
 """
 
 from typing import NamedTuple
@@ -119,7 +120,8 @@ def _decode(tiles: Tensor, name: str, bits: int) -> Tensor:
     split = (down, *order.split[: order.rows], across, *order.split[order.rows :])
     digits = fields.view([split[axis] for axis in axes])
     inverse = sorted(range(len(axes)), key=axes.__getitem__)
-    return digits.permute(inverse).reshape(down * TILE, across * TILE)
+    codes: Tensor = digits.permute(inverse).reshape(down * TILE, across * TILE)
+    return codes
 
 
 def _storage_axes(order: _Order) -> list[int]:
@@ -130,7 +132,7 @@ def _storage_axes(order: _Order) -> list[int]:
 
 def _transposed(values: Tensor, weight: PackedWeight) -> Tensor:
     """``[N, G]`` as contiguous ``[G', N']``, with 0 where something was added."""
-    full = values.new_zeros(groups(weight), padded(weight.out_features))
+    full: Tensor = values.new_zeros(groups(weight), padded(weight.out_features))
     full[: values.shape[1], : values.shape[0]] = values.T
     return full
 

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from ptq.awq.fold import UNCHANGED, Fold, apply_fold, difference, find_folds
 from ptq.awq.solver import rescale, search_clip, search_scales
-from ptq.block import TINY, BlockTask, ModuleResult, Solved, finish
 from ptq.calibration.capture import InputGroup, InputStats, Run, collect
 from ptq.errors import NumericsError
+from ptq.formats.codec import Scheme
+from ptq.gptq.block import Choice, choose_codes, factor_of
+from ptq.gptq.solver import Factor
 from ptq.grid import min_max_grid, nearest_codes, values
 from ptq.loss import quadratic_loss, rounding_loss
 from ptq.models.structure import weight_of
+from ptq.task import TINY, BlockTask, ModuleResult, Solved, finish
 
 
 @torch.no_grad()
@@ -40,10 +43,17 @@ def awq_block(
     for group, input_stats in zip(groups, stats, strict=True):
         fold, scales = folded.get(group.members, (None, None))
         moment = input_stats.hessian if scales is None else rescale(input_stats.hessian, scales)
+        factor = factor_of(moment, group.members[0], task) if task.config.awq.codes == "gptq" else None
         for name in group.members:
-            weight, producer = weight_of(scaled.get_submodule(name)), fold.producer if fold else None
-            results[name] = _awq_linear(modules[name], weight, name, input_stats, moment, producer, task)
-            results[name].row["rescues"] = list(rescues)
+            weight = weight_of(scaled.get_submodule(name))
+            choice = _choose(weight, moment, factor, task.schemes[name], task)
+            row: dict[str, object] = {
+                "solver": "awq" if factor is None else "awq+gptq",
+                "fold": fold.producer if fold else None,
+                "tokens": input_stats.tokens,
+                "rescues": rescues + ([] if factor is None else list(factor.rescues)),
+            }
+            results[name] = _awq_linear(modules[name], weight, choice, moment, input_stats.hessian, row)
     return results
 
 
@@ -89,19 +99,26 @@ def _take_over(producer: nn.Module, scaled: nn.Module, skip: str) -> None:
             parameter.copy_(scaled.get_parameter(name))
 
 
-def _awq_linear(
-    module: nn.Module, W: Tensor, name: str, stats: InputStats, moment: Tensor, fold: str | None, task: BlockTask
-) -> ModuleResult:
-    """Clip and round the scaled weight ``W``; ``module`` still holds the parent's, to compare with."""
-    started = time.perf_counter()
-    scheme, parent = task.schemes[name], weight_of(module).float()
+def _choose(W: Tensor, moment: Tensor, factor: Factor | None, scheme: Scheme, task: BlockTask) -> Choice:
+    """Codes of a scaled weight: rounded, or solved for with the Hessian of the scaled inputs."""
+    if factor is not None:
+        return choose_codes(W, moment, factor, scheme, task)
     if task.config.awq.clip:
         grid = search_clip(W, moment, scheme, scale_dtype=task.scale_dtype)
     else:
         grid = min_max_grid(W, scheme, scale_dtype=task.scale_dtype)
     codes = nearest_codes(W, grid)
-    loss = quadratic_loss(W - values(codes, grid), moment) / max(quadratic_loss(W, moment), TINY)
-    plain = min_max_grid(parent, scheme, scale_dtype=task.scale_dtype)
-    rounding = rounding_loss(parent, stats.hessian, plain) / max(quadratic_loss(parent, stats.hessian), TINY)
-    row: dict[str, object] = {"solver": "awq", "fold": fold, "tokens": stats.tokens}
-    return finish(module, Solved(codes, grid, loss, rounding), row, started)
+    return Choice(codes, grid, quadratic_loss(W - values(codes, grid), moment))
+
+
+def _awq_linear(
+    module: nn.Module, W: Tensor, choice: Choice, moment: Tensor, hessian: Tensor, row: dict[str, object]
+) -> ModuleResult:
+    """Put the codes of the scaled weight ``W`` into ``module``, which still holds the parent's, to compare with."""
+    started = time.perf_counter()
+    parent, grid = weight_of(module).float(), choice.grid
+    loss = choice.loss / max(quadratic_loss(W, moment), TINY)
+    scheme = Scheme(grid.bits, grid.group_size, grid.symmetric)
+    plain = min_max_grid(parent, scheme, scale_dtype=module.get_parameter("weight").dtype)
+    rounding = rounding_loss(parent, hessian, plain) / max(quadratic_loss(parent, hessian), TINY)
+    return finish(module, Solved(choice.codes, grid, loss, rounding), row, started)

@@ -1,7 +1,7 @@
 """Statistics of what reaches each Linear while calibration data runs through a module."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -118,16 +118,71 @@ def collect(
                 run()
             except StopForward:
                 continue
-    result = []
-    for group, total in zip(groups, sums, strict=True):
-        if total is None or total.tokens == 0:
-            raise UnsupportedModelError(
-                f"calibration must reach every Linear; nothing reached {where}{group.members[0]}: give more samples or "
-                "exclude it"
-            )
-        check_finite(total.hessian, f"the second moment of the input of {where}{group.members[0]}")
-        result.append(InputStats(total.hessian, total.magnitude, total.tokens))
-    return result
+    return [_finished(total, f"{where}{group.members[0]}") for group, total in zip(groups, sums, strict=True)]
+
+
+@torch.no_grad()
+def collect_drift(
+    module: nn.Module, float_module: nn.Module, calls: int, runs: Iterable[tuple[Run, Run]], name: str
+) -> tuple[InputStats, Tensor | None]:
+    """Statistics of one input X, and ``(X_float - X)^T X / T``: how far it is from what the float model has there.
+
+    Args:
+        module: the Linear that reads X.
+        float_module: the same Linear in the float model.
+        calls: how often a run calls it.
+        runs: pairs of runs on the same batch, of the quantized and of the float model.
+        name: for messages.
+
+    Returns:
+        The statistics and the drift, float32 ``[K, K]``; None for the drift where the two models did not feed the same
+        number of rows (a router that decided differently).
+
+    Raises:
+        NumericsError: an activation is NaN or infinite, or so large that its square is.
+        UnsupportedModelError: the Linear was never fed.
+    """
+    total: _Sum | None = None
+    drift: Tensor | None = None
+    paired = True
+    for run, float_run in runs:
+        rows, float_rows = _rows(module, calls, run), _rows(float_module, calls, float_run)
+        if total is None:
+            total = _Sum(rows.shape[-1], rows.device)
+            drift = torch.zeros_like(total.hessian)
+        assert drift is not None
+        paired = paired and rows.shape == float_rows.shape
+        before = total.tokens
+        total.add(rows, name)
+        if paired and total.tokens:
+            drift.mul_(before / total.tokens)
+            for x, x_float in zip(torch.split(rows, CHUNK_ROWS), torch.split(float_rows, CHUNK_ROWS), strict=True):
+                drift.addmm_((x_float.float() - x.float()).t(), x.float(), alpha=1 / total.tokens)
+    stats = _finished(total, name)
+    return stats, drift if paired else None
+
+
+def _rows(module: nn.Module, calls: int, run: Run) -> Tensor:
+    """Everything a module reads in its first ``calls`` calls of a run, ``[T, K]``."""
+    inputs: list[Tensor] = []
+
+    def seen(_name: str, x: Tensor) -> None:
+        inputs.append(x.reshape(-1, x.shape[-1]))
+        if len(inputs) == calls:
+            raise StopForward
+
+    with input_hooks({"": module}, seen), suppress(StopForward):
+        run()
+    return torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+
+
+def _finished(total: "_Sum | None", name: str) -> InputStats:
+    if total is None or total.tokens == 0:
+        raise UnsupportedModelError(
+            f"calibration must reach every Linear; nothing reached {name}: give more samples or exclude it"
+        )
+    check_finite(total.hessian, f"the second moment of the input of {name}")
+    return InputStats(total.hessian, total.magnitude, total.tokens)
 
 
 class _Sum:

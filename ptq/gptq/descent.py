@@ -52,6 +52,6 @@ def descend(
                 local.addr_(H_block[j], moved[j], alpha=-1)
             Q[start:end] += moved
             M.addmm_(Hd[:, start:end], moved, alpha=-1)
-    result = torch.empty_like(found)
-    result[order] = found
-    return result.t().contiguous()
+    result = torch.empty_like(codes, memory_format=torch.contiguous_format)
+    result[:, order] = found.t()
+    return result

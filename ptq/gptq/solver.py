@@ -137,6 +137,22 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
     return SolveResult(codes_NK, max(loss, 0.0))
 
 
+def correction(drift_KK: Tensor, factor: Factor, strength: float) -> Tensor:
+    """``P`` such that ``W + W P`` is the weight to solve for when a Linear's inputs are not the float model's.
+
+    With X what the Linear will read and X_f what it read in the float model, the least-squares target of
+    ``min_Q |X_f W^T - X Q^T|^2`` is ``W (X_f^T X) inv(X^T X) = W + W C inv(H)``, ``C = (X_f - X)^T X / T`` the drift.
+
+    Args:
+        drift_KK: C.
+        factor: of X's Hessian; its damping applies.
+        strength: share of the correction, 0 to 1: all of it follows the calibration text too closely.
+    """
+    U_KK = torch.empty_like(factor.U_KK)
+    U_KK[:, factor.order_K] = factor.U_KK  # U^T U = inv(Hd) in original column order
+    return (drift_KK @ U_KK.t()).mul_(strength) @ U_KK
+
+
 def require_no_rescue(factor: Factor, name: str) -> None:
     """Under `strict`, a rescue is an error.
 

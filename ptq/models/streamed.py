@@ -98,8 +98,13 @@ class StreamedModel:
     @torch.no_grad()
     def run_block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """The output of a loaded block for one batch of hidden states, on the device it runs on."""
+        return self.run_as_block(index, self.blocks[index], batch, hidden)
+
+    @torch.no_grad()
+    def run_as_block(self, index: int, module: nn.Module, batch: int, hidden: Tensor) -> Tensor:
+        """The output of another module in a block's place."""
         call = self.calls[index][batch]
-        return _hidden_of(self.blocks[index](hidden.to(self.device), *call.args, **call.kwargs))
+        return _hidden_of(module(hidden.to(self.device), *call.args, **call.kwargs))
 
     @torch.no_grad()
     def run_in_place(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The product on CPUs, in torch only."""
+"""The product on CPUs: C++ libraries where they were built, and paths in torch only."""

@@ -69,9 +69,12 @@ void gemv(const Input& in, const Weight& w, const Output& out) {
   const float* x = reinterpret_cast<const float*>(in.data);
   float* sums = has_offset ? sums_memory.get<float>(in.rows * in.groups) : nullptr;
   if (!as_is || has_offset) {
-    float* converted = rows.get<float>(in.rows * w.k);
-    convert_rows<float>(in, sums, [&](int64_t m, int64_t k) { return converted + m * w.k + k; });
-    x = converted;
+    float* converted = as_is ? nullptr : rows.get<float>(in.rows * w.k);
+    convert_rows(in, sums, [&](int64_t m, int64_t k, const float* values) {
+      if (converted != nullptr) write_unit(values, converted + m * w.k + k);
+      return has_offset ? sum_of_unit(values) : 0.0f;
+    });
+    if (converted != nullptr) x = converted;
   }
   constexpr int64_t GRAIN = 4;  // strips
   run((w.strips() + GRAIN - 1) / GRAIN, 1, [&](int64_t begin, int64_t end) {

@@ -10,24 +10,28 @@
 #include "gemv.h"
 #include "tiles_dot.h"
 #ifdef __AMX_BF16__
-#include "amx_few.h"
+#include "amx_exact.h"
 #endif
 
 namespace {
 
-// Which kernel serves how many rows: where they were measured to meet. One or two rows, and all rows where floats are
-// all there is, are multiplied in float32, exactly as they are; otherwise float32 and float16 rows are rounded to
-// bfloat16, the only type with a fast product.
+// Which kernel serves how many rows: where they were measured to meet. With `exact`, or for one or two rows, or where
+// floats are all there is, the product is as good as float32 throughout. Otherwise float32 and float16 rows are rounded
+// to bfloat16, and so are the dequantized weights where there are many rows.
 template <int BITS>
-void multiply(const Input& in, const Weight& w, const Output& out) {
+void multiply(const Input& in, const Weight& w, const Output& out, bool exact) {
 #if defined(__AMX_BF16__)
   if (in.rows <= 2) return gemv<BITS>(in, w, out);
-  if (in.rows <= (w.group < 64 ? FEW_ROWS / 2 : FEW_ROWS)) return amx_few<BITS>(in, w, out);
+  if (exact) return amx_exact<BITS>(in, w, out, in.type == BFLOAT16 ? 1 : in.type == FLOAT16 ? 2 : 3);
+  if (in.rows <= (w.group < 64 ? 8 : 16)) return amx_exact<BITS>(in, w, out, 1);
   return gemm<AmxTiles, BITS>(in, w, out);
-#elif defined(__AVX512BF16__)
-  return in.rows <= 4 ? gemv<BITS>(in, w, out) : gemm<DotTiles<PairDot>, BITS>(in, w, out);
 #else
-  return in.rows <= 4 ? gemv<BITS>(in, w, out) : gemm<DotTiles<FloatDot>, BITS>(in, w, out);
+  if (in.rows <= 4) return gemv<BITS>(in, w, out);
+#ifdef __AVX512BF16__
+  if (!exact) return gemm<DotTiles<PairDot>, BITS>(in, w, out);
+#endif
+  static_cast<void>(exact);
+  return gemm<DotTiles<FloatDot>, BITS>(in, w, out);
 #endif
 }
 
@@ -59,9 +63,11 @@ void qmm_unpack(const uint32_t* strips, uint32_t* stream, int64_t n, int64_t k, 
 }
 
 // x [m][k] and y [m][n] of x_type; bias float [n] or null. packed: the codes, then scales [n / 16][groups][16] of
-// scale_type, then, where has_zeros, bytes [n / 16][groups][16], with n rounded up to 32. -1: bits not known.
+// scale_type, then, where has_zeros, bytes [n / 16][groups][16], with n rounded up to 32. exact:
+// see multiply(). -1: bits not known.
 int32_t qmm_matmul(const uint8_t* x, int32_t x_type, const uint8_t* packed, int32_t scale_type, int32_t has_zeros,
-                   const float* bias, uint8_t* y, int64_t m, int64_t n, int64_t k, int64_t group, int32_t bits) {
+                   const float* bias, uint8_t* y, int64_t m, int64_t n, int64_t k, int64_t group, int32_t bits,
+                   int32_t exact) {
   const int64_t columns = rounded_up(n, 2 * STRIP), groups = k / group, padded = rounded_up(group, UNIT);
   const Type scales = Type(scale_type);
   const uint8_t* scale_bytes = packed + columns * groups * padded * bits / 8;
@@ -70,10 +76,10 @@ int32_t qmm_matmul(const uint8_t* x, int32_t x_type, const uint8_t* packed, int3
   const Input in{x, Type(x_type), m, group, padded, groups};
   const Output out{y, Type(x_type), bias, n};
   switch (bits) {
-    case 2: multiply<2>(in, w, out); break;
-    case 3: multiply<3>(in, w, out); break;
-    case 4: multiply<4>(in, w, out); break;
-    case 8: multiply<8>(in, w, out); break;
+    case 2: multiply<2>(in, w, out, exact != 0); break;
+    case 3: multiply<3>(in, w, out, exact != 0); break;
+    case 4: multiply<4>(in, w, out, exact != 0); break;
+    case 8: multiply<8>(in, w, out, exact != 0); break;
     default: return -1;
   }
   return 0;

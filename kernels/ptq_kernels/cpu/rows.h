@@ -38,10 +38,18 @@ inline float sum_of_unit(const uint16_t* p) {
   return sum(total);
 }
 
-// Converts all of x, 32 values of a row at a time, to place(m, k); sums [rows][groups], of the values as converted, may
-// be null.
-template <class Element, class Place>
-void convert_rows(const Input& in, float* sums, Place place) {
+// What `rounded` lacks of the values; nothing where it is not finite.
+inline void subtract_unit(const uint16_t* rounded, float* values) {
+  for (int64_t i = 0; i < UNIT; i += LANES) {
+    const Floats r = load_as(BFLOAT16, rounded, i);
+    store(values + i, zero_unless_finite(sub(load(values + i), r), r));
+  }
+}
+
+// Hands out all of x as convert(m, k, values), 32 values of row m from padded position k on; what that returns is added
+// up over each group into sums [rows][groups], unless that is null.
+template <class Convert>
+void convert_rows(const Input& in, float* sums, Convert convert) {
   const int64_t units = in.padded_group / UNIT;
   run(in.rows, std::max<int64_t>(1, 65536 / (in.groups * in.padded_group)), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++)
@@ -51,9 +59,7 @@ void convert_rows(const Input& in, float* sums, Place place) {
           alignas(64) float values[UNIT];
           const int64_t k = g * in.padded_group + u * UNIT;
           read_unit(in, m, k, values);
-          Element* out = place(m, k);
-          write_unit(values, out);
-          if (sums != nullptr) total += sum_of_unit(out);
+          total += convert(m, k, values);
         }
         if (sums != nullptr) sums[m * in.groups + g] = total;
       }

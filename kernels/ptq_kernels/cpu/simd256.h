@@ -25,6 +25,11 @@ inline float sum(Floats v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+// v where r is finite, else 0.
+inline Floats zero_unless_finite(Floats v, Floats r) {
+  return _mm256_and_ps(_mm256_cmp_ps(sub(r, r), zero(), _CMP_EQ_OQ), v);
+}
+
 inline Floats load_bytes(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }

@@ -20,6 +20,11 @@ inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c
 inline Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
 
+// v where r is finite, else 0.
+inline Floats zero_unless_finite(Floats v, Floats r) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(sub(r, r), zero(), _CMP_EQ_OQ), v);
+}
+
 inline Floats load_bytes(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }

@@ -42,8 +42,11 @@ class AmxTiles {
     return x + m / 16 * 16 * k_total + k * 16 + m % 16 * 32;
   }
 
-  static void arrange(const Input& in, int64_t k_total, Element* out, float* sums = nullptr) {
-    convert_rows<Element>(in, sums, [&](int64_t m, int64_t k) { return place(out, k_total, m, k); });
+  static void arrange(const Input& in, int64_t k_total, Element* out) {
+    convert_rows(in, nullptr, [&](int64_t m, int64_t k, const float* values) {
+      write_unit(values, place(out, k_total, m, k));
+      return 0.0f;
+    });
   }
 
   // Portions of another panel that fit in between.

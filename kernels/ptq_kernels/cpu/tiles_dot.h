@@ -46,7 +46,10 @@ class DotTiles {
   static void arrange(const Input& in, int64_t k_total, Element* out) {
     static thread_local Scratch memory;
     auto* plain = memory.get<Element>(in.rows * k_total);
-    convert_rows<Element>(in, nullptr, [&](int64_t m, int64_t k) { return plain + m * k_total + k; });
+    convert_rows(in, nullptr, [&](int64_t m, int64_t k, const float* values) {
+      write_unit(values, plain + m * k_total + k);
+      return 0.0f;
+    });
     const auto* from = reinterpret_cast<const Broadcast*>(plain);
     auto* to = reinterpret_cast<Broadcast*>(out);
     const int64_t steps = k_total / DEPTH;

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ptq_kernels.triton import configs
+from ptq_kernels.triton import configs, dequant
 from ptq_kernels.triton.configs import Tile
 from ptq_kernels.triton.tiled import tiled_kernel
 
@@ -80,9 +80,6 @@ def order_of(capability: int) -> int:
 
 def compile_form(form: Form) -> Any:
     """The compiled kernel, specialised as the launcher does for sizes that are multiples of 16."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     tile = form.tile
     constants = {
         "BITS": tile.bits,
@@ -100,13 +97,38 @@ def compile_form(form: Form) -> Any:
     }
     pointers = {"w_ptr": "*u8", "parts_ptr": "*fp32", "counters_ptr": "*i32"}
     pointers |= dict.fromkeys(("x_ptr", "b_ptr", "y_ptr"), "*" + form.dtype)
-    names = tiled_kernel.arg_names
+    return _compile(tiled_kernel, constants, pointers, form.capability, options(tile))
+
+
+def compile_dequantizer(capability: int, *, asymmetric: bool) -> Any:
+    """The dequantizing kernel for 4 bits, groups of 128 and bfloat16."""
+    constants = {
+        "BITS": 4,
+        "ORDER": order_of(capability),
+        "GROUP": 128,
+        "SCALES": tl.bfloat16,
+        "ASYM": asymmetric,
+        "SPAN": 128,
+        "BN": dequant.BLOCK_N,
+        "BK": dequant.BLOCK_K,
+        "USE_ASM": True,
+    }
+    pointers = {"w_ptr": "*u8", "out_ptr": "*bf16"}
+    return _compile(dequant.dequantize_kernel, constants, pointers, capability, {"num_warps": dequant.NUM_WARPS})
+
+
+def _compile(
+    kernel: Any, constants: dict[str, Any], pointers: dict[str, str], capability: int, chosen: dict[str, Any]
+) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = {*pointers, "N", "K"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned}
-    source = ASTSource(fn=tiled_kernel, signature=signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", form.capability, 32)
-    return triton.compile(source, target=target, options=options(tile))
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
 
 
 def options(tile: Tile) -> dict[str, Any]:
@@ -127,7 +149,7 @@ def machine_code(kernel: Any) -> tuple[int, int, list[tuple[int, str]]]:
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"{_TOOL.name} -res-usage must print REG and STACK, it printed {usage!r}; use its own version")
+        raise RuntimeError(f"{_TOOL.name} must print REG and STACK, it printed {usage!r}; use the one of this Triton")
     lines = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
     return int(found[1]), int(found[2]), lines
 
@@ -232,9 +254,9 @@ def violations(form: Form, report: Report) -> list[str]:
 
 
 def _most_permutations(form: Form, report: Report) -> float:
-    """A few a step place the scales and zeros; unpacking 8 bits takes one a weight, and half of one with float16."""
+    """A few a step place scales and zeros (moving the weight takes 64); 8 bits need one a weight, float16 half of one."""
     scales = 2 if form.tile.span < form.tile.block_k else 1
-    around = scales * (8 if form.asymmetric else 4)
+    around = scales * (12 if form.asymmetric else 4)
     if form.tile.bits == 4:
         return around
     return around + report.weights * (1.0 if form.dtype == "bf16" else 0.5)

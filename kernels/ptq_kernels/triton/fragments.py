@@ -1,13 +1,15 @@
 """Unpacking of fragment-order tiles (tiles.py) into the operand of a tensor-core product, as parts of Triton kernels.
 
 A 4-bit code becomes a float without a conversion instruction: put under the mantissa of a power of two whose last bits
-count in ones, it reads 128 + code in bfloat16 and 1024 + code in float16. So does an 8-bit code in float16; bfloat16 has
-too few bits for it and takes the detour over float32. What the code was raised by is subtracted together with the zero:
-small integers, exact.
+count in ones, it reads 128 + code in bfloat16 and 1024 + code in float16. So does an 8-bit code in float16; bfloat16
+has too few bits for it and takes the detour over float32. What the code was raised by is subtracted together with the
+zero: small integers, exact.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # (the arguments of a kernel are Triton's, and triton.jit carries no annotations)
+# ruff: noqa: RET505, SIM300
+# (Triton compiles what follows a return, and compares a constexpr by its own method)
 
 import triton
 import triton.language as tl
@@ -59,7 +61,7 @@ def _codes4_fp16(q):
 
 @triton.jit
 def _codes8_bf16(q):
-    """uint8 -> bfloat16, code - 128: each byte under the mantissa of 2**23 in float32, then pairs are rounded (exactly)."""
+    """uint8 -> bfloat16, code - 128: each byte under the mantissa of 2**23 in float32, then exactly rounded pairs."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 a, b, c, d;

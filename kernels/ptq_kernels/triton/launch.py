@@ -4,6 +4,8 @@ All of it happens inside one torch operator, so a new number of rows neither rec
 not depend on the call (plans, compiled kernels) is kept for each kind of layer in a `_Layer`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -84,7 +86,9 @@ class _Layer:
 
     def plan(self, rows: int) -> Plan:
         """How a number of rows is computed."""
-        return configs.plan(self.table, Problem(self.scheme[0], self.span, rows, *self.shape))
+        return (
+            _forced[-1] if _forced else configs.plan(self.table, Problem(self.scheme[0], self.span, rows, *self.shape))
+        )
 
     def launch(self, rows: int) -> _Launch:
         """The launcher of the bucket of `rows`."""
@@ -105,7 +109,7 @@ class _Layer:
             not w4a16.interpreted(), num_warps=dequant.NUM_WARPS, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
 
-    def chunks(self, qweight: Tensor, dtype: torch.dtype) -> Any:
+    def chunks(self, qweight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """(first row, dense rows) a chunk at a time, in one buffer."""
         outputs, columns = self.shape
         most = max(dequant.CHUNK_BYTES // (columns * dtype.itemsize) // tiles.ALIGNMENT, 1) * tiles.ALIGNMENT
@@ -117,6 +121,7 @@ class _Layer:
 
 
 _layers: dict[tuple[Any, ...], _Layer] = {}
+_forced: list[Plan] = []
 
 
 def _layer(x: Tensor, weight: PackedWeight, has_bias: bool) -> _Layer:
@@ -134,6 +139,18 @@ def forget() -> None:
     """Drop every plan, so that the tables are read again."""
     _layers.clear()
     configs.forget()
+
+
+@contextmanager
+def forced(plan: Plan) -> Iterator[None]:
+    """Every launch of the kernel inside uses this plan."""
+    _forced.append(plan)
+    _layers.clear()
+    try:
+        yield
+    finally:
+        _forced.pop()
+        _layers.clear()
 
 
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -1,15 +1,17 @@
-"""The product with fragment-order tiles: y.T = W x.T, so that the unpacked weight is the tensor cores' register operand.
+"""The product with fragment-order tiles: y.T = W x.T, so that the unpacked weight is the register operand.
 
-The codes stay exact small integers; the group's scale multiplies the float32 accumulator, once a step. That form waits for
-the product in every step, which is what keeps it right with Triton 3.6: accumulating in place lets its assembler write
-operand registers that an asynchronous wgmma may still read.
+The codes stay exact small integers; the group's scale multiplies the float32 accumulator, once a step. That form waits
+for the product in every step, which is what keeps it right with Triton 3.6: accumulating in place lets its assembler
+write operand registers that an asynchronous wgmma may still read.
 
-Split over K: each of the programs of an output tile writes its float32 part to a workspace; the last one to arrive, known
-by a counter, adds the parts in their order. The result has the same bits in every run, whoever comes last.
+Split over K: each of the programs of an output tile writes its float32 part to a workspace; the last one to arrive,
+known by a counter, adds the parts in their order. The result has the same bits in every run, whoever comes last.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # (the arguments of a kernel are Triton's, and triton.jit carries no annotations)
+# ruff: noqa: RET505
+# (Triton compiles what follows a return)
 
 import triton
 import triton.language as tl
@@ -147,7 +149,7 @@ def tiled_kernel(
         zero1 = scale1
         if ASYM:
             zero1 = tl.load(zero_ptrs + second)
-    for i in range(0, count):
+    for i in range(count):
         q = tl.load(q_ptrs, eviction_policy="evict_first")
         x = _load_x(x_ptrs, k, in_m, K, EVEN_K)
         if HALVES:
@@ -197,7 +199,7 @@ def tiled_kernel(
         last = arrived == tl.num_programs(1) - 1
         if last:
             acc = tl.zeros((BN, BM), tl.float32)
-            for i in range(0, tl.num_programs(1)):
+            for i in range(tl.num_programs(1)):
                 acc += tl.load(parts_ptr + i * size + offset, mask=mask, other=0.0, cache_modifier=".cg")
             tl.store(counters_ptr + tl.program_id(0), 0)
     if last:

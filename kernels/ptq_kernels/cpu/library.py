@@ -1,0 +1,138 @@
+"""Finds, checks and loads the C++ library for this processor (see build.py and library.cpp)."""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+_log = logging.getLogger("ptq_kernels")
+
+VERSION = 1  # qmm_version() of library.cpp
+_DIRECTORY = Path(__file__).resolve().parent
+_CPUINFO = Path("/proc/cpuinfo")
+_BUILD = "python -m ptq_kernels.build"
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
+# What each library needs, as /proc/cpuinfo calls it.
+SETS = {
+    "amx": _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+}
+
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class Library(NamedTuple):
+    """The functions of one loaded library; library.cpp says what they take."""
+
+    name: str
+    pack: Callable[..., None]
+    unpack: Callable[..., None]
+    matmul: Callable[..., int]
+
+
+class _Processor(NamedTuple):
+    vendor: str
+    flags: frozenset[str]
+
+
+@cache
+def _processor() -> _Processor:
+    """What Linux says of the first processor; nothing where there is no such file."""
+    fields: dict[str, str] = {}
+    if _CPUINFO.exists():
+        for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    return _Processor(fields.get("vendor_id", ""), frozenset(fields.get("flags", "").split()))
+
+
+def preferred() -> tuple[str, ...]:
+    """Every instruction set, fastest first."""
+    # Intel's pair products have no more throughput than its float32 ones, and lose precision; AMD's have twice as much.
+    if _processor().vendor == "AuthenticAMD":
+        return ("amx", "avx512bf16", "avx512", "avx2")
+    return ("amx", "avx512", "avx512bf16", "avx2")
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Load one file; OSError where it is no library, AttributeError where it is another one."""
+    handle = ctypes.CDLL(str(path))
+    handle.qmm_version.argtypes, handle.qmm_version.restype = [], _INT
+    handle.qmm_start.argtypes, handle.qmm_start.restype = [], _INT
+    handle.qmm_set_parallel_for.argtypes, handle.qmm_set_parallel_for.restype = [_POINTER], None
+    for function in (handle.qmm_pack, handle.qmm_unpack):
+        function.argtypes, function.restype = [_POINTER, _POINTER, _LONG, _LONG, _INT], None
+    handle.qmm_matmul.argtypes = [
+        *(_POINTER, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER),
+        *(_LONG, _LONG, _LONG, _LONG, _INT, _INT),
+    ]
+    handle.qmm_matmul.restype = _INT
+    return handle
+
+
+def _torch_threads() -> Any:
+    """The address of torch's own parallel loop (torch 2.10 and later): it follows `torch.set_num_threads`."""
+    core = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return ctypes.cast(core.torch_parallel_for, _POINTER)
+
+
+@cache
+def _loaded(name: str) -> Library | str:
+    """The library of an instruction set, or why there is none."""
+    if missing := SETS[name] - _processor().flags:
+        return f"this processor lacks {', '.join(sorted(missing))}"
+    path = _DIRECTORY / f"_qmm_{name}.so"
+    if not path.exists():
+        return f"{path.name} was not built; build it with `{_BUILD}`"
+    try:
+        handle = _open(path)
+        if (found := handle.qmm_version()) != VERSION:
+            return f"{path.name} has version {found}, {VERSION} is required; rebuild it with `{_BUILD}`"
+        if handle.qmm_start() != 0:
+            return "the operating system does not grant this process the AMX tile registers"
+        handle.qmm_set_parallel_for(_torch_threads())
+    except (OSError, AttributeError) as error:
+        return f"{path.name} cannot be loaded ({error}); rebuild it with `{_BUILD}`"
+    return Library(name, handle.qmm_pack, handle.qmm_unpack, handle.qmm_matmul)
+
+
+def refuse(name: str) -> str | None:
+    """Why the library of that instruction set cannot be used; None: it can."""
+    found = _loaded(name)
+    return found if isinstance(found, str) else None
+
+
+def get(name: str) -> Library:
+    """The library of that instruction set; RuntimeError says why there is none."""
+    found = _loaded(name)
+    if isinstance(found, str):
+        raise RuntimeError(f"the CPU library for {name} is required and cannot be used: {found}; or use impl='cpu'")
+    return found
+
+
+@cache
+def best() -> Library | None:
+    """The fastest library that can be used, or None; says once in the log which, or why none."""
+    reasons = []
+    for name in preferred():
+        found = _loaded(name)
+        if isinstance(found, Library):
+            _log.info("products on the CPU use the C++ library for %s", name)
+            return found
+        reasons.append(f"{name}: {found}")
+    _log.warning("products on the CPU use torch only, which is slower: %s", "; ".join(reasons))
+    return None
+
+
+def forget() -> None:
+    """Look for the libraries anew, after one was built or removed."""
+    for function in (_processor, _loaded, best):
+        function.cache_clear()

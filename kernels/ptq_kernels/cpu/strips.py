@@ -1,0 +1,129 @@
+"""The layout that the C++ libraries read, and the product by one of them.
+
+qweight of layout "strips": uint8, one dimension. First the codes, in strips of 16 rows of the weight, as codes.h places
+them; then, for each strip and group, the 16 scales in their own dtype; then, unless the weight is symmetric, the 16
+zeros. Rows are padded to a multiple of 32 and every group to a multiple of 32 columns, where the caller's x counts as
+zero. The bytes mean the same for every instruction set, but are only meant for the memory of one process.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ptq_kernels import bitstream, layouts
+from ptq_kernels.cpu import library
+from ptq_kernels.layouts import Layout, PackedWeight
+
+_STRIP, _UNIT = 16, 32
+_MOST_PADDING = 1.5  # padded columns over columns
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _padded_group(weight: PackedWeight) -> int:
+    return -(-weight.group_size // _UNIT) * _UNIT
+
+
+def _padded_rows(weight: PackedWeight) -> int:
+    return -(-weight.out_features // (2 * _STRIP)) * 2 * _STRIP
+
+
+def _groups(weight: PackedWeight) -> int:
+    return weight.in_features // weight.group_size
+
+
+def _code_bytes(weight: PackedWeight) -> int:
+    return _padded_rows(weight) * _groups(weight) * _padded_group(weight) * weight.bits // 8
+
+
+def _refuse(weight: PackedWeight) -> str | None:
+    if weight.qweight.device.type != "cpu":
+        return f"it is for the CPU, this weight is on {weight.qweight.device}"
+    if _padded_group(weight) > _MOST_PADDING * weight.group_size:
+        return f"groups are padded to a multiple of {_UNIT}, which would waste most of it at {weight.group_size}"
+    if library.best() is None:
+        return "no C++ library can be used here"
+    return None
+
+
+def _storage(weight: PackedWeight) -> tuple[torch.dtype, tuple[int, ...]]:
+    per_group = weight.scales.element_size() + (weight.zeros is not None)
+    return torch.uint8, (_code_bytes(weight) + _padded_rows(weight) * _groups(weight) * per_group,)
+
+
+def any_library() -> library.Library:
+    """The fastest library; RuntimeError where there is none. Packing is the same in all of them."""
+    return library.best() or library.get(library.preferred()[-1])
+
+
+def _pack(weight: PackedWeight) -> Tensor:
+    qweight = torch.empty(_storage(weight)[1], dtype=torch.uint8)
+    padded, groups = _padded_group(weight), _groups(weight)
+    stream = weight.qweight
+    if padded != weight.group_size:
+        codes = bitstream.unpack(stream, weight.bits, weight.in_features).view(-1, groups, weight.group_size)
+        codes = functional.pad(codes, (0, padded - weight.group_size))
+        stream = bitstream.pack(codes.view(weight.out_features, -1), weight.bits)
+    stream = stream.contiguous()
+    any_library().pack(stream.data_ptr(), qweight.data_ptr(), weight.out_features, groups * padded, weight.bits)
+    start = _code_bytes(weight)
+    for tensor in (weight.scales, weight.zeros):
+        if tensor is not None:
+            part = _by_strip(tensor, _padded_rows(weight))
+            qweight[start : start + part.numel()] = part
+            start += part.numel()
+    return qweight
+
+
+def _by_strip(tensor: Tensor, rows: int) -> Tensor:
+    """``[N, groups]`` as bytes in the order ``[strip, group, row of the strip]``; rows beyond N are 0."""
+    padded = functional.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
+    return padded.view(-1, _STRIP, tensor.shape[1]).transpose(1, 2).contiguous().view(-1).view(torch.uint8)
+
+
+def _unpack(weight: PackedWeight) -> Tensor:
+    padded, groups = _padded_group(weight), _groups(weight)
+    words = bitstream.words(groups * padded, weight.bits)
+    stream = torch.empty(weight.out_features, words, dtype=torch.int32)
+    packed = weight.qweight.contiguous()
+    any_library().unpack(packed.data_ptr(), stream.data_ptr(), weight.out_features, groups * padded, weight.bits)
+    if padded == weight.group_size:
+        return stream
+    codes = bitstream.unpack(stream, weight.bits, groups * padded).view(-1, groups, padded)[..., : weight.group_size]
+    return bitstream.pack(codes.reshape(weight.out_features, -1), weight.bits)
+
+
+def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, by: library.Library) -> Tensor:
+    """``x [M, K] @ weight.T + bias`` with the weight in layout "strips"; ``[M, N]`` in ``x.dtype``.
+
+    Sums are float32 and rounded once. float32 rows are multiplied as exactly as float32 allows, unless
+    ``torch.set_float32_matmul_precision`` permits less than "highest". Where bfloat16 alone has a fast product (AMX,
+    AVX512-BF16), other rows are rounded to bfloat16 when there are more than two or four, and dequantized weights are
+    when there are many.
+
+    Raises RuntimeError for a width that the library does not know.
+    """
+    rows, columns = x.shape[0], weight.out_features
+    y = torch.empty(rows, columns, dtype=x.dtype)
+    offset = None if bias is None else bias.float().contiguous()
+    packed = weight.qweight.contiguous()
+    failed = by.matmul(
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        packed.data_ptr(),
+        _TYPES[weight.scales.dtype],
+        weight.zeros is not None,
+        None if offset is None else offset.data_ptr(),
+        y.data_ptr(),
+        rows,
+        columns,
+        weight.in_features,
+        weight.group_size,
+        weight.bits,
+        x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest",
+    )
+    if failed:
+        raise RuntimeError(f"bits must be one of {bitstream.BITS}, the library got {weight.bits}; pack the weight anew")
+    return y
+
+
+layouts.register(Layout("strips", _storage, _refuse, _pack, _unpack))

@@ -1,0 +1,168 @@
+"""Fills the user's table of configurations for this GPU by timing. Nothing here runs inside a forward pass."""
+
+import contextlib
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq_kernels import layouts, tiles
+from ptq_kernels.layouts import PackedWeight
+from ptq_kernels.triton import configs, launch
+from ptq_kernels.triton.configs import Gpu, Plan, Problem
+
+_L2_BYTES = 128 * 2**20  # copies of a weight are rotated through at least so much, so that no cache holds them
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 14, 16, 24, 32)
+
+Timer = Callable[[Plan, Problem], float]
+
+
+class GraphTimer:
+    """Microseconds of a launch: a CUDA graph of launches over rotated copies of a random weight, the median replay."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, group_size: int, symmetric: bool = True) -> None:
+        self.device, self.dtype, self.group_size, self.symmetric = device, dtype, group_size, symmetric
+        self._made: dict[tuple[int, int, int], list[PackedWeight]] = {}
+
+    def weights(self, bits: int, n: int, k: int) -> list[PackedWeight]:
+        """Copies in the layout of the GPU; those of the last shape are kept."""
+        if (bits, n, k) not in self._made:
+            self._made.clear()
+            words = torch.randint(-(2**31), 2**31, (n, k * bits // 32), dtype=torch.int32, device=self.device)
+            scales = torch.rand(n, k // self.group_size, device=self.device).to(self.dtype) * 0.01
+            zeros = None if self.symmetric else torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
+            weight = PackedWeight(words, scales, zeros, bits, self.group_size, k)
+            order = launch.gpu(self.device.index or 0).order
+            tiled = layouts.convert(weight, next(name for name, o in launch.ORDERS.items() if o == order))
+            count = max(_L2_BYTES // tiled.qweight.numel() + 1, 2)
+            copies = [tiled._replace(qweight=tiled.qweight.clone()) for _ in range(count)]
+            self._made[bits, n, k] = copies
+        return self._made[bits, n, k]
+
+    def __call__(self, plan: Plan, problem: Problem) -> float:
+        """Raise what Triton raises for a plan that does not fit the GPU."""
+        weights = self.weights(problem.bits, problem.n, problem.k)
+        x = torch.randn(problem.rows, problem.k, dtype=self.dtype, device=self.device)
+        with launch.forced(plan):
+            return graph_microseconds([partial(launch.matmul, x, weight, None) for weight in weights])
+
+
+def graph_microseconds(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> float:
+    """The median time of one call, from replays of one CUDA graph that makes each call once."""
+    for call in calls[:2]:
+        call()  # compiles, and makes the workspaces
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / len(calls))
+    return float(statistics.median(times[1:]))
+
+
+def plans(gpu: Gpu, problem: Problem) -> list[Plan]:
+    """Every tile with every number of splits that has work for each and room in the workspace."""
+    problem = problem._replace(rows=configs.bucket(problem.rows))
+    return [
+        Plan(tile, splits)
+        for tile in configs.candidates(gpu, problem)
+        for splits in _SPLITS
+        if configs.fits(tile, problem, splits)
+    ]
+
+
+def tune(gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str) -> dict[Problem, tuple[Plan, float]]:
+    """Time every plan of every problem, write the best ones to `configs.user_file`, and return them with their times.
+
+    The file keeps its other entries. It is written under a lock and replaced at once, so that several processes may
+    tune at the same time and readers never see half of it.
+    """
+    best = {}
+    for problem in problems:
+        problem = problem._replace(rows=configs.bucket(problem.rows))
+        timed = [(timer(plan, problem), plan) for plan in plans(gpu, problem)]
+        fastest = min(timed, key=lambda pair: pair[0])
+        best[problem] = (fastest[1], fastest[0])
+    entries = [_entry(gpu, problem, plan, us, provenance) for problem, (plan, us) in best.items()]
+    _merge(configs.user_file(), entries)
+    launch.forget()
+    return best
+
+
+def _entry(gpu: Gpu, problem: Problem, plan: Plan, microseconds: float, provenance: str) -> dict[str, Any]:
+    return {
+        "capability": gpu.capability,
+        "processors": gpu.processors,
+        "bits": problem.bits,
+        "span": problem.span,
+        "rows": problem.rows,
+        "n": [problem.n, problem.n],
+        "k": [problem.k, problem.k],
+        "tile": [plan.tile.block_m, plan.tile.block_n],
+        "splits": plan.splits,
+        "microseconds": round(microseconds, 2),
+        "provenance": provenance,
+    }
+
+
+def _merge(path: Path, entries: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix(".lock")):
+        empty: dict[str, Any] = {"format": configs.FORMAT, "tiles": {}, "dequantize_from": {}, "shapes": []}
+        table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
+        kept = {_identity(entry): entry for entry in [*table["shapes"], *entries]}
+        table["shapes"] = list(kept.values())
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(table, indent=1), encoding="utf-8")
+        os.replace(unfinished, path)
+
+
+def _identity(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(entry[name] for name in ("capability", "processors", "bits", "span", "rows")), *entry["n"], *entry["k"])
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the system gives it up with the process. Triton GPUs mean Linux."""
+    import fcntl
+
+    with path.open("w", encoding="utf-8") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def tune_device(
+    shapes: Iterable[tuple[int, int]],
+    *,
+    device: torch.device | str = "cuda",
+    bits: int = 4,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: Iterable[int] = configs.BUCKETS,
+) -> dict[Problem, tuple[Plan, float]]:
+    """Tune products with weights of shapes ``(N, K)`` on a GPU; about a second for each shape, bucket and plan.
+
+    Raises ValueError for a group size that fragment-order tiles do not know.
+    """
+    device = torch.device(device)
+    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    span = next((size for size in tiles.SPANS if group_size % size == 0), None)
+    if span is None:
+        raise ValueError(f"group_size must be a multiple of {tiles.SPANS[-1]}, got {group_size}; nothing to tune there")
+    name = torch.cuda.get_device_name(device)
+    provenance = f"timed on {name}, torch {torch.__version__}"
+    problems = [Problem(bits, span, m, n, k) for n, k in shapes for m in rows]
+    return tune(launch.gpu(device.index), problems, GraphTimer(device, dtype, group_size), provenance)

@@ -1,0 +1,79 @@
+"""What the methods share when they work on one block: the task, a Linear's result, its row in the report."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptq.calibration.capture import Run
+from ptq.config import RunConfig
+from ptq.formats.codec import QuantizedWeight, Scheme
+from ptq.grid import Grid, pack_result
+from ptq.models.structure import set_weight
+
+# Keeps the relative loss of an all-zero weight defined.
+TINY = 1e-30
+
+
+class ModuleResult(NamedTuple):
+    """One quantized Linear and the row it gets in the report."""
+
+    quantized: QuantizedWeight
+    row: dict[str, object]
+
+
+class FloatTwin(NamedTuple):
+    """The same block as the float model has it, on the hidden states the float model has there."""
+
+    block: nn.Module
+    runs: Sequence[Run]
+
+
+class BlockTask(NamedTuple):
+    """What to do to one block."""
+
+    name: str  # dotted path of the block, "" for a whole module
+    schemes: Mapping[str, Scheme]  # Linear's path below the block -> how to quantize it
+    config: RunConfig
+    scale_dtype: torch.dtype
+    # Runs a float32 stand-in for the block on the first batch and returns its output; AWQ proves its folds with it.
+    probe: Callable[[nn.Module], Tensor] | None = None
+    # Without it there is no correction for what the quantized blocks before this one changed.
+    twin: FloatTwin | None = None
+
+    def full(self, member: str) -> str:
+        """Dotted path of a Linear in the model."""
+        return f"{self.name}.{member}" if self.name else member
+
+
+class Solved(NamedTuple):
+    """Codes of one weight; losses relative to the energy of its output, ``trace(W H W^T)``."""
+
+    codes: Tensor
+    grid: Grid
+    loss: float
+    rounding: float  # what plain rounding would lose
+
+
+def finish(module: nn.Module, solved: Solved, row: dict[str, object], started: float) -> ModuleResult:
+    """Put the codes' values into the module and complete its row of the report."""
+    quantized = pack_result(solved.codes, solved.grid)
+    set_weight(module, quantized.dequantize())
+    losses = {
+        "relative_loss": solved.loss,
+        "relative_rounding_loss": solved.rounding,
+        "loss_to_rounding": solved.loss / solved.rounding if solved.rounding > 0 else 1.0,
+    }
+    return ModuleResult(quantized, {**row, **losses, **described(quantized, started)})
+
+
+def described(quantized: QuantizedWeight, started: float) -> dict[str, object]:
+    """What every row says, whichever method made it."""
+    return {
+        "bits": quantized.bits,
+        "group_size": quantized.group_size,
+        "symmetric": quantized.symmetric,
+        "seconds": round(time.perf_counter() - started, 4),
+    }

@@ -1,0 +1,190 @@
+"""Which kernel form runs: the table, the rule, the user's file, the workspace, and the launch of compiled kernels."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tile_cases
+import torch
+from packed_weights import random_case, random_rows
+from ptq_kernels import tiles
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+
+from ptq_kernels.triton import configs, launch, tiled, tune, workspace  # noqa: E402
+from ptq_kernels.triton.configs import Gpu, Plan, Problem  # noqa: E402
+
+H200, A100, ADA, BLACKWELL = Gpu(90, 132), Gpu(80, 108), Gpu(89, 128), Gpu(120, 170)
+LLAMA = [(4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
+
+
+@pytest.fixture(autouse=True)
+def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PTQ_KERNELS_CONFIGS", str(tmp_path / "tuned" / "configs.json"))
+    launch.forget()
+    yield
+    launch.forget()
+
+
+@pytest.mark.parametrize("gpu", [H200, A100, ADA, BLACKWELL, Gpu(90, 78)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("span", tiles.SPANS)
+def test_every_problem_has_a_plan_that_fits(gpu: Gpu, bits: int, span: int) -> None:
+    """Invariants: the tile serves the problem, each split has work, the parts fit the workspace, steps fit the group."""
+    for rows in (1, 16, 17, 64, 65, 200, 511):
+        for n, k in [*LLAMA, (1, 32), (64, 96), (300000, 128), (72, 50000)]:
+            problem = Problem(bits, span, rows, n, k)
+            tile, splits = configs.plan(gpu, problem)
+            assert (tile.bits, tile.span) == (bits, span)
+            assert span in (tile.block_k, tile.block_k // 2)
+            assert splits == 1 or configs.fits(tile, problem, splits)
+            assert tile.block_m <= max(rows, 16) * 2 or gpu.order == 90
+
+
+def test_plans_fill_the_gpu_once() -> None:
+    """4096 x 4096 has 32 tiles of 128 rows: for one wave of 132 multiprocessors they must be split."""
+    for n, k in LLAMA:
+        tile, splits = configs.plan(H200, Problem(4, 128, 1, n, k))
+        programs = -(-n // tile.block_n) * splits
+        assert programs >= 64
+        assert splits == 1 or programs <= 132 * tile.resident
+
+
+def test_the_rule_where_the_table_is_silent() -> None:
+    unknown = Gpu(90, 100)
+    tile, splits = configs.plan(unknown, Problem(4, 128, 1, 4096, 4096))
+    assert splits == configs.splits_by_rule(unknown, tile, Problem(4, 128, 16, 4096, 4096)) == 8  # parts of 512 columns
+    assert configs.plan(unknown, Problem(4, 128, 64, 4096, 4096)).splits == 4  # the traffic of the parts
+
+
+def test_table_says_where_it_comes_from() -> None:
+    table = json.loads(configs.SHIPPED.read_text())
+    assert table["provenance"]
+    for entry in table["shapes"]:
+        assert entry["provenance"]
+        problem = Problem(entry["bits"], entry["span"], entry["rows"], entry["n"][1], entry["k"][0])
+        assert configs.plan(Gpu(entry["capability"], entry["processors"]), problem).splits >= 1
+
+
+def test_buckets() -> None:
+    assert [configs.bucket(rows) for rows in (1, 16, 17, 65, 512, 9999)] == [16, 16, 32, 128, 512, 512]
+
+
+def test_user_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PTQ_KERNELS_CONFIGS")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert configs.user_file() == tmp_path / "ptq_kernels" / "configs.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert configs.user_file() == Path.home() / ".cache" / "ptq_kernels" / "configs.json"
+
+
+def test_tuning_writes_what_plan_reads() -> None:
+    """Oracle: a timer that likes three splits best."""
+    problems = [Problem(4, 128, rows, 4096, 4096) for rows in (1, 64)]
+
+    def timer(plan: Plan, problem: Problem) -> float:
+        return 10.0 + abs(plan.splits - 3)
+
+    best = tune.tune(H200, problems, timer, "a test")
+    assert {problem.rows for problem in best} == {16, 64}
+    assert all(plan.splits == 3 for plan, _ in best.values())
+    assert configs.plan(H200, problems[0]).splits == 3
+    assert configs.plan(A100, problems[0]).splits != 3
+    tune.tune(H200, problems[:1], lambda plan, problem: float(plan.splits), "again")
+    assert configs.plan(H200, problems[0]).splits == 1  # replaced
+    assert configs.plan(H200, problems[1]).splits == 3  # kept
+    entries = json.loads(configs.user_file().read_text())["shapes"]
+    assert [entry["provenance"] for entry in entries] == ["again", "a test"]
+
+
+def test_plans_to_tune_all_fit() -> None:
+    problem = Problem(4, 128, 1, 4096, 4096)
+    found = tune.plans(H200, problem)
+    assert {plan.splits for plan in found} >= {1, 2, 4, 8, 16}
+    assert all(configs.fits(plan.tile, problem, plan.splits) for plan in found)
+
+
+def test_a_file_of_another_format_is_refused() -> None:
+    path = configs.user_file()
+    path.parent.mkdir(parents=True)
+    path.write_text('{"format": 0}')
+    with pytest.raises(ValueError, match="must have format 1, .* has 0; delete it and tune again"):
+        configs.plan(H200, Problem(4, 128, 1, 64, 64))
+
+
+def test_an_incomplete_table_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "SHIPPED", configs.user_file())
+    with pytest.raises(ValueError, match="must name the rows to dequantize from for order 90"):
+        configs.dequantize_from(H200)
+
+
+def test_tuning_refuses_a_group_that_no_tile_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="group_size must be a multiple of 32, got 48"):
+        tune.tune_device([(64, 96)], device="cuda:0", group_size=48)
+
+
+def test_each_stream_has_a_workspace_and_a_capture_takes_the_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "_of_stream", {})
+    monkeypatch.setattr(workspace, "_spare", {})
+    device = torch.device("cpu")
+    first = workspace.get(device, 1)
+    assert workspace.get(device, 1) is first
+    assert not first.counters.any()
+    spare = workspace._spare[device]
+    monkeypatch.setattr(workspace, "_capturing", lambda device: True)
+    assert workspace.get(device, 2) is spare
+    with pytest.raises(RuntimeError, match="graph on stream 3 of cpu needs a workspace of its own, none is spare"):
+        workspace.get(device, 3)
+    monkeypatch.setattr(workspace, "_capturing", lambda device: False)
+    assert workspace.get(device, 1) is first  # and makes a new spare
+    assert workspace.get(device, 3) not in (first, spare)
+
+
+class Recorded:
+    """Stands for the kernel and for what it compiles to; counts who launches."""
+
+    def __init__(self) -> None:
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def launch_it(*arguments, **options):
+            (self.launched if "stream" in options else self.compiled).append((grid, arguments))
+            return self
+
+        return launch_it
+
+
+class OnGpu:
+    """What `_Launch` asks of a tensor of rows, without a GPU."""
+
+    is_cuda = True
+    device = torch.device("cpu")
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.shape, self.data_ptr = x.shape, x.data_ptr
+
+
+def test_a_compiled_kernel_is_launched_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Recorded()
+    monkeypatch.setattr(launch, "tiled_kernel", kernel)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    weight = tile_cases.tiled(random_case(256, 256, 128), "tile_sm90")
+    layer = launch._Layer(random_rows(1, 256, torch.float16), weight, False)
+    y, memory = torch.empty(16, 256), torch.zeros(16 * 256 + 8)
+    for rows in (1, 5, 16):
+        layer.launch(rows)(OnGpu(memory[: rows * 256].view(rows, 256)), weight.qweight, None, y, 0)
+    assert (len(kernel.compiled), len(kernel.launched)) == (1, 2)  # one bucket, one compilation
+    assert len(kernel.launched[0][1]) == len(tiled.tiled_kernel.arg_names)  # every argument in its place
+    misaligned = memory[1 : 1 + 256].view(1, 256)
+    layer.launch(1)(OnGpu(misaligned), weight.qweight, None, y, 0)
+    assert (len(kernel.compiled), len(kernel.launched)) == (2, 2)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="kernel for 40 rows of a 256 x 256 weight must be compiled before a CUDA"):
+        layer.launch(40)(OnGpu(torch.zeros(40, 256)), weight.qweight, None, y, 0)
+
+
+def test_a_layout_of_another_gpu_uses_that_ones_tiles() -> None:
+    weight = tile_cases.tiled(random_case(256, 256, 128), "tile_sm80")
+    layer = launch._Layer(random_rows(1, 256, torch.float16), weight, False)
+    assert layer.gpu == H200
+    assert layer.plan(5).tile in configs.tiles(80)

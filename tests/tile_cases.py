@@ -1,0 +1,100 @@
+"""Products with weights in fragment order: the cases, and one case checked against float64 on any device.
+
+In Triton's interpreter these are the tests of the arithmetic; on a GPU the same cases are the tests of the kernels.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import ptq_kernels
+import torch
+from packed_weights import UNIT, Case, dense_float64, random_case, random_rows, worst_error
+from ptq_kernels import layouts, tiles
+from ptq_kernels.layouts import PackedWeight
+from torch import Tensor
+
+ROWS = (1, 2, 3, 16, 17, 64, 65, 200)
+# N, K, group size: whole tiles; ragged N; K padded; groups of 64, 32, 96, 192, 256; one group of an odd length
+SHAPES = [
+    (128, 256, 128),
+    (130, 256, 64),
+    (70, 160, 32),
+    (65, 60, 60),
+    (200, 200, 200),
+    (64, 512, 256),
+    (96, 192, 96),
+    (72, 384, 192),
+    (1, 32, 32),
+]
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Spec(NamedTuple):
+    layout: str
+    bits: int
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    symmetric: bool
+    rows: int
+    scales: torch.dtype
+    bias: bool
+
+    @property
+    def name(self) -> str:
+        n, k, group = self.shape
+        kind = "sym" if self.symmetric else "asym"
+        return f"{self.layout}-{self.bits}-{n}x{k}g{group}-{str(self.dtype)[6:]}-{kind}-{self.rows}"
+
+
+def every_spec() -> list[Spec]:
+    product = itertools.product(tiles.NAMES, (4, 8), SHAPES, DTYPES, (True, False), ROWS)
+    scales = (torch.bfloat16, torch.float16, torch.float32)
+    return [Spec(*values, scales[i % 3], i % 2 == 0) for i, values in enumerate(product)]
+
+
+def few_specs() -> list[Spec]:
+    """Every 11th: 11 shares no factor with the lengths of the lists, so each value of each of them occurs."""
+    return every_spec()[::11]
+
+
+def tiled(case: Case, layout: str) -> PackedWeight:
+    weight = PackedWeight(*case.tensors, case.bits, case.group_size, case.codes.shape[1])
+    return layouts.convert(weight, layout)
+
+
+def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, device: str = "cpu") -> Tensor:
+    """`ptq_kernels.matmul` on a device, back on the CPU."""
+    tensors = [t if t is None else t.to(device) for t in (x, *weight[:3], bias)]
+    y = ptq_kernels.matmul(
+        *tensors, bits=weight.bits, group_size=weight.group_size, layout=weight.layout, impl="triton"
+    )
+    return y.cpu()
+
+
+def check(spec: Spec, device: str = "cpu") -> float:
+    """The error of a random product in units of what rounding allows; at most 1 is right."""
+    n, k, group = spec.shape
+    case = random_case(n, k, group, spec.bits, spec.symmetric, spec.scales)
+    x = random_rows(spec.rows, k, spec.dtype)
+    bias = torch.linspace(-1, 1, n).to(spec.dtype) if spec.bias else None
+    y = multiply(x, tiled(case, spec.layout), bias, device)
+    assert y.dtype == spec.dtype
+    # the weight is rounded only where many rows are left to cuBLAS
+    return worst_error(y, x, case, bias, UNIT[spec.dtype] if spec.rows > 256 else 0.0)
+
+
+def exact(spec: Spec, device: str = "cpu") -> bool:
+    """Small integers and scales of a power of two: every partial sum is an integer below 2**24, any order is exact.
+
+    The interpreter truncates where a GPU rounds to bfloat16, so there the results are kept below 256.
+    """
+    n, k, group = spec.shape
+    case = random_case(n, k, group, spec.bits, spec.symmetric)
+    case = case._replace(scales=torch.sign(case.scales).to(spec.scales))
+    x = torch.randint(-3, 4, (spec.rows, k), generator=torch.Generator().manual_seed(spec.rows))
+    if device == "cpu":
+        every = -(-k // (16 if spec.bits == 4 else 1))  # at most 16 terms of 15, or one of 255
+        x = x.sign() * (torch.arange(k) % every == torch.arange(spec.rows)[:, None] % every)
+    x = x.to(spec.dtype)
+    want = (x.double() @ dense_float64(case).T).float().to(spec.dtype)
+    return torch.equal(multiply(x, tiled(case, spec.layout), None, device), want)
