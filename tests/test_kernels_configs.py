@@ -11,8 +11,8 @@ from ptq_kernels import tiles
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from ptq_kernels.triton import configs, launch, tiled, tune, workspace  # noqa: E402
-from ptq_kernels.triton.configs import Gpu, Plan, Problem  # noqa: E402
+from ptq_kernels.triton import configs, launch, tiled, tune, workspace
+from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
 H200, A100, ADA, BLACKWELL = Gpu(90, 132), Gpu(80, 108), Gpu(89, 128), Gpu(120, 170)
 LLAMA = [(4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
@@ -30,7 +30,7 @@ def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("span", tiles.SPANS)
 def test_every_problem_has_a_plan_that_fits(gpu: Gpu, bits: int, span: int) -> None:
-    """Invariants: the tile serves the problem, each split has work, the parts fit the workspace, steps fit the group."""
+    """Invariants: the tile serves the problem, each split has work, parts fit the workspace, steps fit the group."""
     for rows in (1, 16, 17, 64, 65, 200, 511):
         for n, k in [*LLAMA, (1, 32), (64, 96), (300000, 128), (72, 50000)]:
             problem = Problem(bits, span, rows, n, k)
@@ -53,7 +53,7 @@ def test_plans_fill_the_gpu_once() -> None:
 def test_the_rule_where_the_table_is_silent() -> None:
     unknown = Gpu(90, 100)
     tile, splits = configs.plan(unknown, Problem(4, 128, 1, 4096, 4096))
-    assert splits == configs.splits_by_rule(unknown, tile, Problem(4, 128, 16, 4096, 4096)) == 8  # parts of 512 columns
+    assert splits == configs.splits_by_rule(unknown, tile, Problem(4, 128, 16, 4096, 4096)) == 8  # of 512 columns
     assert configs.plan(unknown, Problem(4, 128, 64, 4096, 4096)).splits == 4  # the traffic of the parts
 
 
@@ -127,8 +127,8 @@ def test_each_stream_has_a_workspace_and_a_capture_takes_the_spare(monkeypatch: 
     monkeypatch.setattr(workspace, "_of_stream", {})
     monkeypatch.setattr(workspace, "_spare", {})
     device = torch.device("cpu")
-    first = workspace.get(device, 1)
-    assert workspace.get(device, 1) is first
+    first = workspace.get(device, 0)
+    assert workspace.get(device, 0) is first
     assert not first.counters.any()
     spare = workspace._spare[device]
     monkeypatch.setattr(workspace, "_capturing", lambda device: True)
@@ -136,8 +136,10 @@ def test_each_stream_has_a_workspace_and_a_capture_takes_the_spare(monkeypatch: 
     with pytest.raises(RuntimeError, match="graph on stream 3 of cpu needs a workspace of its own, none is spare"):
         workspace.get(device, 3)
     monkeypatch.setattr(workspace, "_capturing", lambda device: False)
-    assert workspace.get(device, 1) is first  # and makes a new spare
-    assert workspace.get(device, 3) not in (first, spare)
+    other = workspace.get(device, 4)  # made on the spot: nothing is captured
+    assert not workspace._spare
+    assert workspace.get(device, 0) is first  # and makes a new spare
+    assert all(workspace.get(device, 3) is not taken for taken in (first, spare, other))
 
 
 class Recorded:

@@ -386,3 +386,15 @@ def test_a_transformer_layer_of_torch():
     assert list(losses) == ["linear1", "linear2"]
     assert layer.training
     assert output_error(layer.eval(), reference, x) < 0.01
+
+
+def test_awq_with_gptq_codes_loses_less_than_with_rounded_ones():
+    """Both scale the same channels; mean squared output error of the module on its calibration batches."""
+    errors = {}
+    for codes in ("round", "gptq"):
+        module, x = seeded(nn.Sequential, nn.LayerNorm(K), nn.Linear(K, K), nn.ReLU(), nn.Linear(K, 8)), inputs()
+        expected = [module(each).detach() for each in x]
+        rows = ptq.quantize_linears(module, x, method="awq", bits=3, group_size=16, awq=AWQConfig(codes=codes))
+        assert {row["solver"] for row in rows.values()} == {"awq+gptq" if codes == "gptq" else "awq"}
+        errors[codes] = sum(float((module(each) - y).square().sum()) for each, y in zip(x, expected, strict=True))
+    assert errors["gptq"] < errors["round"]

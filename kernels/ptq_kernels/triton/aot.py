@@ -254,7 +254,7 @@ def violations(form: Form, report: Report) -> list[str]:
 
 
 def _most_permutations(form: Form, report: Report) -> float:
-    """A few a step place scales and zeros (moving the weight takes 64); 8 bits need one a weight, float16 half of one."""
+    """A few a step place scales and zeros (moving the weight takes 64); 8 bits need one a weight, half with float16."""
     scales = 2 if form.tile.span < form.tile.block_k else 1
     around = scales * (12 if form.asymmetric else 4)
     if form.tile.bits == 4:
@@ -265,7 +265,8 @@ def _most_permutations(form: Form, report: Report) -> float:
 def most_instructions(form: Form) -> float:
     """Instructions a weight: what the memory leaves time for while decoding, elsewhere 5 % over what was recorded."""
     tile = form.tile
-    if order_of(form.capability) == 90 and tile.block_m == 16 and tile.bits == 4 and tile.span >= 64:
+    decoding = order_of(form.capability) == 90 and tile.block_m == 16 and tile.bits == 4
+    if decoding and (tile.span == 128 or (tile.span == 64 and not form.asymmetric)):
         return _MOST_IN_THE_DECODE_LOOP
     return configs.recorded_instructions(order_of(form.capability), tile, form.dtype, form.asymmetric) * 1.05
 

@@ -50,11 +50,11 @@ class GraphTimer:
         weights = self.weights(problem.bits, problem.n, problem.k)
         x = torch.randn(problem.rows, problem.k, dtype=self.dtype, device=self.device)
         with launch.forced(plan):
-            return graph_microseconds([partial(launch.matmul, x, weight, None) for weight in weights])
+            return statistics.median(graph_times([partial(launch.matmul, x, weight, None) for weight in weights]))
 
 
-def graph_microseconds(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> float:
-    """The median time of one call, from replays of one CUDA graph that makes each call once."""
+def graph_times(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> list[float]:
+    """Microseconds of one call, for each replay of one CUDA graph that makes each call once, after one to warm up."""
     for call in calls[:2]:
         call()  # compiles, and makes the workspaces
     torch.cuda.synchronize()
@@ -63,14 +63,14 @@ def graph_microseconds(calls: Sequence[Callable[[], Tensor]], replays: int = 20)
         for call in calls:
             call()
     times = []
-    for _ in range(replays):
+    for _ in range(replays + 1):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / len(calls))
-    return float(statistics.median(times[1:]))
+    return times[1:]
 
 
 def plans(gpu: Gpu, problem: Problem) -> list[Plan]:

@@ -32,24 +32,23 @@ def _capturing(device: torch.device) -> bool:
 def get(device: torch.device, stream: int) -> Workspace:
     """The workspace of a stream; RuntimeError if a new one is needed while a CUDA graph is captured.
 
-    A graph is captured on a stream of its own, where zeroing the counters would become part of the graph. So one spare
-    workspace a device is made beforehand, and the stream of a capture takes it. Graphs captured on one stream share
-    its workspace and must not be replayed at the same time.
+    A graph is captured on a stream of its own, where zeroing the counters would become part of the graph, and where
+    new memory belongs to the graph. So a spare workspace a device is made on the default stream, and the stream of a
+    capture takes it. Graphs captured on one stream share its workspace and must not be replayed at the same time.
     """
     key = (device, stream)
     found = _of_stream.get(key)
     if found is None:
-        capturing = _capturing(device)
         found = _spare.pop(device, None)
         if found is None:
-            if capturing:
+            if _capturing(device):
                 raise RuntimeError(
                     f"a CUDA graph on stream {stream} of {device} needs a workspace of its own, none is spare; call "
                     "ptq_kernels.triton.launch.warmup, or matmul once outside the capture, before each new stream"
                 )
             found = _allocate(device)
         _of_stream[key] = found
-    if device not in _spare and not _capturing(device):
+    if stream == 0 and device not in _spare and not _capturing(device):
         _spare[device] = _allocate(device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the counters are zero before another stream takes them

@@ -1,0 +1,159 @@
+"""Quantizes the same parents with the same calibration tokens by ptq and its peers, and compares what comes out.
+
+    python -m benchmarks.quality --quick
+
+Finished checkpoints are in benchmarks/results/quality.json and are not made again; an interrupted run goes on where it
+was. Run it on a quiet machine when times matter.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality import store
+from benchmarks.quality.calibration import write_ids
+from benchmarks.quality.cells import CELLS, OURS, QUICK_CELLS, ROWS, SEEDS, Cell
+from benchmarks.quality.decode import Dense, read_dense, read_tensors
+from benchmarks.quality.environments import HERE
+from benchmarks.quality.evaluation import evaluate
+from benchmarks.quality.quantize import ROOT, FailedError, Task, largest_difference, quantize
+from benchmarks.quality.table import markdown
+
+WORK = HERE / ".work"
+
+
+def main() -> None:
+    """Run what is missing, then write the tables."""
+    options = _options()
+    results = store.Store()
+    if not options.table:
+        torch.set_num_threads(options.threads)
+        for parent in options.parent or [ROOT / "examples/tiny-llama"]:
+            _parent(parent.resolve(), results, options)
+    text = markdown(results.document)
+    results.file.with_suffix(".md").write_text("# Quality\n\nWritten by `python -m benchmarks.quality`.\n\n" + text)
+    print(text)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument(
+        "--parent", type=Path, action="append", metavar="DIR", help="float model; may be repeated [examples/tiny-llama]"
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed; 4-bit and 3-bit g128 symmetric")
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows whose 'tool label' matches, as in '^ptq'")
+    parser.add_argument("--again", action="store_true", help="make checkpoints again that have a result")
+    parser.add_argument("--table", action="store_true", help="only write the tables anew")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=cores, help="of every tool (default: the cores, %(default)s)")
+    return parser.parse_args()
+
+
+def _parent(parent: Path, results: store.Store, options: argparse.Namespace) -> None:
+    for cell in QUICK_CELLS if options.quick else CELLS:
+        for seed in SEEDS[:1] if options.quick else SEEDS:
+            tasks = list(_tasks(parent, cell, seed, options.only))
+            missing = [task for task in tasks if options.again or not results.has(_key(task))]
+            if options.again:
+                for task in missing:
+                    shutil.rmtree(task.place, ignore_errors=True)
+            _compare(parent, missing, results, options.threads)
+
+
+def _tasks(parent: Path, cell: Cell, seed: int, only: str) -> Iterator[Task]:
+    ids = None
+    for row in ROWS:
+        name = f"{row.tool} {row.label}"
+        if not re.search(only, name) or (seed != SEEDS[0] and not row.seeded):
+            continue
+        ids = ids or write_ids(parent, seed, WORK / parent.name / f"ids-{seed}.json")
+        place = WORK / parent.name / re.sub(r"\W+", "-", f"{cell.name} {name} {seed}")
+        yield Task(parent, cell, row, seed, ids, place)
+
+
+def _key(task: Task) -> str:
+    return f"{task.parent.name} | {task.cell.name} | {task.row.tool} {task.row.label} | seed {task.seed}"
+
+
+def _compare(parent: Path, tasks: Sequence[Task], results: store.Store, threads: int) -> None:
+    """Make the checkpoints, then read them all and score them in one pass over the texts."""
+    made: list[tuple[Task, dict[str, Any], Dense]] = []
+    tensors = read_tensors(parent)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for task in tasks:
+        started = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+        entry = {
+            "parent": parent.name, "cell": task.cell.name, "tool": task.row.tool, "label": task.row.label,
+            "seed": task.seed, "date": started, "hardware": store.hardware(threads), "commit": store.commit(),
+            "calibration": task.ids.hash,
+        }  # fmt: skip
+        print(f"{_key(task)} ... ", end="", flush=True)
+        try:
+            entry |= quantize(task, threads)
+        except FailedError as error:
+            print(f"failed: {error}")
+            results.add("checkpoints", _key(task), entry | {"error": str(error)})
+            continue
+        dense = read_dense(task.checkpoint, shapes)
+        entry |= {"bits_per_weight": dense.bits_per_weight, "reader": _reader(task, dense, threads)}
+        made.append((task, entry, dense))
+        print(f"{entry['seconds']:.1f} s, {entry['memory_peak'] / 1e6:.0f} MB", flush=True)
+    if not made:
+        return
+    models = {_key(task): dense.tensors for task, _, dense in made}
+    floats = {name: tensor.float() for name, tensor in tensors.items()}
+    metrics = evaluate(parent, {"parent": floats, **models}, ROOT / "examples/text")
+    results.add("parents", parent.name, _facts(parent, tensors, metrics["parent"]))
+    for task, entry, _ in made:
+        results.add("checkpoints", _key(task), entry | {"metrics": metrics[_key(task)]})
+        print(f"{_key(task)}: KL {metrics[_key(task)]['both']['kl']:.5f}", flush=True)
+        shutil.rmtree(task.place)
+
+
+def _facts(parent: Path, tensors: dict[str, torch.Tensor], metrics: dict[str, Any]) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    return {
+        "architecture": AutoConfig.from_pretrained(parent).architectures[0],
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "weights": store.weights_hash(parent),
+        "metrics": metrics,
+    }
+
+
+def _reader(task: Task, dense: Dense, threads: int) -> dict[str, Any]:
+    """The neutral reader against the tool's own, on the first, the middle and the last quantized Linear."""
+    names = dense.quantized
+    modules = sorted({names[0], names[len(names) // 2], names[-1]})
+    try:
+        if task.row.tool == OURS:
+            return {"difference": _own_difference(task, dense, modules)}
+        return {"difference": largest_difference(task, dense.tensors, modules, threads)}
+    except FailedError as error:
+        return {"unchecked": str(error)}
+
+
+def _own_difference(task: Task, dense: Dense, modules: Sequence[str]) -> float:
+    """As for a peer, with the codecs that ptq loads checkpoints with."""
+    import ptq
+    from ptq.nn.linear import QuantLinear
+
+    model = ptq.load(task.checkpoint, device="cpu", impl="reference")
+    worst = 0.0
+    for module in modules:
+        linear = model.get_submodule(module)
+        assert isinstance(linear, QuantLinear)
+        own = dense.tensors[f"{module}.weight"]
+        worst = max(worst, float((linear.dequantize().float() - own).abs().max() / own.abs().max()))
+    return worst
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The kernels for fragment-order weights run for real; scripts/gpu_check starts this program, pytest does not.
+
+Run:    python tests/tiles_on_gpu.py cases PART PARTS | layouts | repeat | graph | compile | memcheck
+Every stage asserts. Without a GPU each runs on the CPU in Triton's interpreter, in little, to try the program itself.
+"""
+
+import contextlib
+import os
+import sys
+
+os.environ["PTQ_KERNELS_CONFIGS"] = os.devnull + ".json"  # no table of this machine's user
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
+
+import ptq_kernels
+import tile_cases
+import torch
+from packed_weights import UNIT, random_case, random_rows, worst_error
+from ptq_kernels import layouts
+from ptq_kernels.layouts import PackedWeight
+from ptq_kernels.triton import configs, launch, workspace
+from torch import Tensor
+
+ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def on_device(layout: str, n: int, k: int, group: int, *, symmetric: bool) -> tuple[tile_cases.Case, PackedWeight]:
+    """A random case, and its weight where the kernels are."""
+    case = random_case(n, k, group, 4, symmetric, torch.bfloat16)
+    weight = tile_cases.tiled(case, layout)
+    return case, weight._replace(**{name: _moved(getattr(weight, name)) for name in ("qweight", "scales", "zeros")})
+
+
+def _moved(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None else tensor.to(DEVICE)
+
+
+def native() -> str:
+    """The layout of this GPU."""
+    order = launch.gpu(0).order if ON_GPU else 90
+    return next(name for name, value in launch.ORDERS.items() if value == order)
+
+
+def cases() -> None:
+    """Random products against float64, poisoned outputs; then integers, which must be exact."""
+    part, parts = int(sys.argv[2]), int(sys.argv[3])
+    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
+    specs = tile_cases.few_specs()[part::parts]
+    for spec in specs if ON_GPU else specs[:2]:
+        error = tile_cases.check(spec, DEVICE)
+        assert error <= 1, (spec.name, error)
+        assert tile_cases.exact(spec, DEVICE), spec.name
+
+
+def identity() -> None:
+    """The rows of an identity matrix read the weight itself, bit for bit; packed here and on the CPU alike."""
+    for layout in launch.ORDERS:
+        for bits in (4, 8):
+            case = random_case(192, 256, 128, bits, symmetric=False)
+            case = case._replace(scales=torch.sign(case.scales).bfloat16())
+            weight = tile_cases.tiled(case, layout)
+            there = PackedWeight(*(_moved(t) for t in case.tensors), bits, 128, 256)
+            if layout == native():
+                assert torch.equal(layouts.convert(there, layout).qweight.cpu(), weight.qweight)
+            for dtype in (torch.bfloat16, torch.float16):
+                y = tile_cases.multiply(torch.eye(256, dtype=dtype), weight, None, DEVICE)
+                dense = ptq_kernels.dequantize(*case.tensors, bits=bits, group_size=128, in_features=256)
+                assert torch.equal(y.T.float(), dense), (layout, bits, dtype)
+
+
+def repeat() -> None:
+    """Split over K, a poisoned workspace, the same bits every time, counters back at 0."""
+    for n, k, rows, times in ((4096, 4096, 5, 1000), (4096, 14336, 64, 300)) if ON_GPU else ((256, 1024, 5, 3),):
+        case, weight = on_device(native(), n, k, 128, symmetric=True)
+        x = random_rows(rows, k, torch.bfloat16)
+        there = x.to(DEVICE)
+        stream = torch.cuda.current_stream().cuda_stream if ON_GPU else 0
+        space = workspace.get(there.device, stream)
+        gpu = launch.gpu(0) if ON_GPU else configs.Gpu(90, 132)
+        plan = configs.plan(gpu, configs.Problem(4, 128, rows, n, k))
+        plan = plan._replace(splits=max(plan.splits, 2))
+        with launch.forced(plan):
+            first = launch.matmul(there, weight, None)
+            assert worst_error(first.cpu(), x, case, None, 0.0) <= 1
+            differing = torch.zeros((), dtype=torch.long, device=DEVICE)
+            for _ in range(times):
+                space.parts.fill_(float("nan"))
+                y = torch.full_like(first, float("nan"))
+                y.copy_(launch.matmul(there, weight, None))
+                differing += (y.view(torch.int16) != first.view(torch.int16)).sum()
+        assert int(differing) == 0, f"{int(differing)} elements changed in {times} runs"
+        assert not space.counters.any()
+
+
+def graph() -> None:
+    """Capture after a warm-up, replay on new rows; and the message where there was no warm-up."""
+    case, weight = on_device(native(), 512, 2048, 128, symmetric=False)
+    launch.warmup(weight, torch.bfloat16)
+    for rows in (1, 17, 100, 600):
+        x = random_rows(rows, 2048, torch.bfloat16)
+        there = torch.zeros(rows, 2048, dtype=torch.bfloat16, device=DEVICE)
+        if ON_GPU:
+            recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded):
+                y = launch.matmul(there, weight, None)
+            there.copy_(x)
+            for _ in range(3):
+                y.fill_(float("nan"))
+                recorded.replay()
+            torch.cuda.synchronize()
+        else:
+            there.copy_(x)
+            y = launch.matmul(there, weight, None)
+        assert worst_error(y.cpu(), x, case, None, UNIT[torch.bfloat16] if rows >= 512 else 0.0) <= 1
+    if ON_GPU:
+        launch.forget()
+        refusal = "none"
+        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            try:
+                launch.matmul(there[:1], weight, None)
+            except RuntimeError as error:
+                refusal = str(error)
+                raise
+        if "must be compiled before" not in refusal:
+            raise AssertionError(f"an uncompiled kernel must be refused during capture, got {refusal}")
+
+
+def compiled() -> None:
+    """torch.compile, whole and once for any number of rows; with CUDA graphs where there is a GPU."""
+    case, weight = on_device(native(), 256, 512, 128, symmetric=False)
+
+    def forward(x: Tensor) -> Tensor:
+        return ptq_kernels.matmul(
+            x * 2, *weight[:3], bits=4, group_size=128, layout=weight.layout, impl="triton"
+        ).relu()  # fmt: skip
+
+    dynamic = torch.compile(forward, fullgraph=True, dynamic=True, backend="inductor" if ON_GPU else "eager")
+    for rows in (3, 70) if not ON_GPU else (3, 7, 70, 300, 600):
+        x = random_rows(rows, 512, torch.bfloat16)
+        assert torch.equal(dynamic(x.to(DEVICE)), forward(x.to(DEVICE))), rows
+    if ON_GPU:
+        launch.warmup(weight, torch.bfloat16)
+        reduced = torch.compile(forward, fullgraph=True, mode="reduce-overhead")
+        x = random_rows(1, 512, torch.bfloat16).to(DEVICE)
+        for _ in range(4):
+            y = reduced(x).clone()
+        assert torch.equal(y, forward(x))
+    y = ptq_kernels.matmul(x := x.to(DEVICE), *weight[:3], bits=4, group_size=128, layout=weight.layout, impl="triton")
+    assert worst_error(y.cpu(), x.cpu(), case, None, UNIT[torch.bfloat16]) <= 1
+
+
+def memcheck() -> None:
+    """A few ragged products, for compute-sanitizer to watch; one in six of the cases."""
+    for spec in tile_cases.few_specs()[:: 6 if ON_GPU else 60]:
+        assert tile_cases.check(spec, DEVICE) <= 1, spec.name
+
+
+STAGES = {
+    "cases": cases,
+    "layouts": identity,
+    "repeat": repeat,
+    "graph": graph,
+    "compile": compiled,
+    "memcheck": memcheck,
+}
+
+if __name__ == "__main__":
+    STAGES[sys.argv[1]]()
+    print(sys.argv[1], "passed on", torch.cuda.get_device_name() if ON_GPU else "the interpreter")
