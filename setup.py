@@ -25,11 +25,13 @@ class BuildLibraries(build_ext):
     """Plain libraries instead of extension modules; one that does not compile is left out."""
 
     def build_extension(self, ext):
-        """Compile one library; the way without it is slower and as correct, so a failure is one line."""
+        """Compile one library; products are correct without it, only slower, so a failure is one line."""
+        directory = Path(self.get_ext_fullpath(ext.name)).parent
         try:
-            _build.compile_library(ext.name.removeprefix(f"{_PACKAGE}._qmm_"), Path(self.get_ext_fullpath(ext.name)).parent)
+            _build.compile_library(ext.name.removeprefix(f"{_PACKAGE}._qmm_"), directory)
         except RuntimeError as error:
-            print(f"ptq_kernels: {self.get_ext_filename(ext.name)} left out, CPU products use torch only: {error}")
+            reason = str(error).splitlines()[0]
+            print(f"ptq_kernels: {self.get_ext_filename(ext.name)} left out, CPU products will be slower: {reason}")
 
     def get_ext_filename(self, fullname):
         """Without Python's version in it: the library does not depend on that."""

@@ -138,7 +138,8 @@ class RunConfig:
     ``method``: ``gptq``, ``awq`` or ``rtn``; ``bits``: 2, 3, 4 or 8; ``group_size``: columns that share a scale, -1
     for one group per channel; ``symmetric``: the zero point is the middle code everywhere;
     ``format``: ``gptq``, ``gptq_v2``, ``awq`` or ``compressed-tensors``;
-    ``exclude``: module path patterns that stay as they are; ``overrides``: module path pattern to
+    ``exclude``: module path patterns that stay as they are, ``lm_head`` meaning the output head whatever its name;
+    ``overrides``: module path pattern to
     :class:`SchemeOverride`, later entries win (for patterns see :func:`matches`);
     ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``dtype``: of the model while it runs, ``auto`` as stored;
     ``trust_remote_code``: run Python code that comes with the model; ``max_shard_size``: of a checkpoint file, as in

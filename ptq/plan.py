@@ -1,6 +1,7 @@
 """Everything about a run that is known before a weight is read: modules, schemes, format, sizes, conflicts."""
 
 from collections import Counter
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,8 @@ def make_plan(config: RunConfig) -> Plan:
     blocks = find_blocks(skeleton)
     found = dict(linears(skeleton))
     schemes = {path: scheme_for(config, path) for path in found}
+    if "lm_head" in config.exclude:  # means the head, whatever the architecture calls it
+        schemes |= dict.fromkeys(_heads(skeleton, found))
     shapes = {path: weight_shape(module) for path, module in found.items()}
     _check_patterns(config, list(found))
     _check_reach(schemes, blocks, list(found))
@@ -92,6 +95,12 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(
         config, directory, hf_config, skeleton, blocks, schemes, shapes, codec, reader, names, dtype, device
     )  # fmt: skip
+
+
+def _heads(skeleton: nn.Module, found: Mapping[str, nn.Module]) -> list[str]:
+    """Path of the Linear that puts out the logits, as the model itself says."""
+    head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
+    return [path for path, module in found.items() if module is head]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -135,7 +144,7 @@ def _check_head(skeleton: nn.Module, names: SourceNames, schemes: dict[str, Sche
 
 
 def _check_patterns(config: RunConfig, modules: list[str]) -> None:
-    unused = [p for p in unused_patterns(config, modules) if p != "lm_head"]  # the default; not every head has the name
+    unused = [p for p in unused_patterns(config, modules) if p != "lm_head"]
     if unused:
         near = get_close_matches(unused[0], modules + [m.rpartition(".")[2] for m in modules], n=2, cutoff=0.3)
         raise ConfigError(

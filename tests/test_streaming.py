@@ -71,7 +71,9 @@ def test_layers_with_their_own_masks_keep_them(tmp_path):
     stream = open_stream(open_checkpoint(tmp_path), CPU)
     stream.enter(BATCHES)
     masks = [calls[0].kwargs["attention_mask"] for calls in stream.calls]
-    assert not torch.equal(*masks)
+    # some releases of transformers leave the mask of full attention out
+    assert any(mask is None for mask in masks) or not torch.equal(*masks)
+    assert any(mask is not None for mask in masks)
     # Batches of one length share one copy of the rotary tables; another length has its own.
     tables = [call.kwargs["position_embeddings"][0] for call in stream.calls[0]]
     assert tables[0].shape != tables[1].shape

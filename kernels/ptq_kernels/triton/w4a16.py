@@ -105,9 +105,13 @@ def block_m(rows: int, dtype: torch.dtype) -> int:
     return 16 if rows <= 16 or dtype == torch.float32 else _MOST_BLOCK_M
 
 
+# Triton decides when a kernel is defined, and so does this: a later change of the variable changes nothing.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def interpreted() -> bool:
     """Whether Triton runs kernels in its Python interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return _INTERPRETED
 
 
 def refuse(device: torch.device) -> str | None:
