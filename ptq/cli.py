@@ -91,7 +91,7 @@ def _quantize(options: argparse.Namespace) -> int:
     if options.dry_run:
         from ptq.plan import describe, make_plan
 
-        print(describe(make_plan(config)))
+        print(describe(make_plan(config, weights=False)))
         return 0
     from ptq.evaluation import show
     from ptq.pipeline import quantize
@@ -113,6 +113,8 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
     parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
+                        help="of the activations; float32 takes their rounding out of the comparison")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     _debug_argument(parser)
@@ -129,8 +131,9 @@ def _eval(options: argparse.Namespace) -> int:
     )  # fmt: skip
     check_evaluation(settings)
     document = evaluate_checkpoint(
-        options.checkpoint, options.parent, settings, device=options.device, trust_remote_code=options.trust_remote_code
-    )
+        options.checkpoint, options.parent, settings, device=options.device, dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
     if options.json:
         import json
 

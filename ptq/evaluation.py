@@ -47,18 +47,27 @@ def evaluate_run(plan: Plan, output: Path) -> dict[str, Any]:
 
 
 def evaluate_checkpoint(
-    checkpoint: str, parent: str | None, settings: EvaluationConfig, *, device: str, trust_remote_code: bool = False
+    checkpoint: str,
+    parent: str | None,
+    settings: EvaluationConfig,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a checkpoint, against its parent where one is named.
+
+    ``dtype`` is that of the activations and of what is not packed: float32 takes the rounding of half precision out of
+    the comparison.
 
     Raises:
         ConfigError: a model is not there, or the two do not share a vocabulary.
         DataError: the text is unreadable or too short.
     """
     target = resolve_device(device)
-    opened = {"result": open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)}
+    opened = {"result": open_checkpoint(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)}
     if parent is not None:
-        opened = {"parent": open_checkpoint(parent, trust_remote_code=trust_remote_code), **opened}
+        opened = {"parent": open_checkpoint(parent, dtype=dtype, trust_remote_code=trust_remote_code), **opened}
         _check_vocabulary(opened["parent"], opened["result"])
     first = next(iter(opened.values()))
     scorers = {name: streamed(open_stream(each, target)) for name, each in opened.items()}

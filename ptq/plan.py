@@ -1,7 +1,7 @@
 """Everything about a run that is known before a weight is read: modules, schemes, format, sizes, conflicts."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from ptq.errors import ConfigError
 from ptq.formats import CODECS
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Scheme
+from ptq.models.hub import HubHeaders
 from ptq.models.loading import (
     build_skeleton,
     check_shape,
@@ -40,7 +41,7 @@ class Plan(NamedTuple):
     schemes: dict[str, Scheme | None]  # every Linear of the model; None stays in float
     shapes: dict[str, tuple[int, int]]  # (N, K) of every Linear
     codec: Codec
-    reader: CheckpointReader
+    reader: CheckpointReader | HubHeaders
     names: SourceNames
     dtype: torch.dtype
     device: torch.device
@@ -59,8 +60,10 @@ class Size(NamedTuple):
     bits_per_weight: float
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
     """Resolve a configuration against the model's files.
+
+    Without ``weights`` a hub model's shards are not fetched: the plan can be described but not carried out.
 
     Raises:
         ConfigError: model or device not there, a pattern without a module, a scheme the format or a shape rules out.
@@ -69,7 +72,7 @@ def make_plan(config: RunConfig) -> Plan:
     """
     device = resolve_device(config.device)
     check_output(config)
-    directory = locate(config.model, config.revision)
+    directory = locate(config.model, config.revision, weights=weights)
     hf_config = read_config(directory, trust_remote_code=config.trust_remote_code)
     if getattr(hf_config, "quantization_config", None):
         raise ConfigError(f"model must be a float checkpoint; {directory} is quantized already: name its parent")
@@ -85,7 +88,8 @@ def make_plan(config: RunConfig) -> Plan:
     _check_reach(schemes, blocks, list(found))
     codec = CODECS[config.format]
     codec.check(schemes, shapes)
-    reader = CheckpointReader(directory)
+    on_hub = not Path(config.model).expanduser().is_dir()
+    reader = HubHeaders(config.model, config.revision) if on_hub and not weights else CheckpointReader(directory)
     names = SourceNames(skeleton, reader.names())
     for name, parameter in skeleton.named_parameters():
         stored = names.of_parameter(name)
@@ -99,7 +103,8 @@ def make_plan(config: RunConfig) -> Plan:
 
 def _heads(skeleton: nn.Module, found: Mapping[str, nn.Module]) -> list[str]:
     """Path of the Linear that puts out the logits, as the model itself says."""
-    head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
+    ask: Callable[[], nn.Module | None] = getattr(skeleton, "get_output_embeddings", lambda: None)
+    head = ask()
     return [path for path, module in found.items() if module is head]
 
 

@@ -1,4 +1,4 @@
-"""The C++ libraries of ptq_kernels.cpu: every instruction set of this machine against float64, the layout, the loader."""
+"""The C++ libraries of ptq_kernels.cpu: every instruction set of this machine against float64; layout; loader."""
 
 import ctypes
 import logging
@@ -260,8 +260,8 @@ def another_library(path: Path, source: str) -> None:
     subprocess.run([compiler, "-shared", "-fPIC", path.with_suffix(".cpp"), "-o", path], check=True)
 
 
-OLD = """extern "C" { int qmm_version() { return %d; } int qmm_start() { return %d; } void qmm_set_parallel_for(void*) {}
-void qmm_pack() {} void qmm_unpack() {} int qmm_matmul() { return 0; } }"""
+OLD = """extern "C" { int qmm_version() { return %d; } int qmm_start() { return %d; }
+void qmm_set_parallel_for(void*) {} void qmm_pack() {} void qmm_unpack() {} int qmm_matmul() { return 0; } }"""
 BROKEN = {
     "missing": (None, r"_qmm_avx2.so was not built; build it with `python -m ptq_kernels.build`"),
     "foreign": ("", r"_qmm_avx2.so cannot be loaded \(.*file too short\); rebuild it"),

@@ -145,7 +145,7 @@ def _own_difference(task: Task, dense: Dense, modules: Sequence[str]) -> float:
     import ptq
     from ptq.nn.linear import QuantLinear
 
-    model = ptq.load(task.checkpoint, device="cpu", impl="reference")
+    model = ptq.load(task.checkpoint, device="cpu", impl="reference", dtype="float32")
     worst = 0.0
     for module in modules:
         linear = model.get_submodule(module)

@@ -96,7 +96,7 @@ def layout_of(settings: Mapping[str, Any]) -> str:
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` codes of each row of int32 words ``[R, W]``, least significant bit first: int64 ``[R, count]``."""
+    """The first ``count`` codes, int64 ``[R, count]``, of int32 words ``[R, W]``; least significant bits come first."""
     position = torch.arange(count * bits)
     stream = (words.long()[:, position // 32] >> (position % 32)) & 1
     return (stream.view(len(words), count, bits) << torch.arange(bits)).sum(-1)

@@ -37,7 +37,9 @@ def evaluate(parent: Path, models: Mapping[str, Mapping[str, Tensor]], texts: Pa
         config = EvaluationConfig(files=(str(texts / f"{text}.txt"),), tokens=TOKENS, window=WINDOW, stride=WINDOW)
         for name, metrics in compare(reference, others, evaluation_windows(config, tokenizer)).items():
             found[name][text] = metrics
-    return {name: {text: m._asdict() for text, m in (by | {"both": together(by)}).items()} for name, by in found.items()}
+    for by_text in found.values():
+        by_text["both"] = together(by_text)
+    return {name: {text: m._asdict() for text, m in by_text.items()} for name, by_text in found.items()}
 
 
 def together(by_text: Mapping[str, Metrics]) -> Metrics:

@@ -13,9 +13,11 @@ def markdown(document: Mapping[str, Any]) -> str:
     """One table for each parent and cell; means over the seeds, with half the range between them after ±."""
     parts = []
     for parent, facts in document["parents"].items():
-        both = facts["metrics"]["both"]
-        parts.append(f"## {parent}\n\n{facts['architecture']}, {facts['parameters'] / 1e6:.1f} M parameters, perplexity "
-                     f"{both['perplexity']:.3f} over {both['tokens']} tokens.")  # fmt: skip
+        both, millions = facts["metrics"]["both"], facts["parameters"] / 1e6
+        parts.append(
+            f"## {parent}\n\n{facts['architecture']}, {millions:.1f} M parameters, perplexity "
+            f"{both['perplexity']:.3f} over {both['tokens']} tokens."
+        )
         for cell in CELLS:
             entries = [e for e in document["checkpoints"].values() if e["parent"] == parent and e["cell"] == cell.name]
             if entries:
@@ -71,5 +73,6 @@ def _remarks(entries: Entries) -> str:
     lines = []
     for tool, label, group in _grouped(entries):
         errors = sorted({e["error"] for e in group if "error" in e})
-        lines += [f"* {tool} {label}: {text}" for text in [notes[tool, label], *(f"failed: {e}" for e in errors)] if text]
+        texts = [notes[tool, label], *(f"failed: {error}" for error in errors)]
+        lines += [f"* {tool} {label}: {text}" for text in texts if text]
     return "\n\n" + "\n".join(lines) if lines else ""

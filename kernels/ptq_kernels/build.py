@@ -54,8 +54,8 @@ def compile_library(name: str, directory: Path) -> None:
     if run.returncode != 0:
         partial.unlink(missing_ok=True)
         raise RuntimeError(
-            f"{compiler[0]} could not compile {SOURCE.name} for {name} (exit {run.returncode}); use gcc 12 or clang 16, "
-            f"or newer:\n{run.stderr.strip()[-2000:]}"
+            f"{compiler[0]} could not compile {SOURCE.name} for {name} (exit {run.returncode}); use gcc 12 or newer, or "
+            f"clang 16 or newer:\n{run.stderr.strip()[-2000:]}"
         )
     partial.replace(target)
 

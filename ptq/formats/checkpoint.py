@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import FormatError
+from ptq.formats.checks import DTYPES
 from ptq.formats.codec import TensorSpec
 from ptq.formats.staging import atomic_write_text, full_disk_as_error, read_json, staged_directory, sync_directory
 
@@ -26,20 +27,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 COPY_BYTES = 16 * 1024**2
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -12,6 +12,21 @@ from ptq.formats.codec import QuantizedWeight, Scheme
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
 
 def require_encodable(codec: str, name: str, quantized: QuantizedWeight) -> None:
     """Raise FormatError unless the parts of ``quantized`` agree with each other and fit the format."""

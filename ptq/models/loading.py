@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import ConfigError, FormatError, UnsupportedModelError
+from ptq.models.hub import download
 from ptq.models.names import SourceNames, retie
 
 
@@ -19,8 +20,10 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> Tensor: ...  # noqa: D102
 
 
-def locate(model: str, revision: str | None = None) -> Path:
+def locate(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local directory of a model: the directory itself, or the hub's files (fetched once, then from its cache).
+
+    Without ``weights`` the shards of a hub model are not fetched.
 
     Raises:
         ConfigError: neither a directory nor a reachable hub model.
@@ -32,17 +35,7 @@ def locate(model: str, revision: str | None = None) -> Path:
         return path
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise ConfigError(f"model must be a directory or a hub name like owner/name; there is no directory {model!r}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"model must be a local directory or a hub model this machine may read; {model!r} is no directory and "
-            f"the hub answered: {str(error).splitlines()[0]}. Check the name, the network and your token"
-        ) from error
+    return download(model, revision, weights=weights)
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:

@@ -1,6 +1,6 @@
 """A linear layer that keeps its weight packed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ptq_kernels
@@ -95,6 +95,18 @@ class QuantLinear(nn.Module):
         zeros = None if scheme.symmetric else torch.empty(out_features, groups, dtype=torch.uint8, device=device)
         values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         return cls((qweight, scales, zeros), scheme, values, in_features)
+
+    @classmethod
+    def stacked(cls, linears: Sequence["QuantLinear"]) -> "QuantLinear":
+        """One canonical layer with the outputs of all `linears`, which agree in scheme, input, dtypes and device."""
+        first = linears[0]
+        qweight = torch.cat([linear._canonical_qweight() for linear in linears])
+        scales = torch.cat([linear.scales for linear in linears])
+        zeros = [linear.zeros for linear in linears if linear.zeros is not None]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        bias = torch.cat([each.detach() for each in biases]) if biases else None
+        scheme = Scheme(first.bits, first.group_size, first.symmetric)
+        return cls((qweight, scales, torch.cat(zeros) if zeros else None), scheme, bias, first.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` bfloat16, float16 or float32 to ``[..., N]`` in the same dtype; accumulation in float32."""

@@ -13,9 +13,10 @@ def quantize(job: Job) -> None:
     model = AutoModelForCausalLM.from_pretrained(job.parent, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(job.parent)
     rows = torch.tensor(token_ids(job))
+    scheme = {"bits": job.bits, "group_size": job.group_size, "sym": job.symmetric, "act_bits": 16, "data_type": "int"}
     rounder = AutoRound(
         model, tokenizer=tokenizer,
-        scheme={"bits": job.bits, "group_size": job.group_size, "sym": job.symmetric, "act_bits": 16, "data_type": "int"},
+        scheme=scheme,
         alg_configs=ALGORITHMS[job.method], dataset=list(rows.split(job.batch_size)), nsamples=len(rows),
         seqlen=rows.shape[1], batch_size=job.batch_size, device_map="cpu", seed=job.seed, **job.options,
     )  # fmt: skip

@@ -112,9 +112,10 @@ def refuse(name: str) -> str | None:
 
 def get(name: str) -> Library:
     """The library of that instruction set; RuntimeError says why there is none."""
+    if reason := refuse(name):
+        raise RuntimeError(f"the CPU library for {name} is required and cannot be used: {reason}; or use impl='cpu'")
     found = _loaded(name)
-    if isinstance(found, str):
-        raise RuntimeError(f"the CPU library for {name} is required and cannot be used: {found}; or use impl='cpu'")
+    assert isinstance(found, Library)
     return found
 
 

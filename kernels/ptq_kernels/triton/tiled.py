@@ -73,6 +73,27 @@ def _load_x(x_ptrs, k, in_m, K, EVEN_K: tl.constexpr):
 
 
 @triton.jit
+def _own_steps(K, BK: tl.constexpr, SPLIT: tl.constexpr):
+    """(first step, number of steps) of this program."""
+    first = 0
+    count = tl.cdiv(K, BK)
+    if SPLIT:
+        each = tl.cdiv(count, tl.num_programs(1))
+        first = tl.program_id(1) * each
+        count = tl.minimum(each, count - first)
+    return first, count
+
+
+@triton.jit
+def _rows_ahead(step, width, BK: tl.constexpr, GROUP: tl.constexpr):
+    """From the scales of the step before to those of a step."""
+    if BK % GROUP == 0:
+        return width * (BK // GROUP)
+    else:
+        return (step * BK // GROUP - (step - 1) * BK // GROUP) * width
+
+
+@triton.jit
 def _second_row(step, width, BK: tl.constexpr, GROUP: tl.constexpr):
     """From the scales of a step's first half to those of its second."""
     if GROUP == 0 or GROUP % BK == 0:
@@ -81,6 +102,40 @@ def _second_row(step, width, BK: tl.constexpr, GROUP: tl.constexpr):
         return width
     else:
         return ((step * BK + BK // 2) // GROUP - step * BK // GROUP) * width
+
+
+@triton.jit
+def _scale_and_zero(scale_ptrs, zero_ptrs, ASYM: tl.constexpr):
+    scale = tl.load(scale_ptrs)
+    zero = scale
+    if ASYM:
+        zero = tl.load(zero_ptrs)
+    return scale, zero
+
+
+@triton.jit
+def _store(
+    acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """Store a tile of y.T; of a split one, store the part, and the last to arrive stores the sum of all parts."""
+    mask = (m < M)[None, :] & (n < N)[:, None]
+    offset = m.to(tl.int64)[None, :] * N + n[:, None]
+    last = True
+    if SPLIT:
+        size = M.to(tl.int64) * N
+        tl.store(parts_ptr + tl.program_id(1) * size + offset, acc, mask=mask)
+        tl.debug_barrier()  # the parts of all threads are written before the one atomic below publishes them
+        arrived = tl.atomic_add(counters_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+        last = arrived == tl.num_programs(1) - 1
+        if last:
+            acc = tl.zeros_like(acc)
+            for i in range(tl.num_programs(1)):
+                acc += tl.load(parts_ptr + i * size + offset, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(counters_ptr + tl.program_id(0), 0)
+    if last:
+        if HAS_BIAS:
+            acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -116,39 +171,25 @@ def tiled_kernel(
     PART: tl.constexpr = BK // 2 if HALVES else BK  # columns that share a scale
     LOADS: tl.constexpr = 2 if HALVES and (PART == 64 or BITS == 8) else 1  # of the weight, in a step
     rows = tl.cdiv(M, BM)
-    pm = tl.program_id(0) % rows
     pn = tl.program_id(0) // rows
-    steps = tl.cdiv(K, BK)
-    first = 0
-    count = steps
-    if SPLIT:
-        each = tl.cdiv(steps, tl.num_programs(1))
-        first = tl.program_id(1) * each
-        count = tl.minimum(each, steps - first)
-    m = pm * BM + tl.arange(0, BM)
+    first, count = _own_steps(K, BK, SPLIT)
+    m = tl.program_id(0) % rows * BM + tl.arange(0, BM)
     n = pn * BN + tl.arange(0, BN)
     in_m = m < M
     width = _padded(N)
     scale_ptrs = scales_of(w_ptr, N, K, BITS, SCALES) + n
     zero_ptrs = zeros_of(w_ptr, N, K, BITS, SCALES, GROUP) + n
     q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), K, BITS, BN, BK // LOADS)
-    acc = tl.zeros((BN, BM), tl.float32)
+    row = (first * BK // max(GROUP, 1)).to(tl.int64) * width if GROUP else 0
+    scale_ptrs += row
+    zero_ptrs += row
     k = first * BK + tl.arange(0, PART)
     x_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + k[:, None]
-    if GROUP:
-        row = (first * BK // GROUP).to(tl.int64) * width
-        scale_ptrs += row
-        zero_ptrs += row
+    acc = tl.zeros((BN, BM), tl.float32)
     second = _second_row(first, width, BK, GROUP)
-    scale = tl.load(scale_ptrs)
-    zero = scale
-    if ASYM:
-        zero = tl.load(zero_ptrs)
+    scale, zero = _scale_and_zero(scale_ptrs, zero_ptrs, ASYM)
     if HALVES:
-        scale1 = tl.load(scale_ptrs + second)
-        zero1 = scale1
-        if ASYM:
-            zero1 = tl.load(zero_ptrs + second)
+        scale1, zero1 = _scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
     for i in range(count):
         q = tl.load(q_ptrs, eviction_policy="evict_first")
         x = _load_x(x_ptrs, k, in_m, K, EVEN_K)
@@ -158,51 +199,24 @@ def tiled_kernel(
                 q1 = tl.load(q_ptrs + PART * (8 * BITS), eviction_policy="evict_first")
         # Triton pipelines only the loads that feed the product: the next scales are fetched one step ahead by hand.
         # After the last step that reads the extra row of the layout.
-        next_scale = scale
-        next_zero = zero
+        next_scale, next_zero = scale, zero
         if GROUP:
             step = first + i + 1
-            if BK % GROUP == 0:
-                ahead = width * (BK // GROUP)
-            else:
-                ahead = (step * BK // GROUP - (step - 1) * BK // GROUP) * width
-                second = _second_row(step, width, BK, GROUP)
+            second = _second_row(step, width, BK, GROUP)
+            ahead = _rows_ahead(step, width, BK, GROUP)
             scale_ptrs += ahead
-            next_scale = tl.load(scale_ptrs)
-            if ASYM:
-                zero_ptrs += ahead
-                next_zero = tl.load(zero_ptrs)
+            zero_ptrs += ahead
+            next_scale, next_zero = _scale_and_zero(scale_ptrs, zero_ptrs, ASYM)
         if HALVES:
             if LOADS == 1:
                 q, q1 = half_tiles(q, BN // 64)
             t1 = raised_codes(q1, BITS, ORDER, BN, PART, DTYPE, USE_ASM)
             acc += _product(centered(t1, zero1, BITS, ASYM, DTYPE, USE_ASM), x1, scale1, USE_ASM)
-            scale1 = tl.load(scale_ptrs + second)
-            if ASYM:
-                zero1 = tl.load(zero_ptrs + second)
-        t = raised_codes(q, BITS, ORDER, BN, PART, DTYPE, USE_ASM)
-        t = centered(t, zero, BITS, ASYM, DTYPE, USE_ASM)
+            scale1, zero1 = _scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
+        t = centered(raised_codes(q, BITS, ORDER, BN, PART, DTYPE, USE_ASM), zero, BITS, ASYM, DTYPE, USE_ASM)
         acc += _product(t, x, scale, USE_ASM)
         q_ptrs += BK * (8 * BITS)
         x_ptrs += BK
         k += BK
-        scale = next_scale
-        zero = next_zero
-    mask = in_m[None, :] & (n < N)[:, None]
-    offset = m.to(tl.int64)[None, :] * N + n[:, None]
-    last = True
-    if SPLIT:
-        size = M.to(tl.int64) * N
-        tl.store(parts_ptr + tl.program_id(1) * size + offset, acc, mask=mask)
-        tl.debug_barrier()  # the parts of all threads are written before the one atomic below publishes them
-        arrived = tl.atomic_add(counters_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
-        last = arrived == tl.num_programs(1) - 1
-        if last:
-            acc = tl.zeros((BN, BM), tl.float32)
-            for i in range(tl.num_programs(1)):
-                acc += tl.load(parts_ptr + i * size + offset, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(counters_ptr + tl.program_id(0), 0)
-    if last:
-        if HAS_BIAS:
-            acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        scale, zero = next_scale, next_zero
+    _store(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS, SPLIT)

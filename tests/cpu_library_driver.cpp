@@ -1,0 +1,150 @@
+// Drives the C interface of the library with heap blocks of exactly the documented sizes, so that a sanitizer sees any
+// step beyond them, and compares with the definition in double. Run by scripts/sanitize; "quick" leaves out large shapes.
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "library.cpp"
+
+namespace {
+
+// Every second call is split between two threads, as torch's pool may do.
+int32_t two_threads(int64_t begin, int64_t end, int64_t, Body body, void* context) {
+  const int64_t middle = (begin + end) / 2;
+  std::thread other(body, middle, end, context);
+  body(begin, middle, context);
+  other.join();
+  return 0;
+}
+
+uint32_t state = 1;
+uint32_t random_bits() { return (state = state * 1664525 + 1013904223) >> 8; }
+float random_float() { return float(random_bits() % 2001) / 1000 - 1; }
+
+// Only values that all three types hold: multiples of 1/8 below 1.
+float random_x() { return float(int(random_bits() % 15) - 7) / 8; }
+
+void write_as(Type type, uint8_t* to, float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, 4);
+  if (type == FLOAT32) std::memcpy(to, &word, 4);
+  const uint16_t high = uint16_t(word >> 16), half = _cvtss_sh(value, 0);
+  if (type == BFLOAT16) std::memcpy(to, &high, 2);
+  if (type == FLOAT16) std::memcpy(to, &half, 2);
+}
+
+float read_as(Type type, const uint8_t* from) {
+  float value = 0;
+  uint16_t half;
+  std::memcpy(&half, from, 2);
+  const uint32_t word = uint32_t(half) << 16;
+  if (type == FLOAT32) std::memcpy(&value, from, 4);
+  if (type == BFLOAT16) std::memcpy(&value, &word, 4);
+  if (type == FLOAT16) value = _cvtsh_ss(half);
+  return value;
+}
+
+struct Shape {
+  int64_t n, k, group;
+  int bits;
+  bool zeros;
+};
+
+struct Layer {
+  Shape shape;
+  std::vector<int> codes;      // [n][k]
+  std::vector<float> scales;   // [n][groups]
+  std::vector<int> zeros;      // [n][groups]
+  std::unique_ptr<uint8_t[]> packed;
+
+  explicit Layer(const Shape& s) : shape(s), codes(size_t(s.n * s.k)) {
+    const int64_t groups = s.k / s.group, padded = rounded_up(s.group, UNIT), words = groups * padded * s.bits / 32;
+    const int64_t columns = rounded_up(s.n, 2 * STRIP);
+    for (int& code : codes) code = int(random_bits() % (1u << s.bits));
+    for (int64_t i = 0; i < s.n * groups; i++) {
+      scales.push_back(random_float());
+      zeros.push_back(s.zeros ? int(random_bits() % (1u << s.bits)) : 1 << (s.bits - 1));
+    }
+    std::vector<uint32_t> stream(size_t(s.n * words)), back(stream.size());
+    for (int64_t row = 0; row < s.n; row++)
+      for (int64_t k = 0; k < s.k; k++)
+        for (int bit = 0; bit < s.bits; bit++) {
+          const int64_t at = (k / s.group * padded + k % s.group) * s.bits + bit;
+          stream[size_t(row * words + at / 32)] |= uint32_t(codes[size_t(row * s.k + k)] >> bit & 1) << (at % 32);
+        }
+    const int64_t code_bytes = columns * words * 4;
+    packed.reset(new uint8_t[size_t(code_bytes + columns * groups * (4 + s.zeros))]());
+    auto* strips = reinterpret_cast<uint32_t*>(packed.get());
+    qmm_pack(stream.data(), strips, s.n, groups * padded, s.bits);
+    qmm_unpack(strips, back.data(), s.n, groups * padded, s.bits);
+    if (stream != back) std::printf("pack does not invert\n"), std::exit(1);
+    for (int64_t row = 0; row < s.n; row++)
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = (row / STRIP * groups + g) * STRIP + row % STRIP;
+        std::memcpy(packed.get() + code_bytes + at * 4, &scales[size_t(row * groups + g)], 4);
+        if (s.zeros) packed[size_t(code_bytes + columns * groups * 4 + at)] = uint8_t(zeros[size_t(row * groups + g)]);
+      }
+  }
+
+  // The largest error over the sum of magnitudes.
+  double error(int64_t m, Type type, bool exact) const {
+    const Shape& s = shape;
+    const int64_t size = bytes_of(type), groups = s.k / s.group;
+    std::unique_ptr<uint8_t[]> x(new uint8_t[size_t(m * s.k * size)]), y(new uint8_t[size_t(m * s.n * size)]);
+    std::unique_ptr<float[]> bias(new float[size_t(s.n)]);
+    for (int64_t i = 0; i < m * s.k; i++) write_as(type, x.get() + i * size, random_x());
+    for (int64_t i = 0; i < s.n; i++) bias[size_t(i)] = random_float();
+    std::memset(y.get(), 0xff, size_t(m * s.n * size));  // NaN
+    if (qmm_matmul(x.get(), type, packed.get(), FLOAT32, s.zeros, bias.get(), y.get(), m, s.n, s.k, s.group, s.bits,
+                   exact) != 0)
+      return 1;
+    double worst = 0;
+    for (int64_t row = 0; row < m; row++)
+      for (int64_t n = 0; n < s.n; n++) {
+        double want = bias[size_t(n)], magnitude = std::fabs(want) + 1;
+        for (int64_t k = 0; k < s.k; k++) {
+          const size_t g = size_t(n * groups + k / s.group);
+          const double term = double(read_as(type, x.get() + (row * s.k + k) * size)) * scales[g] *
+                              (codes[size_t(n * s.k + k)] - zeros[g]);
+          want += term, magnitude += std::fabs(term);
+        }
+        const double error = std::fabs(read_as(type, y.get() + (row * s.n + n) * size) - want) / magnitude;
+        worst = error <= worst ? worst : error;  // keeps a NaN
+      }
+    return worst;
+  }
+};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const bool quick = count > 1 && std::string(arguments[1]) == "quick";
+  if (qmm_start() != 0 || qmm_version() < 1) return std::printf("cannot start\n"), 1;
+  if (qmm_matmul(nullptr, 0, nullptr, 0, 0, nullptr, nullptr, 0, 0, 0, 32, 5, 0) != -1) return 1;
+  std::vector<Shape> shapes;
+  for (int bits : {2, 3, 4, 8}) {
+    shapes.insert(shapes.end(), {{1, 32, 32, bits, true}, {33, 60, 60, bits, false}, {31, 96, 24, bits, true}});
+    if (!quick) shapes.insert(shapes.end(), {{100, 384, 128, bits, true}, {290, 1088, 64, bits, false}});
+  }
+  int64_t calls = 0;
+  for (const Shape& shape : shapes) {
+    const Layer layer(shape);
+    for (int64_t m : {1, 2, 3, 4, 5, 9, 16, 17, 33, 70, 270}) {
+      if (quick ? m > 33 : m > 70 && shape.bits != 4) continue;
+      for (Type type : {FLOAT32, BFLOAT16, FLOAT16}) {
+        qmm_set_parallel_for(calls++ % 2 == 0 ? nullptr : two_threads);
+        const double error = layer.error(m, type, calls % 3 == 0);
+        // bfloat16 weights and results: 2^-8 each of the magnitudes, rounded up
+        if (!(error < 0.01)) {
+          std::printf("error %g: n %ld k %ld group %ld bits %d m %ld type %d\n", error, long(shape.n), long(shape.k),
+                      long(shape.group), shape.bits, long(m), int(type));
+          return 1;
+        }
+      }
+    }
+  }
+  return std::printf("%ld products agree with double\n", long(calls)), 0;
+}
