@@ -10,20 +10,20 @@ import argparse
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.quality import store
 from benchmarks.quality.calibration import write_ids
 from benchmarks.quality.cells import CELLS, OURS, QUICK_CELLS, ROWS, SEEDS, Cell
 from benchmarks.quality.decode import Dense, read_dense, read_tensors
-from benchmarks.quality.environments import HERE
+from benchmarks.quality.environments import HERE, ROOT
 from benchmarks.quality.evaluation import evaluate
-from benchmarks.quality.quantize import ROOT, FailedError, Task, largest_difference, quantize
+from benchmarks.quality.facts import weights_hash
+from benchmarks.quality.quantize import FailedError, Task, largest_difference, quantize
+from benchmarks.quality.store import Store
 from benchmarks.quality.table import markdown
 
 WORK = HERE / ".work"
@@ -32,7 +32,7 @@ WORK = HERE / ".work"
 def main() -> None:
     """Run what is missing, then write the tables."""
     options = _options()
-    results = store.Store()
+    results = Store()
     if not options.table:
         torch.set_num_threads(options.threads)
         for parent in options.parent or [ROOT / "examples/tiny-llama"]:
@@ -56,7 +56,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _parent(parent: Path, results: store.Store, options: argparse.Namespace) -> None:
+def _parent(parent: Path, results: Store, options: argparse.Namespace) -> None:
     for cell in QUICK_CELLS if options.quick else CELLS:
         for seed in SEEDS[:1] if options.quick else SEEDS:
             tasks = list(_tasks(parent, cell, seed, options.only))
@@ -82,17 +82,15 @@ def _key(task: Task) -> str:
     return f"{task.parent.name} | {task.cell.name} | {task.row.tool} {task.row.label} | seed {task.seed}"
 
 
-def _compare(parent: Path, tasks: Sequence[Task], results: store.Store, threads: int) -> None:
+def _compare(parent: Path, tasks: Sequence[Task], results: Store, threads: int) -> None:
     """Make the checkpoints, then read them all and score them in one pass over the texts."""
     made: list[tuple[Task, dict[str, Any], Dense]] = []
     tensors = read_tensors(parent)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for task in tasks:
-        started = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
         entry = {
             "parent": parent.name, "cell": task.cell.name, "tool": task.row.tool, "label": task.row.label,
-            "seed": task.seed, "date": started, "hardware": store.hardware(threads), "commit": store.commit(),
-            "calibration": task.ids.hash,
+            "seed": task.seed, "calibration": task.ids.hash,
         }  # fmt: skip
         print(f"{_key(task)} ... ", end="", flush=True)
         try:
@@ -123,7 +121,7 @@ def _facts(parent: Path, tensors: dict[str, torch.Tensor], metrics: dict[str, An
     return {
         "architecture": AutoConfig.from_pretrained(parent).architectures[0],
         "parameters": sum(t.numel() for t in tensors.values()),
-        "weights": store.weights_hash(parent),
+        "weights": weights_hash(parent),
         "metrics": metrics,
     }
 

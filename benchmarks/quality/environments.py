@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 TORCH = "torch==2.13.0"
 
 

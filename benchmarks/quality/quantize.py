@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +16,9 @@ from safetensors.torch import load_file
 
 from benchmarks.quality.calibration import BATCH, CONFIG, Ids, settings
 from benchmarks.quality.cells import OURS, Cell, Row, format_of
-from benchmarks.quality.environments import HERE, PEERS, python_of
+from benchmarks.quality.environments import HERE, PEERS, ROOT, python_of
+from benchmarks.quality.facts import commit, hardware
 
-ROOT = HERE.parent.parent
 LONGEST = 3600  # seconds for one checkpoint
 
 
@@ -46,7 +47,7 @@ def quantize(task: Task, threads: int) -> dict[str, Any]:
 
     Returns:
         ``seconds`` of the solve (without loading and saving the model), ``memory_before`` and ``memory_peak`` of
-        resident memory during it in bytes, ``versions``.
+        resident memory during it in bytes, ``versions``, and when, at which commit and on what it ran.
 
     Raises:
         FailedError: the tool failed, or ran longer than an hour.
@@ -57,7 +58,12 @@ def quantize(task: Task, threads: int) -> dict[str, Any]:
         return found
     shutil.rmtree(task.place, ignore_errors=True)
     task.place.mkdir(parents=True)
-    result = (_ours if task.row.tool == OURS else _peer)(task, threads)
+    result = {
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "commit": commit(),
+        "hardware": hardware(threads),
+        **(_ours if task.row.tool == OURS else _peer)(task, threads),
+    }
     costs.write_text(json.dumps(result))
     return result
 

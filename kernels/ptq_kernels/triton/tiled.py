@@ -162,9 +162,7 @@ def tiled_kernel(
     BK: tl.constexpr,
     USE_ASM: tl.constexpr,  # False in the interpreter, which knows no assembly
 ):
-    """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile of y (M fastest), split. The group is a multiple of
-    BK or of BK / 2.
-    """
+    """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile (M fastest), split. BK / 2 divides the group."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     HALVES: tl.constexpr = GROUP % BK != 0  # the halves of a step may be of two groups
     tl.static_assert(GROUP % (BK // 2) == 0)
