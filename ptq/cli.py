@@ -1,4 +1,4 @@
-"""The command line: ``ptq quantize | eval | inspect``, and ``python -m ptq.gptq``, ``python -m ptq.awq``."""
+"""The command line: ``ptq quantize | eval | inspect | bench | tune``, ``python -m ptq.gptq`` and ``python -m ptq.awq``."""
 
 import argparse
 import errno
@@ -17,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quantize_arguments(verbs.add_parser("quantize", help="quantize a model as a configuration says"))
     _eval_arguments(verbs.add_parser("eval", help="perplexity of a checkpoint, and its distance to its parent"))
     _inspect_arguments(verbs.add_parser("inspect", help="what a checkpoint holds"))
+    _bench_arguments(verbs.add_parser("bench", help="time the packed matmul beside dense ones on this machine"))
+    _tune_arguments(verbs.add_parser("tune", help="time the GPU kernels' configurations for a checkpoint's shapes"))
     return run(parser, arguments)
 
 
@@ -158,3 +160,45 @@ def _inspect(options: argparse.Namespace) -> int:
     print(inspect(options.checkpoint, modules=options.modules, trust_remote_code=options.trust_remote_code))
     return 0
 
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", choices=["cpu"], help="GPUs are timed by scripts/gpu_check")
+    parser.add_argument("--shapes", nargs="+", metavar="KxN", help="input x output features (default: a Llama-3-8B's)")
+    parser.add_argument("--rows", nargs="+", type=int, help="rows of the input (default: 1 to 512)")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1], help="numbers of threads (default 1)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
+    _debug_argument(parser)
+    parser.set_defaults(action=_bench)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from ptq_kernels import bench_cpu
+
+    shapes, rows = options.shapes or bench_cpu.SHAPES, options.rows or bench_cpu.ROWS
+    return bench_cpu.main(shapes, rows, options.threads, options.json)
+
+
+def _tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="quantized model directory or hub name")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    _debug_argument(parser)
+    parser.set_defaults(action=_tune)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from ptq.plan import resolve_device
+    from ptq.runtime import open_checkpoint, quant_linears
+
+    device = resolve_device("cuda")
+    opened = open_checkpoint(options.checkpoint, trust_remote_code=options.trust_remote_code)
+    kinds = {(m.bits, m.group_size): set[tuple[int, int]]() for m in quant_linears(opened.model)}
+    for module in quant_linears(opened.model):
+        kinds[module.bits, module.group_size].add((module.out_features, module.in_features))
+    from ptq_kernels.triton.tune import tune_device
+
+    for (bits, group_size), shapes in kinds.items():
+        for problem, (plan, seconds) in tune_device(
+            sorted(shapes), device=device, bits=bits, group_size=group_size, dtype=opened.dtype
+        ).items():
+            print(f"{problem}: {plan}, {seconds * 1e6:.1f} us")
+    return 0

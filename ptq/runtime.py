@@ -15,6 +15,7 @@ from ptq.models.loading import build_skeleton, load_module, locate, model_dtype,
 from ptq.models.names import SourceNames
 from ptq.models.streamed import StreamedModel
 from ptq.models.structure import find_blocks, linears, weight_shape
+from ptq.nn.fuse import fuse_linears
 from ptq.nn.linear import QuantLinear
 from ptq.nn.swap import replace_module, to_quant_linear
 
@@ -138,6 +139,7 @@ def load(
     device: str | torch.device | None = None,
     impl: str = "auto",
     dtype: str = "auto",
+    fuse: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -149,6 +151,7 @@ def load(
         device: where to put it; default CUDA where there is one.
         impl: kernel to use (``auto``, ``reference``, ``triton``, ``cpu``); an explicit one that cannot run raises.
         dtype: of everything that is not packed; ``auto`` as stored.
+        fuse: run q, k, v and gate, up as one product each; for inference only.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model.
 
@@ -165,6 +168,8 @@ def load(
     checkpoint = open_checkpoint(path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     load_weights(checkpoint, "", target)
     model = checkpoint.model
+    if fuse:
+        fuse_linears(model)
     for module in quant_linears(model):
         module.impl = impl
         module.prepare_()

@@ -200,6 +200,28 @@ def test_control_c_in_a_real_process(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bench_prints_and_writes_its_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "bench.json"
+    arguments = ["--shapes", "256x128", "--rows", "1", "--json", str(figures)]
+    assert cli.main(["bench", "--device", "cpu", *arguments]) == 0
+    assert "256" in capfd.readouterr().out
+    assert json.loads(figures.read_text())["cells"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a machine without a GPU")
+def test_tune_needs_a_gpu(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", str(checkpoint)]) == 2
+    assert "this machine has 0 CUDA devices" in capsys.readouterr().err
+
+
+def test_fused_projections_give_the_same_tokens(checkpoint: Path) -> None:
+    tokens = torch.arange(2, 34)[None]
+    plain, fused = (ptq.load(checkpoint, device="cpu", fuse=fuse) for fuse in (False, True))
+    with torch.no_grad():
+        expected, found = plain(tokens).logits, fused(tokens).logits
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("verb", [["--help"], ["quantize", "--help"], ["eval", "--help"], ["inspect", "--help"]])
 def test_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -1,6 +1,7 @@
 """The C++ libraries of ptq_kernels.cpu: every instruction set of this machine against float64; layout; loader."""
 
 import ctypes
+import json
 import logging
 import os
 import platform
@@ -14,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed_weights import UNIT, Case, dense_float64, random_case, random_rows, worst_error
-from ptq_kernels import build, layouts
+from ptq_kernels import bench_cpu, build, layouts
 from ptq_kernels.cpu import library, strips
 from ptq_kernels.layouts import PackedWeight
 
@@ -348,3 +349,18 @@ def test_the_build_says_what_is_missing(
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert build.main() == 1
     assert "no CPU libraries: they are for Linux on x86_64, this is linux on aarch64" in capsys.readouterr().out
+
+
+def test_the_bench_measures_what_it_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new process with pinned threads prints the table; here only that every column is there and was right."""
+    path = tmp_path / "cells.json"
+    assert bench_cpu.main(["128x64"], [1, 20], [1, 2], str(path), seconds=0.001) == 0
+    cells = json.loads(path.read_text())["cells"]
+    assert {(cell["rows"], cell["threads"]) for cell in cells} == {(m, t) for m in (1, 20) for t in (1, 2)}
+    assert {"dense bf16", "dense fp32", "torch only"} <= {cell["column"] for cell in cells}
+    assert all(0 < cell["best_ms"] <= cell["median_ms"] and cell["error"] < 1e-2 for cell in cells)
+    monkeypatch.setattr(bench_cpu, "_CACHES", tmp_path)
+    layer = bench_cpu.Layer("128x64", compiled=False)
+    layer.dense.neg_()
+    with pytest.raises(RuntimeError, match="dense bf16 of 128x64 with 2 rows must be within 0.01 of float64"):
+        bench_cpu.measure(layer, 2, 1, 0.0)

@@ -41,9 +41,9 @@ class Copies:
     """Copies of one weight, handed out in turn, together larger than the last-level cache."""
 
     def __init__(self, weight: Tensor, most_bytes: int) -> None:
-        """At least two copies and at most `most_bytes`."""
-        size = weight.numel() * weight.element_size()
-        self._items = [weight, *(weight.clone() for _ in range(max(1, most_bytes // size)))]
+        """Two copies at least, `most_bytes` or 2000 copies at most."""
+        count = most_bytes // (weight.numel() * weight.element_size())
+        self._items = [weight, *(weight.clone() for _ in range(min(max(1, count), 2000)))]
         self._at = 0
 
     def next(self) -> Tensor:
@@ -109,10 +109,6 @@ class Layer:
         fitting = [name for name in names if layouts.get(name).refuse(self.weight) is None]
         return [name for name in fitting if name != "canonical" or "aten_int4" not in fitting]
 
-    def bytes_read(self) -> int:
-        """Of the packed weight."""
-        return self._packed[self.layouts()[0]].next().numel()
-
     def calls(self, rows: int) -> dict[str, tuple[Tensor, Call]]:
         """x and the product, by column."""
         x = torch.randn(rows, self.columns, generator=torch.Generator().manual_seed(rows))
@@ -138,8 +134,9 @@ class Layer:
 
     def _ours(self, x: Tensor, layout: str, impl: str) -> Call:
         copies = self._packed[layout]
-        options = {"bits": BITS, "group_size": GROUP}
-        return lambda: api.matmul(x, copies.next(), self.scales, self.zeros, layout=layout, impl=impl, **options)
+        return lambda: api.matmul(
+            x, copies.next(), self.scales, self.zeros, bits=BITS, group_size=GROUP, layout=layout, impl=impl
+        )
 
     def _compile(self, x: Tensor) -> Call:
         """torch.compile's own kernel; it takes its weight as a constant, so one copy, cached where it fits."""
@@ -205,13 +202,9 @@ def measure(layer: Layer, rows: int, threads: int, seconds: float) -> list[Cell]
                 "rebuild with `python -m ptq_kernels.build` and report it if it stays"
             )
     times: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds * len(calls) or len(times["dense bf16"]) < 9:
-        for name, (_, call) in calls.items():
-            if sum(times[name]) < seconds or len(times[name]) < 3:
-                times[name] += [_seconds(call) for _ in range(3)]
-        if all(sum(taken) >= seconds and len(taken) >= 3 for taken in times.values()):
-            break
+    while unfinished := [name for name, taken in times.items() if len(taken) < 3 or sum(taken) < seconds]:
+        for name in unfinished:
+            times[name] += [_seconds(calls[name][1]) for _ in range(3)]
     return [
         Cell(layer.shape, rows, threads, name, 1e3 * min(t), 1e3 * sorted(t)[len(t) // 2], errors[name])
         for name, t in times.items()
@@ -232,9 +225,8 @@ def run(
         layer = Layer(shape, compiled)
         for count in threads:
             torch.set_num_threads(count)
-            print(
-                f"\n{shape.replace('x', ' -> ')}, {BITS} bits, group {GROUP}, {count} thread(s); best ms, times dense bf16"
-            )
+            title = f"{shape.replace('x', ' -> ')}, {BITS} bits, group {GROUP}, {count} thread(s)"
+            print(f"\n{title}; best ms, times dense bf16")
             for m in rows:
                 row = measure(layer, m, count, seconds)
                 if m == rows[0]:
@@ -283,17 +275,18 @@ def _worker() -> int:
     if any(os.environ.get(name) != value for name, value in _PINNED.items()):
         return main(o.shapes, o.rows, o.threads, o.json, o.compiled, o.seconds)
     best = library.best()
+    bandwidth = {}
+    for count in o.threads:
+        torch.set_num_threads(count)
+        bandwidth[count] = round(read_bandwidth(), 1)
     machine = {
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "library": best.name if best else None,
         "machine": platform.processor() or platform.machine(),
         "last_level_cache": last_level_cache(),
-        "read_gb_per_s": {},
+        "read_gb_per_s": bandwidth,
     }
-    for count in o.threads:
-        torch.set_num_threads(count)
-        machine["read_gb_per_s"][str(count)] = round(read_bandwidth(), 1)
     print(json.dumps(machine))
     cells = run(o.shapes, o.rows, o.threads, o.seconds, o.compiled)
     if o.json:

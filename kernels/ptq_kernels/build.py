@@ -54,7 +54,7 @@ def compile_library(name: str, directory: Path) -> None:
     if run.returncode != 0:
         partial.unlink(missing_ok=True)
         raise RuntimeError(
-            f"{compiler[0]} could not compile {SOURCE.name} for {name} (exit {run.returncode}); use gcc 12 or newer, or "
+            f"{compiler[0]} could not compile {SOURCE.name} for {name} (exit {run.returncode}); use gcc 12, "
             f"clang 16 or newer:\n{run.stderr.strip()[-2000:]}"
         )
     partial.replace(target)
