@@ -1,4 +1,4 @@
-"""The command line: ``ptq quantize | eval | inspect | bench | tune``, ``python -m ptq.gptq`` and ``python -m ptq.awq``."""
+"""The command line: ``ptq quantize | eval | inspect | bench | tune``; ``python -m ptq.gptq``, ``python -m ptq.awq``."""
 
 import argparse
 import errno
