@@ -48,7 +48,8 @@ def _options() -> argparse.Namespace:
         "--parent", type=Path, action="append", metavar="DIR", help="float model; may be repeated [examples/tiny-llama]"
     )
     parser.add_argument("--quick", action="store_true", help="one seed; 4-bit and 3-bit g128 symmetric")
-    parser.add_argument("--only", default="", metavar="REGEX", help="rows whose 'tool label' matches, as in '^ptq'")
+    names = "only checkpoints whose name (as in the results) has a match, as in '3-bit.*ptq GPTQ'"
+    parser.add_argument("--only", default="", metavar="REGEX", help=names)
     parser.add_argument("--again", action="store_true", help="make checkpoints again that have a result")
     parser.add_argument("--table", action="store_true", help="only write the tables anew")
     cores = len(os.sched_getaffinity(0))
@@ -57,10 +58,13 @@ def _options() -> argparse.Namespace:
 
 
 def _parent(parent: Path, results: Store, options: argparse.Namespace) -> None:
+    known = results.document["parents"].get(parent.name)
+    if known and known["weights"] != weights_hash(parent):
+        raise SystemExit(f"{parent.name} in {results.file} has other weights than {parent}: rename one of the two")
     for cell in QUICK_CELLS if options.quick else CELLS:
         for seed in SEEDS[:1] if options.quick else SEEDS:
             tasks = list(_tasks(parent, cell, seed, options.only))
-            missing = [task for task in tasks if options.again or not results.has(_key(task))]
+            missing = [task for task in tasks if options.again or not results.has(task.key)]
             if options.again:
                 for task in missing:
                     shutil.rmtree(task.place, ignore_errors=True)
@@ -70,16 +74,10 @@ def _parent(parent: Path, results: Store, options: argparse.Namespace) -> None:
 def _tasks(parent: Path, cell: Cell, seed: int, only: str) -> Iterator[Task]:
     ids = None
     for row in ROWS:
-        name = f"{row.tool} {row.label}"
-        if not re.search(only, name) or (seed != SEEDS[0] and not row.seeded):
-            continue
-        ids = ids or write_ids(parent, seed, WORK / parent.name / f"ids-{seed}.json")
-        place = WORK / parent.name / re.sub(r"\W+", "-", f"{cell.name} {name} {seed}")
-        yield Task(parent, cell, row, seed, ids, place)
-
-
-def _key(task: Task) -> str:
-    return f"{task.parent.name} | {task.cell.name} | {task.row.tool} {task.row.label} | seed {task.seed}"
+        key = f"{parent.name} | {cell.name} | {row.tool} {row.label} | seed {seed}"
+        if re.search(only, key) and (row.seeded or seed == SEEDS[0]):
+            ids = ids or write_ids(parent, seed, WORK / f"{parent.name}-{seed}.json")
+            yield Task(key, parent, cell, row, seed, ids, WORK / re.sub(r"\W+", "-", key))
 
 
 def _compare(parent: Path, tasks: Sequence[Task], results: Store, threads: int) -> None:
@@ -92,12 +90,12 @@ def _compare(parent: Path, tasks: Sequence[Task], results: Store, threads: int) 
             "parent": parent.name, "cell": task.cell.name, "tool": task.row.tool, "label": task.row.label,
             "seed": task.seed, "calibration": task.ids.hash,
         }  # fmt: skip
-        print(f"{_key(task)} ... ", end="", flush=True)
+        print(f"{task.key} ... ", end="", flush=True)
         try:
             entry |= quantize(task, threads)
         except FailedError as error:
             print(f"failed: {error}")
-            results.add("checkpoints", _key(task), entry | {"error": str(error)})
+            results.add("checkpoints", task.key, entry | {"error": str(error)})
             continue
         dense = read_dense(task.checkpoint, shapes)
         entry |= {"bits_per_weight": dense.bits_per_weight, "reader": _reader(task, dense, threads)}
@@ -105,13 +103,13 @@ def _compare(parent: Path, tasks: Sequence[Task], results: Store, threads: int) 
         print(f"{entry['seconds']:.1f} s, {entry['memory_peak'] / 1e6:.0f} MB", flush=True)
     if not made:
         return
-    models = {_key(task): dense.tensors for task, _, dense in made}
+    models = {task.key: dense.tensors for task, _, dense in made}
     floats = {name: tensor.float() for name, tensor in tensors.items()}
     metrics = evaluate(parent, {"parent": floats, **models}, ROOT / "examples/text")
     results.add("parents", parent.name, _facts(parent, tensors, metrics["parent"]))
     for task, entry, _ in made:
-        results.add("checkpoints", _key(task), entry | {"metrics": metrics[_key(task)]})
-        print(f"{_key(task)}: KL {metrics[_key(task)]['both']['kl']:.5f}", flush=True)
+        results.add("checkpoints", task.key, entry | {"metrics": metrics[task.key]})
+        print(f"{task.key}: KL {metrics[task.key]['both']['kl']:.5f}", flush=True)
         shutil.rmtree(task.place)
 
 

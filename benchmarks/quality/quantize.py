@@ -23,8 +23,9 @@ LONGEST = 3600  # seconds for one checkpoint
 
 
 class Task(NamedTuple):
-    """One checkpoint to make, and where."""
+    """One checkpoint to make, its name in the results, and where."""
 
+    key: str
     parent: Path
     cell: Cell
     row: Row
