@@ -13,13 +13,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from ptq.config_paths import find_directory, find_files, resolve_config_path, search_roots
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.schema import at_least, build, check_rules, checked
-from ptq.yaml_tree import override, parse
+from ptq.yaml_tree import override, parse, unparse
 
 _BITS = checked(lambda bits: bits in (2, 3, 4, 8), "2, 3, 4 or 8")
 _GROUP = checked(lambda size: size == -1 or size >= 1, "-1 (one group per channel) or 1 or more columns")
@@ -210,14 +208,7 @@ def dump(config: RunConfig) -> str:
         pattern: {key: value for key, value in scheme.items() if value is not None}
         for pattern, scheme in tree["overrides"].items()
     }
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes tuples as lists."""
-
-
-_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+    return unparse(tree)
 
 
 def matches(pattern: str, module_name: str) -> bool:

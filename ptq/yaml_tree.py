@@ -23,15 +23,29 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes tuples as lists, and quotes a text that ``_Loader`` would read as a number."""
 
 
-def parse(text: str, source: str) -> Any:
-    """The plain value ``text`` describes; ``source`` names it in errors. Raises ConfigError with line and column."""
+_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+
+# PyYAML follows YAML 1.1, where a number with an exponent needs a dot and a sign. Reader and writer get the same rule:
+# a writer without it would leave the text "0E0" unquoted, which this reader takes for a number.
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def unparse(tree: Any) -> str:
+    """YAML that ``parse`` reads back as a value equal to ``tree``, keys in their order."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse(document: str, source: str) -> Any:
+    """The plain value ``document`` describes; ``source`` names it in errors. Raises ConfigError with line and column."""
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        return yaml.load(document, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -46,11 +60,11 @@ def override(tree: dict[str, Any], assignment: str) -> None:
     Below ``overrides`` the key is a module path pattern, which may hold dots itself:
     ``overrides.model.layers.0={bits: 8}`` and ``overrides.model.layers.0.bits=8`` say the same.
     """
-    path, equals, text = assignment.partition("=")
+    path, equals, written = assignment.partition("=")
     path = path.strip()
     if not equals or not path:
         raise ConfigError(f"an override must read key=value, found {assignment!r}; for example calibration.samples=64")
-    value = parse(text, f"the override {assignment!r}")
+    value = parse(written, f"the override {assignment!r}")
     if path.startswith("overrides."):
         pattern = path.removeprefix("overrides.")
         leaf: tuple[str, ...] = ()

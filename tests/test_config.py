@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ptq.config import (
@@ -281,6 +281,7 @@ CONFIGS = st.builds(
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=CONFIGS)
+@example(config=RunConfig(model="0E0", output="1e-2", method="rtn"))  # texts that read as numbers
 def test_what_dump_writes_loads_to_an_equal_configuration(load, config):
     loaded = load(dump(config))
     assert loaded == config
