@@ -43,7 +43,7 @@ def unparse(tree: Any) -> str:
 
 
 def parse(document: str, source: str) -> Any:
-    """The plain value ``document`` describes; ``source`` names it in errors. Raises ConfigError with line and column."""
+    """The plain value ``document`` describes; ``source`` names it in errors. Raises ConfigError naming the line."""
     try:
         return yaml.load(document, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
