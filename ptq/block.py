@@ -1,4 +1,4 @@
-"""Quantizing one block: trace it, then let the method collect, solve and put the codes' values in.
+"""Quantizing one block: trace it, let the method collect, solve and put the codes' values in, then refine them.
 
 A block is any module with Linears: a decoder block of a streamed model, or a whole plain PyTorch module.
 """
@@ -12,6 +12,7 @@ from ptq.awq.block import awq_block
 from ptq.calibration.capture import Run, trace_groups
 from ptq.gptq.block import gptq_block
 from ptq.models.structure import linears, set_weight, weight_of
+from ptq.refine import float_block, refine_block
 from ptq.rtn import rtn_solve
 from ptq.task import BlockTask, ModuleResult, described
 
@@ -27,6 +28,13 @@ def quantize_block(block: nn.Module, runs: Sequence[Run], task: BlockTask) -> di
     Returns:
         A result for each Linear in ``task.schemes``, by its path below the block, in execution order.
     """
+    if not task.config.refine.steps:
+        return _solve(block, runs, task)
+    reference = float_block(block, runs, task)
+    return refine_block(block, runs, reference, _solve(block, runs, task), task)
+
+
+def _solve(block: nn.Module, runs: Sequence[Run], task: BlockTask) -> dict[str, ModuleResult]:
     modules = {path: module for path, module in linears(block) if path in task.schemes}
     if task.config.method == "rtn":
         return {path: _round(module, task, path) for path, module in modules.items()}

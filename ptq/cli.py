@@ -1,4 +1,4 @@
-"""The command line: ``ptq quantize | eval | inspect | bench | tune``; ``python -m ptq.gptq``, ``python -m ptq.awq``."""
+"""The command line: ``ptq VERB``, ``python -m ptq.gptq`` and ``python -m ptq.awq``."""
 
 import argparse
 import errno
@@ -6,8 +6,19 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ptq.cli_adapters import merge_arguments
+from ptq.cli_compare import compare_arguments, sweep_arguments
 from ptq.errors import ConfigError, PtqError
+
+if TYPE_CHECKING:
+    from ptq.config import RunConfig
+
+INTERRUPTED = (
+    "interrupted: nothing was written under the output's name; a quantization is continued by the same command, from "
+    "the last finished block"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,10 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ptq", description="Quantize, evaluate and inspect causal language models.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _quantize_arguments(verbs.add_parser("quantize", help="quantize a model as a configuration says"))
+    _plan_arguments(verbs.add_parser("plan", help="what a run would do, and the memory, disk and time it would need"))
     _eval_arguments(verbs.add_parser("eval", help="perplexity of a checkpoint, and its distance to its parent"))
     _inspect_arguments(verbs.add_parser("inspect", help="what a checkpoint holds"))
+    _compare_arguments(verbs.add_parser("compare", help="several checkpoints of one parent side by side"))
+    _sweep_arguments(verbs.add_parser("sweep", help="make and compare variants of one configuration"))
     _bench_arguments(verbs.add_parser("bench", help="time the packed matmul beside dense ones on this machine"))
     _tune_arguments(verbs.add_parser("tune", help="time the GPU kernels' configurations for a checkpoint's shapes"))
+    _export_arguments(verbs.add_parser("export", help="write a model as a file for another runtime (GGUF)"))
+    _merge_arguments(verbs.add_parser("merge", help="add a LoRA adapter to a checkpoint, as a dense copy"))
     return run(parser, arguments)
 
 
@@ -37,7 +53,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
     try:
         return action(options)
     except KeyboardInterrupt:
-        return _fail(options, "interrupted: nothing was written under the output's name", 1)
+        return _fail(options, INTERRUPTED, 1)
     except BrokenPipeError:
         return 1
     except PtqError as error:
@@ -62,7 +78,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _fail(options: argparse.Namespace, message: str, code: int) -> int:
     if options.debug:
         traceback.print_exc()
-    print(f"ptq: {message}", file=sys.stderr)
+    ranks = getattr(options, "ranks", None)  # the processes that share a run
+    if ranks is None or ranks.speaks():
+        print(f"ptq: {message if ranks is None else ranks.said(message)}", file=sys.stderr)
     return code
 
 
@@ -77,13 +95,17 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change)
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; touch no weight")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
+    fresh = "start over instead of continuing a run that was cut short"
+    parser.add_argument("--fresh", action="store_true", help=fresh)
     _debug_argument(parser)
     parser.set_defaults(action=_quantize, method=None)
 
 
 def _quantize(options: argparse.Namespace) -> int:
     from ptq.config import load_config
+    from ptq.distributed import joined
 
+    options.ranks = ranks = joined()
     config = load_config(options.config, options.overrides)
     if options.method is not None and config.method != options.method:
         raise ConfigError(
@@ -91,19 +113,47 @@ def _quantize(options: argparse.Namespace) -> int:
             f"use python -m ptq quantize, or --set method={options.method}"
         )
     if options.dry_run:
-        from ptq.plan import describe, make_plan
-
-        print(describe(make_plan(config, weights=False)))
-        return 0
+        return _print_plan(config) if ranks.first else 0
     from ptq.evaluation import show
     from ptq.pipeline import quantize
     from ptq.report import summary
 
-    report = quantize(config, overwrite=options.overwrite)
+    report = quantize(config, overwrite=options.overwrite, fresh=options.fresh, ranks=ranks)
+    ranks.close()
+    if not ranks.first:
+        return 0
     print()
     if report.document.get("evaluation"):
         print(show(report.document["evaluation"]), end="\n\n")
     print(summary(report))
+    return 0
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    where = "YAML file; a bare name is searched in the working directory, then in configs/"
+    parser.add_argument("--config", required=True, metavar="FILE", help=where)
+    change = "override a key of the configuration, e.g. calibration.samples=64"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change)
+    _debug_argument(parser)
+    parser.set_defaults(action=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ptq.config import load_config
+
+    return _print_plan(load_config(options.config, options.overrides))
+
+
+def _print_plan(config: "RunConfig") -> int:
+    from ptq.plan import describe, make_plan
+    from ptq.predict import describe_prediction, measure_rates, predict
+    from ptq.report import anonymous_bytes
+
+    plan = make_plan(config, weights=False)
+    output = Path(config.output).expanduser().resolve()
+    existing = next(parent for parent in output.parents if parent.is_dir())
+    print(describe(plan))
+    print(describe_prediction(predict(plan, measure_rates(plan.device, existing), anonymous_bytes())))
     return 0
 
 
@@ -118,6 +168,8 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
                         help="of the activations; float32 takes their rounding out of the comparison")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
+    gate = "exit with 1 if this holds, as in 'kl>0.05' (kl, perplexity, top1; >, >=, <, <=); may be given again"
+    parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help=gate)
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     _debug_argument(parser)
     parser.set_defaults(action=_eval)
@@ -126,7 +178,10 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 def _eval(options: argparse.Namespace) -> int:
     from ptq.config import EvaluationConfig, check_evaluation
     from ptq.evaluation import evaluate_checkpoint, show
+    from ptq.gate import parse_condition, require_parent, require_passed
 
+    conditions = [parse_condition(text) for text in options.fail_if]
+    require_parent(conditions, options.parent)
     settings = EvaluationConfig(
         files=tuple(options.text), tokens=options.tokens, window=options.window,
         stride=options.window if options.stride is None else options.stride,
@@ -142,23 +197,86 @@ def _eval(options: argparse.Namespace) -> int:
         from ptq.formats.checkpoint import atomic_write_text
 
         atomic_write_text(Path(options.json), json.dumps(document, indent=1) + "\n")
-    print(show(document))
+    print(show(document), flush=True)
+    require_passed(conditions, document["models"]["result"])
     return 0
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="model directory or hub name")
     parser.add_argument("--modules", action="store_true", help="one line for each quantized Linear")
+    parser.add_argument("--html", metavar="FILE", help="write a page for people as well")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     _debug_argument(parser)
     parser.set_defaults(action=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ptq.inspection import inspect
+    from ptq.inspection import inspect, inspection_page
 
     print(inspect(options.checkpoint, modules=options.modules, trust_remote_code=options.trust_remote_code))
+    if options.html:
+        from ptq.formats.checkpoint import atomic_write_text
+
+        text = inspection_page(options.checkpoint, trust_remote_code=options.trust_remote_code)
+        atomic_write_text(Path(options.html), text)
     return 0
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="model directory or hub name, float or quantized")
+    parser.add_argument("--format", default="gguf", choices=["gguf"], help="gguf, the file of llama.cpp (the default)")
+    parser.add_argument("--type", required=True, help="Q4_0, Q4_1, Q8_0, Q4_K_M, Q5_K_M, Q6_K or F16")
+    parser.add_argument("--out", metavar="PATH", help="file, or directory for NAME-TYPE.gguf (default: here)")
+    parser.add_argument("--text", action="append", metavar="FILE", help="solve for the block formats on this text")
+    parser.add_argument("--samples", type=int, default=128, help="sequences of it (default %(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each (default %(default)s)")
+    how = "take text and options from the calibration and gptq sections of a configuration instead"
+    parser.add_argument("--config", metavar="FILE", help=how)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    _debug_argument(parser)
+    parser.set_defaults(action=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ptq.config import CalibrationConfig, DatasetConfig, RunConfig, load_config
+    from ptq.export import export_gguf, show
+    from ptq.schema import check_rules
+
+    if options.config and options.text:
+        raise ConfigError("export takes its text from --text or from --config, found both: leave one of them out")
+    run = load_config(options.config) if options.config else None
+    if options.text:
+        text = DatasetConfig(files=tuple(options.text))
+        calibration = CalibrationConfig(dataset=text, samples=options.samples, sequence_length=options.length)
+        run = RunConfig(
+            model=options.checkpoint, output="", method="gptq", device=options.device, calibration=calibration
+        )  # fmt: skip
+        check_rules(run, "")
+        check_rules(calibration, "calibration")
+    done = export_gguf(
+        options.checkpoint, options.type, options.out, run,
+        overwrite=options.overwrite, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    print(show(done))
+    return 0
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    compare_arguments(parser)
+    _debug_argument(parser)
+
+
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    sweep_arguments(parser)
+    _debug_argument(parser)
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    merge_arguments(parser)
+    _debug_argument(parser)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,11 +19,25 @@ from ptq.formats.codec import Scheme
 from ptq.schema import at_least, build, check_rules, checked
 from ptq.yaml_tree import override, parse, unparse
 
-_BITS = checked(lambda bits: bits in (2, 3, 4, 8), "2, 3, 4 or 8")
+WIDTHS = (2, 3, 4, 8)  # bits that kernels run
+_BITS = checked(lambda bits: bits in WIDTHS, "2, 3, 4 or 8")
+_BITS_OR_BUDGET = checked(
+    lambda bits: isinstance(bits, BitBudget) or bits in WIDTHS, "2, 3, 4 or 8, or {budget: average}"
+)
 _GROUP = checked(lambda size: size == -1 or size >= 1, "-1 (one group per channel) or 1 or more columns")
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"([1-9][0-9]*)(KB|MB|GB|TB)")
+
+
+@dataclass(frozen=True)
+class BitBudget:
+    """Bits to spend instead of one width for all: every group of Linears gets its own (see docs/compare.md).
+
+    ``budget``: bits a quantized weight takes on average, without scales and zeros; never exceeded.
+    """
+
+    budget: float = field(metadata=checked(lambda bits: 2 <= bits <= 8, "between 2 and 8"))
 
 
 @dataclass(frozen=True)
@@ -61,9 +75,12 @@ class CalibrationConfig:
     """The text that shows the solvers which activations occur.
 
     ``dataset``: see :class:`DatasetConfig`; ``samples``: sequences drawn; ``sequence_length``: tokens of each;
-    ``batch_size``: sequences run through a block at a time (speed and memory only); ``seed``: of the drawing;
+    ``batch_size``: sequences run through a block at a time (speed and memory only, and a step of ``refine``);
+    ``seed``: of the drawing;
     ``chat_template``: true when the column holds lists of messages or prompts: one sample a row, rendered with the
-    tokenizer's chat template, at most ``sequence_length`` tokens of it.
+    tokenizer's chat template, at most ``sequence_length`` tokens of it;
+    ``offload``: where the hidden states of all samples are between two blocks, in ``memory`` or on the ``disk`` beside
+    the output (less memory, the same result).
     """
 
     dataset: DatasetConfig = DatasetConfig(name="allenai/c4", config="en")
@@ -72,6 +89,7 @@ class CalibrationConfig:
     batch_size: int = field(default=8, metadata=at_least(1))
     seed: int = field(default=0, metadata=checked(lambda seed: 0 <= seed < 2**63, "between 0 and 2**63 - 1"))
     chat_template: bool = False
+    offload: Literal["memory", "disk"] = "memory"
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,7 @@ class GPTQConfig:
     ``activation_order``: ``static`` quantizes columns by decreasing diagonal of H on grids fixed beforehand, ``none``
     takes them from left to right; ``block_size``: columns between two updates of the remaining weight (speed only);
     ``scales``: ``hessian`` searches those that lose least where inputs are strong, ``range`` spans each group's range;
+    ``candidates``: multiples of those scales that are solved for, each row keeping its best (1: the scales themselves);
     ``sweeps``: rounds of coordinate descent over the finished codes; ``correct_inputs``: share, 0 to 1, of the
     correction for what the quantized layers before changed (0 also saves a second pass of hidden states).
     """
@@ -90,6 +109,7 @@ class GPTQConfig:
     activation_order: Literal["static", "none"] = "static"
     block_size: int = field(default=128, metadata=at_least(1))
     scales: Literal["hessian", "range"] = "hessian"
+    candidates: int = field(default=7, metadata=at_least(1))
     sweeps: int = field(default=1, metadata=at_least(0))
     correct_inputs: float = field(default=0.5, metadata=checked(lambda share: 0 <= share <= 1, "between 0 and 1"))
 
@@ -105,6 +125,17 @@ class AWQConfig:
     grid: int = field(default=20, metadata=at_least(1))
     clip: bool = True
     codes: Literal["round", "gptq"] = "round"
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Options of the refinement of a block after its codes are set, whatever the method.
+
+    ``steps``: gradient steps a block, each on one calibration batch, towards the float block's output; 0: no
+    refinement.
+    """
+
+    steps: int = field(default=0, metadata=at_least(0))
 
 
 @dataclass(frozen=True)
@@ -133,8 +164,9 @@ class RunConfig:
     """One quantization run.
 
     ``model``: hub name or directory; ``revision``: branch, tag or commit on the hub; ``output``: directory written;
-    ``method``: ``gptq``, ``awq`` or ``rtn``; ``bits``: 2, 3, 4 or 8; ``group_size``: columns that share a scale, -1
-    for one group per channel; ``symmetric``: the zero point is the middle code everywhere;
+    ``method``: ``gptq``, ``awq`` or ``rtn``; ``bits``: 2, 3, 4 or 8, or a :class:`BitBudget`;
+    ``group_size``: columns that share a scale, -1 for one group per channel;
+    ``symmetric``: the zero point is the middle code everywhere;
     ``format``: ``gptq``, ``gptq_v2``, ``awq`` or ``compressed-tensors``;
     ``exclude``: module path patterns that stay as they are, ``lm_head`` meaning the output head whatever its name;
     ``overrides``: module path pattern to
@@ -142,14 +174,15 @@ class RunConfig:
     ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``dtype``: of the model while it runs, ``auto`` as stored;
     ``trust_remote_code``: run Python code that comes with the model; ``max_shard_size``: of a checkpoint file, as in
     ``5GB`` (powers of ten); ``strict``: numerical rescues become errors;
-    ``calibration``, ``gptq``, ``awq``, ``evaluation``: see their classes; ``evaluation: null`` evaluates nothing.
+    ``calibration``, ``gptq``, ``awq``, ``refine``, ``evaluation``: see their classes; ``evaluation: null``
+    evaluates nothing.
     """
 
     model: str
     output: str
     method: Literal["gptq", "awq", "rtn"]
     revision: str | None = None
-    bits: int = field(default=4, metadata=_BITS)
+    bits: int | BitBudget = field(default=4, metadata=_BITS_OR_BUDGET)
     group_size: int = field(default=128, metadata=_GROUP)
     symmetric: bool = True
     format: Literal["gptq", "gptq_v2", "awq", "compressed-tensors"] = "gptq"
@@ -169,7 +202,24 @@ class RunConfig:
     calibration: CalibrationConfig = CalibrationConfig()
     gptq: GPTQConfig = GPTQConfig()
     awq: AWQConfig = AWQConfig()
+    refine: RefineConfig = RefineConfig()
     evaluation: EvaluationConfig | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.solves_with_text or isinstance(self.bits, BitBudget)
+
+    @property
+    def solves_with_text(self) -> bool:
+        """Whether blocks are run on calibration text while they are quantized."""
+        return self.method != "rtn" or self.refine.steps > 0
+
+    @property
+    def follows_float(self) -> bool:
+        """Whether the float model's hidden states are followed beside the quantized ones."""
+        solves = self.method == "gptq" or (self.method == "awq" and self.awq.codes == "gptq")
+        return self.refine.steps > 0 or (solves and self.gptq.correct_inputs > 0)
 
     @property
     def max_shard_bytes(self) -> int:
@@ -227,11 +277,19 @@ def scheme_for(config: RunConfig, module_name: str) -> Scheme | None:
     """How the Linear at ``module_name`` is quantized; None when ``exclude`` names it, whatever ``overrides`` says."""
     if any(matches(pattern, module_name) for pattern in config.exclude):
         return None
-    scheme = Scheme(config.bits, config.group_size, config.symmetric)
+    # Under a budget the widest that is not above it stands in until the widths are chosen.
+    bits = config.bits if isinstance(config.bits, int) else max(b for b in WIDTHS if b <= config.bits.budget)
+    scheme = Scheme(bits, config.group_size, config.symmetric)
     for pattern, change in config.overrides.items():
         if matches(pattern, module_name):
             scheme = scheme._replace(**{key: value for key, value in asdict(change).items() if value is not None})
     return scheme
+
+
+def fixed_bits(config: RunConfig, module_name: str) -> int | None:
+    """The width that ``overrides`` give the Linear at ``module_name``, which a budget leaves alone; None for none."""
+    named = [o.bits for p, o in config.overrides.items() if o.bits is not None and matches(p, module_name)]
+    return named[-1] if named else None
 
 
 def unused_patterns(config: RunConfig, module_names: Iterable[str]) -> list[str]:

@@ -21,5 +21,9 @@ class NumericsError(PtqError):
     """NaN, infinity, or a matrix that cannot be factorised."""
 
 
+class RankError(PtqError):
+    """Another process of the same run has ended."""
+
+
 class UnsupportedModelError(PtqError):
     """A model whose structure could not be discovered."""

@@ -35,7 +35,7 @@ def evaluate_run(plan: Plan, output: Path) -> dict[str, Any]:
                 set_weight(module, quantized.dequantize())
 
     others: dict[str, Scorer] = {}
-    if plan.config.method != "rtn":
+    if plan.config.solves_with_text:
         others["round-to-nearest"] = streamed(open_stream(opened(plan.directory), plan.device), rounded)
     result = opened(output)
     others["result"] = streamed(open_stream(result, plan.device))
@@ -68,7 +68,7 @@ def evaluate_checkpoint(
     opened = {"result": open_checkpoint(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)}
     if parent is not None:
         opened = {"parent": open_checkpoint(parent, dtype=dtype, trust_remote_code=trust_remote_code), **opened}
-        _check_vocabulary(opened["parent"], opened["result"])
+        check_vocabulary(opened["parent"], opened["result"])
     first = next(iter(opened.values()))
     scorers = {name: streamed(open_stream(each, target)) for name, each in opened.items()}
     windows = evaluation_windows(settings, load_tokenizer(first.directory, trust_remote_code))
@@ -79,7 +79,8 @@ def evaluate_checkpoint(
     return _document(settings, metrics, {name: sum(each.reader.files().values()) for name, each in opened.items()})
 
 
-def _check_vocabulary(parent: Checkpoint, result: Checkpoint) -> None:
+def check_vocabulary(parent: Checkpoint, result: Checkpoint) -> None:
+    """Raise ConfigError where a checkpoint cannot come from a parent because their vocabularies differ in size."""
     sizes = [getattr(each.hf_config.get_text_config(), "vocab_size", None) for each in (parent, result)]
     if sizes[0] != sizes[1]:
         raise ConfigError(

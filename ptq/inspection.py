@@ -1,10 +1,13 @@
 """``ptq inspect``: what a checkpoint holds, from its headers alone."""
 
 from collections import Counter
+from typing import Any
 
+from ptq.formats.checkpoint import read_json
 from ptq.formats.codec import Scheme
 from ptq.models.structure import linears
 from ptq.nn.linear import QuantLinear
+from ptq.page_report import report_page
 from ptq.runtime import Checkpoint, open_checkpoint
 
 
@@ -39,12 +42,32 @@ def inspect(path: str, *, modules: bool = False, trust_remote_code: bool = False
     return "\n".join(lines)
 
 
+def inspection_page(path: str, *, trust_remote_code: bool = False) -> str:
+    """What a checkpoint holds as an HTML page: its report where it comes with one, else what its headers say.
+
+    Raises:
+        ConfigError: no such model.
+        FormatError: damaged files.
+    """
+    opened = open_checkpoint(path, trust_remote_code=trust_remote_code)
+    if (opened.directory / "report.json").is_file():
+        return report_page(opened.directory.name, read_json(opened.directory / "report.json"))
+    packed = {n: m for n, m in opened.model.named_modules() if isinstance(m, QuantLinear)}
+    size: dict[str, Any] = {"after": sum(opened.reader.files().values())}
+    if packed:
+        size["bits_per_weight"] = packed_bits(opened) / sum(m.in_features * m.out_features for m in packed.values())
+    rows = {name: {"bits": scheme.bits, "group_size": scheme.group_size} for name, scheme in opened.schemes.items()}
+    left = [name for name, _ in linears(opened.model)]
+    return report_page(opened.directory.name, {"size": size, "modules": rows, "kept_in_float": left})
+
+
 def packed_bits(opened: Checkpoint) -> int:
     """Bits that the packed weights take on disk, scales and zeros included."""
     total = 0
+    stored = set(opened.reader.names())  # what a codec can read may be optional
     for name, scheme in opened.schemes.items():
         assert opened.codec is not None
-        for tensor in opened.codec.tensor_names(opened.names.of_module(name), scheme):
+        for tensor in stored.intersection(opened.codec.tensor_names(opened.names.of_module(name), scheme)):
             dtype, shape = opened.reader.spec(tensor)
             count = 1
             for extent in shape:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.block import quantize_block
-from ptq.config import AWQConfig, GPTQConfig, RunConfig, scheme_for, unused_patterns
+from ptq.config import AWQConfig, GPTQConfig, RefineConfig, RunConfig, scheme_for, unused_patterns
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.grid import resolve_group_size
@@ -32,6 +32,7 @@ def quantize_linears(
     exclude: Iterable[str] = (),
     gptq: GPTQConfig | None = None,
     awq: AWQConfig | None = None,
+    refine: RefineConfig | None = None,
 ) -> dict[str, dict[str, object]]:
     """Quantize the ``nn.Linear`` layers of a module in place: each becomes a `ptq.nn.QuantLinear`.
 
@@ -50,6 +51,7 @@ def quantize_linears(
         exclude: path patterns of layers to leave alone (see `ptq.config.matches`).
         gptq: options of that method.
         awq: options of that method.
+        refine: options of the refinement after the method, which then needs batches whatever it is.
 
     Returns:
         For each quantized layer's path its losses and settings.
@@ -63,18 +65,21 @@ def quantize_linears(
     config = build(RunConfig, {
         "model": "module", "output": "module", "method": method, "bits": bits, "group_size": group_size,
         "symmetric": symmetric, "exclude": list(exclude), "gptq": asdict(gptq or GPTQConfig()),
-        "awq": asdict(awq or AWQConfig()),
+        "awq": asdict(awq or AWQConfig()), "refine": asdict(refine or RefineConfig()),
     })  # fmt: skip
     schemes = _schemes(module, config)
     batches = list(calibration_batches)
-    if method != "rtn" and not batches:
-        raise ConfigError(f"method {method} needs calibration batches; found none: pass them, or use method='rtn'")
+    if config.solves_with_text and not batches:
+        wants = f"method {method}" if method != "rtn" else "refine"
+        raise ConfigError(
+            f"{wants} needs calibration batches; found none: pass them, or use method='rtn' without refine"
+        )
     _untie(module, schemes)
     with _evaluating(module):
         dtype = module.get_parameter(f"{next(iter(schemes))}.weight").dtype
         probe = _Probe(module, batches[0]) if method == "awq" else None
         runs = [_runner(module, batch) for batch in batches]
-        twin = _twin(module, batches) if method == "gptq" and config.gptq.correct_inputs else None
+        twin = _twin(module, batches) if config.follows_float else None
         results = quantize_block(module, runs, BlockTask("", schemes, config, dtype, probe, twin))
     _swap(module, results)
     return {path: result.row for path, result in results.items()}

@@ -1,7 +1,7 @@
 """Everything about a run that is known before a weight is read: modules, schemes, format, sizes, conflicts."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ptq.config import RunConfig, scheme_for, unused_patterns
+from ptq.budget import check_budget
+from ptq.config import BitBudget, RunConfig, matches, scheme_for, unused_patterns
 from ptq.errors import ConfigError
 from ptq.formats import CODECS
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Scheme
+from ptq.models.experts import experts_of, routers
 from ptq.models.hub import HubHeaders
 from ptq.models.loading import (
     build_skeleton,
@@ -83,17 +85,22 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
     schemes = {path: scheme_for(config, path) for path in found}
     if "lm_head" in config.exclude:  # means the head, whatever the architecture calls it
         schemes |= dict.fromkeys(_heads(skeleton, found))
+    never = _never_quantized(skeleton, blocks, found)
+    schemes |= dict.fromkeys(never)
     shapes = {path: weight_shape(module) for path, module in found.items()}
     _check_patterns(config, list(found))
-    _check_reach(schemes, blocks, list(found))
+    _check_reach(config, schemes, blocks, never)
     codec = CODECS[config.format]
+    check_budget(config, schemes, shapes)
     codec.check(schemes, shapes)
     on_hub = not Path(config.model).expanduser().is_dir()
     reader = HubHeaders(config.model, config.revision) if on_hub and not weights else CheckpointReader(directory)
     names = SourceNames(skeleton, reader.names())
     for name, parameter in skeleton.named_parameters():
-        stored = names.of_parameter(name)
-        check_shape(stored, parameter.shape, reader.spec(stored)[1])
+        names.require(name)
+        stored = names.find(name)
+        if stored is not None:
+            check_shape(stored, parameter.shape, reader.spec(stored)[1])
     _check_head(skeleton, names, schemes)
     _check_length(config, hf_config)
     return Plan(
@@ -106,6 +113,13 @@ def _heads(skeleton: nn.Module, found: Mapping[str, nn.Module]) -> list[str]:
     ask: Callable[[], nn.Module | None] = getattr(skeleton, "get_output_embeddings", lambda: None)
     head = ask()
     return [path for path, module in found.items() if module is head]
+
+
+def _never_quantized(skeleton: nn.Module, blocks: str, found: Mapping[str, nn.Module]) -> list[str]:
+    """Linears that stay in float whatever a configuration says: routers, and what is neither in a block nor a head."""
+    beside, heads = routers(skeleton), _heads(skeleton, found)
+    outside = [p for p in found if not p.startswith(f"{blocks}.") and "." in p and p not in heads]
+    return [*outside, *(path for path in found if path in beside)]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -158,22 +172,23 @@ def _check_patterns(config: RunConfig, modules: list[str]) -> None:
         )
 
 
-def _check_reach(schemes: dict[str, Scheme | None], blocks: str, modules: list[str]) -> None:
+def _check_reach(config: RunConfig, schemes: Mapping[str, Scheme | None], blocks: str, never: Sequence[str]) -> None:
     if not any(schemes.values()):
         raise ConfigError(
-            f"at least one Linear must be quantized; exclude rules out all {len(modules)}: shorten `exclude`"
+            f"at least one Linear must be quantized; exclude rules out all {len(schemes)}: shorten `exclude`"
         )
-    stray = [p for p, s in schemes.items() if s and not p.startswith(blocks + ".") and "." in p]
+    idle = set(unused_patterns(config, [path for path in schemes if path not in never])) & set(config.overrides)
+    stray = [path for path in never for pattern in idle if matches(pattern, path)]
     if stray:
         raise ConfigError(
-            f"only Linears of the decoder blocks ({blocks}) and the head can be quantized; {stray[0]} is neither: "
-            f"add it to `exclude`"
+            f"only Linears of the decoder blocks ({blocks}) and the head can be quantized, and no routers; {stray[0]} "
+            "is none of these: take it out of `overrides`"
         )
 
 
 def _check_length(config: RunConfig, hf_config: Any) -> None:
     limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    wanted = {"calibration.sequence_length": config.calibration.sequence_length if config.method != "rtn" else 0}
+    wanted = {"calibration.sequence_length": config.calibration.sequence_length if config.calibrates else 0}
     if config.evaluation is not None:
         wanted["evaluation.window"] = config.evaluation.window
     for key, length in wanted.items():
@@ -191,6 +206,11 @@ def estimate_size(plan: Plan) -> Size:
             dtype, shape = plan.reader.spec(name)
             stand_in = torch.empty(shape, dtype=dtype, device="meta")
             after += stand_in.numel() * working_dtype(plan.skeleton, name, stand_in, plan.dtype).itemsize
+    for path in taken_apart(plan):  # biases and excluded Linears that a fused parameter of the parent held
+        for local, parameter in plan.skeleton.get_submodule(path).named_parameters():
+            name = f"{path}.{local}"
+            if plan.names.find(name) is None and name.removesuffix(".weight") not in plan.targets:
+                after += parameter.numel() * plan.dtype.itemsize
     packed = weights = 0
     scales_dtype = plan.codec.scales_dtype(plan.dtype)
     for path, scheme in plan.targets.items():
@@ -203,12 +223,30 @@ def estimate_size(plan: Plan) -> Size:
 
 def replaced_tensors(plan: Plan) -> set[str]:
     """Tensors of the parent that the result holds packed instead; the embedding of a tied head is not one of them."""
-    return {f"{plan.names.of_module(path)}.weight" for path in plan.targets}
+    replaced = {f"{plan.names.of_module(path)}.weight" for path in plan.targets}
+    tied = {f"{path}.weight" for path in plan.targets if plan.names.is_tied(f"{path}.weight")}
+    parts = [f"{path}.weight" for path in plan.targets if f"{path}.weight" not in tied]
+    for path in taken_apart(plan):
+        parts += [f"{path}.{name}" for name, _ in plan.skeleton.get_submodule(path).named_parameters()]
+    for name in parts:
+        if plan.names.find(name) is None:  # cut out of a fused tensor, or put together from several
+            replaced.update(plan.names.sources(name))
+    return replaced
+
+
+def taken_apart(plan: Plan) -> list[str]:
+    """Experts modules that the result holds expert by expert, because some of their Linears are packed."""
+    return [path for path in experts_of(plan.skeleton) if any(name.startswith(f"{path}.") for name in plan.targets)]
+
+
+def head_targets(plan: Plan) -> dict[str, Scheme]:
+    """The Linears to be quantized that are not in the blocks."""
+    return {name: scheme for name, scheme in plan.targets.items() if not name.startswith(plan.blocks + ".")}
 
 
 def describe(plan: Plan) -> str:
     """The plan as text, for ``--dry-run``."""
-    size = estimate_size(plan)
+    size = _with_budget(plan, estimate_size(plan))
     kinds = Counter((scheme, plan.shapes[path]) for path, scheme in plan.targets.items())
     lines = [
         f"model      {plan.config.model} ({type(plan.skeleton).__name__}, {plan.dtype}, {len(plan.schemes)} Linears)",
@@ -216,14 +254,14 @@ def describe(plan: Plan) -> str:
         f"method     {plan.config.method} on {plan.device}",
         f"format     {plan.config.format}, written to {plan.config.output}",
     ]
-    if plan.config.method != "rtn":
+    if plan.config.calibrates:
         c = plan.config.calibration
         lines.append(f"calibrate  {c.samples} sequences of {c.sequence_length} tokens, seed {c.seed}")
     for (scheme, (n, k)), count in sorted(kinds.items(), key=lambda item: str(item[0])):
         kind = "symmetric" if scheme.symmetric else "asymmetric"
         columns = scheme.columns(k)
         groups = "1 group" if columns == k else f"{k // columns} groups of {columns}"
-        lines.append(f"quantize   {count:4d} x {n} x {k}: {scheme.bits} bits, {groups} a row, {kind}")
+        lines.append(f"quantize   {count:4d} x {n} x {k}: {_bits(plan, scheme)}, {groups} a row, {kind}")
     left = [path for path, scheme in plan.schemes.items() if scheme is None]
     lines.append(f"keep       {len(left)} Linears in float{': ' + ', '.join(left[:4]) if left else ''}")
     lines.append(
@@ -231,6 +269,22 @@ def describe(plan: Plan) -> str:
         f"{size.bits_per_weight:.3f} bits a quantized weight"
     )
     return "\n".join(lines)
+
+
+def _bits(plan: Plan, scheme: Scheme) -> str:
+    """Widths that a run will choose are not known yet."""
+    budget = plan.config.bits
+    return f"{budget.budget:g} bits on average" if isinstance(budget, BitBudget) else f"{scheme.bits} bits"
+
+
+def _with_budget(plan: Plan, size: Size) -> Size:
+    """A size for the bits that stand in, corrected for those that a budget will spend."""
+    if not isinstance(plan.config.bits, BitBudget):
+        return size
+    weights = {path: plan.shapes[path][0] * plan.shapes[path][1] for path in plan.targets}
+    total = sum(weights.values())
+    more = plan.config.bits.budget * total - sum(s.bits * weights[path] for path, s in plan.targets.items())
+    return Size(size.before, size.after + int(more / 8), size.bits_per_weight + more / total)
 
 
 def parent_stream(plan: Plan) -> StreamedModel:

@@ -2,6 +2,7 @@
 
 import platform
 import resource
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,6 +63,39 @@ def resident_bytes(*, peak: bool = False) -> int:
     return used if platform.system() == "Darwin" else used * 1024
 
 
+class PeakMemory:
+    """Watches the anonymous memory of this process from entering to leaving; maps of files do not count."""
+
+    def __init__(self, period: float = 0.02) -> None:
+        self.bytes = anonymous_bytes()
+        self._period = period
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End; `bytes` holds the peak."""
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._period):
+            self.bytes = max(self.bytes, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """Resident memory that is not a map of a file; where the system does not tell, all resident memory."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return resident_bytes()
+
+
 def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """Rows as aligned text. ``columns`` maps a key to its format specification."""
     head = ["", *columns]
@@ -90,6 +124,12 @@ def summary(report: Report) -> str:
     rescued = [name for name, row in report.modules.items() if row.get("rescues")]
     if rescued:
         lines.append(f"{len(rescued)} modules needed a numerical rescue, see the report: {', '.join(rescued[:3])}")
+    if "prediction" in document:
+        memory, seconds = document["prediction"]["memory"], document["prediction"]["seconds"]
+        lines.append(
+            f"memory {memory['predicted'] / 1e9:.2f} GB predicted, {memory['actual'] / 1e9:.2f} GB used; "
+            f"time {seconds['predicted']:.1f} s predicted, {seconds['actual']:.1f} s taken"
+        )
     lines += ["", f"checkpoint  {report.output}", f"report      {report.output / 'report.json'}"]
     return "\n".join(lines)
 

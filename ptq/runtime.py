@@ -1,23 +1,24 @@
 """Running checkpoints: ``ptq.load`` puts a whole model in memory, `open_stream` runs one block at a time."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ptq.errors import FormatError
-from ptq.formats import codec_for_config
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Scheme
 from ptq.models.loading import build_skeleton, load_module, locate, model_dtype, read_config, unload_module
 from ptq.models.names import SourceNames
 from ptq.models.streamed import StreamedModel
-from ptq.models.structure import find_blocks, linears, weight_shape
+from ptq.models.structure import find_blocks
 from ptq.nn.fuse import fuse_linears
+from ptq.nn.head import check_head, pack_head
 from ptq.nn.linear import QuantLinear
-from ptq.nn.swap import replace_module, to_quant_linear
+from ptq.nn.swap import replace_module
+from ptq.packed import Packed, empty_linear, place_packed, read_packed, with_bias
 
 
 class Checkpoint(NamedTuple):
@@ -32,6 +33,7 @@ class Checkpoint(NamedTuple):
     codec: Codec | None  # None: a float checkpoint
     schemes: dict[str, Scheme]
     dtype: torch.dtype
+    packed: Packed | None
 
 
 def open_checkpoint(
@@ -55,25 +57,13 @@ def open_checkpoint(
     model = build_skeleton(hf_config, working, trust_remote_code=trust_remote_code)
     blocks = find_blocks(model)
     reader = CheckpointReader(directory)
-    codec, schemes = None, {}
-    if settings is not None:
-        codec = codec_for_config(settings)
-        found = dict(linears(model))
-        parsed = codec.parse_config(settings, list(found))
-        schemes = {name: scheme for name, scheme in parsed.items() if scheme is not None}
-        # No codec has a tensor called weight: where there is one, the Linear was left in float.
-        stored = set(reader.names())
-        names = SourceNames(model, stored)
-        schemes = {n: s for n, s in schemes.items() if f"{names.of_module(n)}.weight" not in stored}
-        for name, scheme in schemes.items():
-            replace_module(model, name, _empty(found[name], scheme, working))
-    names = SourceNames(model, reader.names())
-    return Checkpoint(directory, hf_config, reader, model, blocks, names, codec, schemes, working)
-
-
-def _empty(linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> QuantLinear:
-    n, k = weight_shape(linear)
-    return QuantLinear.empty(k, n, scheme, getattr(linear, "bias", None) is not None, dtype)
+    if settings is None:
+        names = SourceNames(model, reader.names())
+        return Checkpoint(directory, hf_config, reader, model, blocks, names, None, {}, working, None)
+    packed = place_packed(model, reader, settings, partial(empty_linear, dtype=working))
+    return Checkpoint(
+        directory, hf_config, reader, model, blocks, packed.names, packed.codec, packed.schemes, working, packed
+    )
 
 
 def load_weights(checkpoint: Checkpoint, path: str, device: torch.device, *, without: str | None = None) -> None:
@@ -99,20 +89,11 @@ def _below(name: str, path: str | None) -> bool:
 
 
 def _load_packed(checkpoint: Checkpoint, name: str, device: torch.device) -> None:
-    codec, scheme = checkpoint.codec, checkpoint.schemes[name]
-    assert codec is not None
-    stored = checkpoint.names.of_module(name)
-    tensors = checkpoint.reader.tensors(codec.tensor_names(stored, scheme))
-    quantized = codec.decode(stored, tensors, scheme)
+    assert checkpoint.packed is not None  # there are schemes only where there are packed weights
     old = checkpoint.model.get_submodule(name)
     assert isinstance(old, QuantLinear)
-    if tuple(quantized.codes.shape) != (old.out_features, old.in_features):
-        raise FormatError(
-            f"{stored} must be a packed {old.out_features} x {old.in_features} weight; the checkpoint holds "
-            f"{tuple(quantized.codes.shape)}: config.json and the shards do not belong together"
-        )
-    new = to_quant_linear(quantized, old.bias).to(device)
-    replace_module(checkpoint.model, name, new)
+    new = read_packed(checkpoint.packed, checkpoint.reader, name, (old.out_features, old.in_features))
+    replace_module(checkpoint.model, name, with_bias(new, old.bias).to(device))
 
 
 def unload_weights(module: nn.Module) -> None:
@@ -138,8 +119,11 @@ def load(
     *,
     device: str | torch.device | None = None,
     impl: str = "auto",
+    activation: str | None = None,
     dtype: str = "auto",
     fuse: bool = False,
+    head_bits: int | None = None,
+    warmup: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -150,8 +134,17 @@ def load(
             without a run-time permutation; float checkpoints too.
         device: where to put it; default CUDA where there is one.
         impl: kernel to use (``auto``, ``reference``, ``triton``, ``cpu``); an explicit one that cannot run raises.
+        activation: "int8" rounds the inputs of packed Linears to 8 bits, row by row, which is faster on CPUs with
+            AVX512-VNNI or AMX and costs about 1 % of their outputs; RuntimeError where that cannot run.
         dtype: of everything that is not packed; ``auto`` as stored.
         fuse: run q, k, v and gate, up as one product each; for inference only.
+        head_bits: 4 or 8 rounds a float output head to that many bits as it is loaded, in groups of 128 with searched
+            scales (see `ptq.nn.head.pack_head`): not calibrated, so measure what it costs. It is read once a token,
+            and with a large vocabulary it is most of what a float head leaves to read. An embedding that shares its
+            weight stays in float, beside the packed copy.
+        warmup: on a GPU, compile every kernel that any number of rows needs and make the workspaces, so that the first
+            forward pass waits for nothing and CUDA graphs can be captured at once. The first load on a machine takes
+            seconds longer; compiled kernels are cached on disk. Nothing happens on a CPU.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model.
 
@@ -159,22 +152,56 @@ def load(
         A ``PreTrainedModel`` in eval mode.
 
     Raises:
-        ConfigError: no such model, or an unknown implementation.
+        ConfigError: no such model, an unknown implementation, or a head that `head_bits` cannot be for.
         FormatError: a damaged or unreadable checkpoint.
     """
     from ptq.plan import resolve_device
 
     target = torch.device(device) if device is not None else resolve_device("auto")
     checkpoint = open_checkpoint(path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    load_weights(checkpoint, "", target)
     model = checkpoint.model
+    if head_bits is not None:
+        check_head(_head(model), head_bits)
+    load_weights(checkpoint, "", target)
+    if head_bits is not None:
+        _replace_head(model, head_bits)
     if fuse:
         fuse_linears(model)
     for module in quant_linears(model):
-        module.impl = impl
+        module.impl, module.activation = impl, activation
         module.prepare_()
+    if warmup:
+        warm_up(model, checkpoint.dtype)
     _add_generation_config(model, checkpoint.directory)
+    if checkpoint.packed is not None:
+        from ptq.integration.quantizer import attach
+
+        attach(model, checkpoint.packed, checkpoint.reader)
     return model
+
+
+def _head(model: Any) -> nn.Module | None:
+    """The module that puts out the logits, as the model itself says."""
+    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    return head
+
+
+def _replace_head(model: nn.Module, bits: int) -> None:
+    head = _head(model)
+    assert isinstance(head, nn.Linear)  # check_head has seen it
+    path = next(path for path, module in model.named_modules() if module is head)
+    replace_module(model, path, pack_head(head, bits))
+
+
+def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make ready what forward passes with rows of `dtype` need, once for each kind of QuantLinear."""
+    kinds: dict[tuple[object, ...], QuantLinear] = {}
+    for linear in quant_linears(model):
+        shape = (linear.out_features, linear.in_features, linear.bits, linear.group_size, linear.symmetric)
+        scales, options = linear.scales, (linear.bias is None, linear.perm is None, linear.layout, linear.impl)
+        kinds.setdefault((*shape, scales.dtype, scales.device, *options), linear)
+    for linear in kinds.values():
+        linear.warmup(dtype)
 
 
 def quant_linears(model: nn.Module) -> Iterable[QuantLinear]:

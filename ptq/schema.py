@@ -1,8 +1,8 @@
 """Plain YAML values to a tree of frozen dataclasses; every mistake is named by its full key.
 
 The dataclass is the schema: annotations give the types (``bool``, ``int``, ``float``, ``str``, ``Literal[...]`` of
-strings, ``X | None``, ``tuple[str, ...]``, ``Mapping[str, Dataclass]``, another dataclass), metadata gives a field its
-:class:`Rule`.
+strings, ``X | None``, ``X | Dataclass`` where a mapping is the dataclass, ``tuple[str, ...]``,
+``Mapping[str, Dataclass]``, another dataclass), metadata gives a field its :class:`Rule`.
 """
 
 import types
@@ -112,8 +112,10 @@ def _unknown(key: str, prefix: str, siblings: list[str], known: Sequence[str]) -
 def _value(hint: Any, value: object, path: str, known: Sequence[str]) -> object:
     """``value`` converted to the annotated type ``hint``."""
     inner = _without_none(hint)
-    if value is None and inner is not hint:
+    if value is None and types.NoneType in typing.get_args(hint):
         return None
+    if isinstance(value, Mapping) and isinstance(hint, types.UnionType):
+        inner = next((part for part in typing.get_args(hint) if is_dataclass(part)), inner)
     if isinstance(inner, type) and is_dataclass(inner):
         return _dataclass(inner, value, path, known)
     origin = typing.get_origin(inner)

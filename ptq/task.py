@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptq.calibration.capture import Run
+from ptq.calibration.capture import InputStats, Run
 from ptq.config import RunConfig
+from ptq.distributed import ALONE, Ranks
 from ptq.formats.codec import QuantizedWeight, Scheme
 from ptq.grid import Grid, pack_result
 from ptq.models.structure import set_weight
@@ -42,6 +43,7 @@ class BlockTask(NamedTuple):
     probe: Callable[[nn.Module], Tensor] | None = None
     # Without it there is no correction for what the quantized blocks before this one changed.
     twin: FloatTwin | None = None
+    ranks: Ranks = ALONE
 
     def full(self, member: str) -> str:
         """Dotted path of a Linear in the model."""
@@ -67,6 +69,12 @@ def finish(module: nn.Module, solved: Solved, row: dict[str, object], started: f
         "loss_to_rounding": solved.loss / solved.rounding if solved.rounding > 0 else 1.0,
     }
     return ModuleResult(quantized, {**row, **losses, **described(quantized, started)})
+
+
+def counted(stats: InputStats) -> dict[str, object]:
+    """Tokens behind a result; of an expert also how many were routed to it, the rest being everybody's."""
+    row: dict[str, object] = {"tokens": stats.tokens}
+    return row if stats.routed is None else {**row, "routed": stats.routed}
 
 
 def described(quantized: QuantizedWeight, started: float) -> dict[str, object]:

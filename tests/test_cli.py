@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ptq
-from ptq import cli, pipeline, plan
+from ptq import cli, plan, walk
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-llama"
@@ -46,7 +46,7 @@ def test_the_run_ends_with_a_table_and_a_report(tmp_path: Path, capsys: pytest.C
         assert word in printed
     report = json.loads((output / "report.json").read_text())
     assert set(report) == {"versions", "hardware", "configuration", "calibration", "memory", "size", "modules",
-                           "kept_in_float", "kernels", "evaluation", "seconds"}  # fmt: skip
+                           "kept_in_float", "kernels", "evaluation", "seconds", "prediction"}  # fmt: skip
     assert len(report["modules"]) == 56
     assert report["calibration"]["tokens"] == 64
     assert report["configuration"]["calibration"]["samples"] == 2
@@ -167,7 +167,7 @@ def test_failures_are_a_sentence_exit_1_and_leave_nothing(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "quantize_block", fail)
+    monkeypatch.setattr(walk, "quantize_block", fail)
     assert quantize(tmp_path / "out") == 1
     printed = capsys.readouterr().err
     assert expected in printed
@@ -176,7 +176,7 @@ def test_failures_are_a_sentence_exit_1_and_leave_nothing(
 
 
 def test_an_unforeseen_error_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "quantize_block", lambda *_: 1 / 0)
+    monkeypatch.setattr(walk, "quantize_block", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize(tmp_path / "out")
 
@@ -196,8 +196,10 @@ def test_control_c_in_a_real_process(tmp_path: Path) -> None:
     rest = process.stderr.read()
     assert process.wait(60) == 1
     assert "interrupted" in rest
+    assert "continued by the same command" in rest
     assert "Traceback" not in rest
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.run"]
+    assert any((tmp_path / ".out.run" / "blocks").glob("*.json"))
 
 
 def test_bench_prints_and_writes_its_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,7 @@ MISTAKES = {
     "number for text": (BASE + "revision: 12", "revision must be text that is not empty (quote what YAML would "),
     "empty text": (BASE.replace("some/model", "''"), "model must be text that is not empty"),
     "null": (BASE + "bits: null", "bits must be a whole number, found None"),
-    "bits": (BASE + "bits: 5", "bits must be 2, 3, 4 or 8, found 5"),
+    "bits": (BASE + "bits: 5", "bits must be 2, 3, 4 or 8, or {budget: average}, found 5"),
     "group zero": (BASE + "group_size: 0", "group_size must be -1 (one group per channel) or 1 or more columns, found"),
     "group below -1": (BASE + "group_size: -2", "or 1 or more columns, found -2"),
     "override group": (BASE + "overrides: {mlp: {group_size: 0}}", "overrides.mlp.group_size must be -1"),

@@ -147,7 +147,7 @@ def test_a_parent_that_is_quantized_already(parent, tmp_path):
 
 
 def test_linears_outside_the_blocks(parent, tmp_path, monkeypatch):
-    """A projection beside the blocks cannot be calibrated: it must be excluded by name."""
+    """A projection beside the blocks cannot be calibrated: it stays in float, and no override may say otherwise."""
 
     def with_adapter(*args, **kwargs):
         model = build_skeleton(*args, **kwargs)
@@ -155,8 +155,9 @@ def test_linears_outside_the_blocks(parent, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr("ptq.plan.build_skeleton", with_adapter)
-    pattern = "only Linears of the decoder blocks .*model.adapter is neither"
-    refuse(ConfigError, pattern, settings(parent, tmp_path / "out"))
+    pattern = "only Linears of the decoder blocks .*model.adapter is none of these: take it out of `overrides`"
+    overrides = {"model.adapter": SchemeOverride(bits=8)}
+    refuse(ConfigError, pattern, settings(parent, tmp_path / "out", overrides=overrides))
 
 
 def test_models_that_are_not_there(tmp_path, monkeypatch):

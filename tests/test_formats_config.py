@@ -259,7 +259,7 @@ def test_most_specific_target_wins_whatever_the_order():
         (packed(group={"input_activations": {"num_bits": 8}}), "found {'activations': .'input_activations'.}"),
         (packed(group={"weights": None}), "found no weights"),
         (packed(weights={"type": "float"}), "found {'type': 'float'}"),
-        (packed(weights={"actorder": "group"}), "found {'actorder': 'group'}"),
+        (packed(weights={"actorder": "sideways"}), "found {'actorder': 'sideways'}"),
         (packed(weights={"dynamic": True}), "found {'dynamic': True}"),
         (
             packed(weights={"strategy": "block"}),

@@ -1,5 +1,6 @@
 """The Triton kernel without a GPU (interpreter, ahead-of-time compilation) and, where there is one, on it."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import ptq_kernels
 import pytest
 import torch
 from packed_weights import dense_float64, random_case, random_rows, worst_error
+from pairwise import pairwise
 
 triton = pytest.importorskip("triton", reason="the Triton kernel needs triton")
 
@@ -18,11 +20,35 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def test_arithmetic_in_the_interpreter() -> None:
+    assert "triton on cpu, 3 bits" in interpret(0, 1)  # 3 bits are fused as well
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(8))
+def test_every_case_in_the_interpreter(part: int) -> None:
+    interpret(part, 8, "every")
+
+
+def interpret(*arguments: object) -> str:
+    """Run the program triton_interpreted.py, which asserts; what it prints."""
     program = Path(__file__).with_name("triton_interpreted.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    command = [sys.executable, program, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert "triton on cpu, 3 bits" in run.stdout  # 3 bits are fused as well
+    return run.stdout
+
+
+OPTION_LISTS = [[(0, 1), "abc", (True, False)], [range(8), range(9), (0, 1), (0, 1), range(4)]]
+
+
+@pytest.mark.parametrize("options", OPTION_LISTS)
+def test_every_two_values_meet(options) -> None:
+    """Of the tables that choose the fast cases. Oracle: every two options, every two of their values."""
+    rows = pairwise(options)
+    for i, j in itertools.combinations(range(len(options)), 2):
+        assert {(row[i], row[j]) for row in rows} == set(itertools.product(options[i], options[j]))
+    assert len(rows) < 3 * len(options[-2]) * len(options[-1]) + 72  # far below their product
 
 
 class Form(NamedTuple):

@@ -245,7 +245,7 @@ def test_what_stands_beside_the_weights(llama, tmp_path):
     run(settings(llama, tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "ptq_config.yaml", "quantize_config.json",
-        "report.json", "tokenizer.json", "tokenizer_config.json",
+        "report.html", "report.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["dtype"] == "bfloat16"

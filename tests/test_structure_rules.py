@@ -25,31 +25,45 @@ class Layer(NamedTuple):
 
 LAYERS = [
     Layer(  # words and arithmetic: torch and the standard library (and yaml in yaml_tree)
-        "ptq.errors ptq.version ptq.schema ptq.yaml_tree ptq.config_paths ptq.grid ptq.grid_search ptq.loss "
+        "ptq.errors ptq.version ptq.schema ptq.yaml_tree "
+        "ptq.config_paths ptq.routing ptq.distributed ptq.grid ptq.grid_search ptq.loss "
+        "ptq.gate ptq.page ptq.page_scale ptq.page_report "
         "ptq.formats.codec ptq.formats.bitpack ptq.formats.capability ptq.formats.checks ptq.formats.staging",
         mutual=True,
     ),
     Layer(  # solvers and codecs: tensors in, tensors out; and what a run is
-        "ptq.config ptq.rtn ptq.gptq ptq.gptq.solver ptq.gptq.descent ptq.awq.solver "
-        "ptq.formats.gptq ptq.formats.awq ptq.formats.compressed_tensors",
+        "ptq.config ptq.rtn ptq.gptq ptq.gptq.solver ptq.gptq.candidates ptq.gptq.descent ptq.awq.solver "
+        "ptq.gguf.blocks ptq.gguf.rounding ptq.gguf.carry ptq.gguf.mix "
+        "ptq.formats.gptq ptq.formats.awq ptq.formats.compressed_tensors ptq.formats.auto_round",
         mutual=False,
     ),
-    Layer("ptq.models ptq.models.* ptq.calibration ptq.calibration.* ptq.formats ptq.formats.* ptq.nn ptq.nn.*", False),
+    Layer(
+        "ptq.models ptq.models.* ptq.calibration ptq.calibration.* ptq.formats ptq.formats.* ptq.nn ptq.nn.* "
+        "ptq.gguf ptq.gguf.*",
+        mutual=False,
+    ),
     Layer(  # one block
-        "ptq.task ptq.gptq.block ptq.awq ptq.awq.fold ptq.awq.block ptq.block ptq.progress ptq.report", mutual=True
+        "ptq.task ptq.hidden ptq.journal ptq.journal_directory ptq.refine ptq.refine.* "
+        "ptq.gptq.block ptq.awq ptq.awq.fold ptq.awq.block ptq.block ptq.progress ptq.report "
+        "ptq.budget ptq.gguf.block",
+        mutual=True,
     ),
     Layer(  # a whole model
-        "ptq.pipeline ptq.plan ptq.plain ptq.runtime ptq.evaluate ptq.evaluation ptq.inspection ptq.hub", mutual=True
+        "ptq.packed ptq.integration ptq.integration.* ptq.pipeline ptq.plan ptq.plain ptq.runtime ptq.evaluate ptq.evaluation ptq.inspection ptq.hub "
+        "ptq.walk ptq.predict ptq.journal_signature ptq.budget_measure "
+        "ptq.prepared ptq.compare ptq.compare_page ptq.sweep ptq.export ptq.adapters ptq.tasks",
+        mutual=True,
     ),
-    Layer("ptq.cli ptq ptq.__main__ ptq.*.__main__", mutual=True),
+    Layer("ptq.cli ptq.cli_compare ptq.cli_adapters ptq ptq.__main__ ptq.*.__main__", mutual=True),
 ]
 PURE = [  # tensors in, tensors out: no files, no progress bars, no models
     *("ptq.grid", "ptq.grid_search", "ptq.loss", "ptq.rtn", "ptq.gptq.solver"),
-    *("ptq.gptq.descent", "ptq.awq.solver", "ptq.formats.codec"),
+    *("ptq.gptq.candidates", "ptq.gptq.descent", "ptq.awq.solver", "ptq.formats.codec"),
     *("ptq.formats.bitpack", "ptq.formats.gptq", "ptq.formats.awq", "ptq.formats.compressed_tensors"),
+    *("ptq.gguf.blocks", "ptq.gguf.rounding", "ptq.gguf.carry", "ptq.gguf.mix", "ptq.gguf.solver"),
 ]
 IMPURE = {"transformers", "datasets", "accelerate", "yaml", "tqdm", "rich", "logging", "safetensors"}
-LAZY = {"transformers", "datasets", "accelerate", "triton", "compressed_tensors", "huggingface_hub"}
+LAZY = {"transformers", "datasets", "accelerate", "triton", "compressed_tensors", "huggingface_hub", "gguf"}
 
 
 class Import(NamedTuple):

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import ptq_kernels
 import torch
 from packed_weights import UNIT, Case, dense_float64, random_case, random_rows, worst_error
+from pairwise import pairwise
 from ptq_kernels import layouts, tiles
 from ptq_kernels.layouts import PackedWeight
 from torch import Tensor
 
 ROWS = (1, 2, 3, 16, 17, 64, 65, 200)
-# N, K, group size: whole tiles; ragged N; K padded; groups of 64, 32, 96, 192, 256; one group of an odd length
+# N, K, group size: whole tiles; ragged N; K padded; groups of 64, 32, 96, 192, 256; one group a row, of an odd length
 SHAPES = [
     (128, 256, 128),
     (130, 256, 64),
@@ -27,6 +28,8 @@ SHAPES = [
     (1, 32, 32),
 ]
 DTYPES = (torch.bfloat16, torch.float16)
+SCALES = (torch.bfloat16, torch.float16, torch.float32)
+OPTIONS = (tiles.NAMES, (4, 8), SHAPES, DTYPES, (True, False), ROWS, SCALES, (True, False))  # the fields of a Spec
 
 
 class Spec(NamedTuple):
@@ -47,14 +50,14 @@ class Spec(NamedTuple):
 
 
 def every_spec() -> list[Spec]:
-    product = itertools.product(tiles.NAMES, (4, 8), SHAPES, DTYPES, (True, False), ROWS)
-    scales = (torch.bfloat16, torch.float16, torch.float32)
-    return [Spec(*values, scales[i % 3], i % 2 == 0) for i, values in enumerate(product)]
+    """Everything with everything, but with one dtype of scales each: a kernel converts them when it loads them."""
+    product = itertools.product(*OPTIONS[:-2])
+    return [Spec(*values, SCALES[i % 3], bias) for i, values in enumerate(product) for bias in (True, False)]
 
 
 def few_specs() -> list[Spec]:
-    """Every 11th: 11 shares no factor with the lengths of the lists, so each value of each of them occurs."""
-    return every_spec()[::11]
+    """Every two values of two different options meet in one of them."""
+    return [Spec(*values) for values in pairwise(OPTIONS)]
 
 
 def tiled(case: Case, layout: str) -> PackedWeight:

@@ -2,17 +2,23 @@
 interpreter must be chosen before Triton is imported. Arguments: which part of how many, and "every" for all cases.
 """
 
+import contextlib
+import itertools
+import math
 import os
 import sys
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["PTQ_KERNELS_CONFIGS"] = os.devnull + ".json"  # no table of this machine's user
 
+import order_cases
 import ptq_kernels
 import tile_cases
 import torch
-from packed_weights import UNIT, dense_float64, random_case, random_rows, worst_error
-from ptq_kernels import tiles
+from packed_weights import UNIT, Case, dense_float64, random_case, random_rows, worst_error
+from pairwise import pairwise
+from ptq_kernels import layouts, tiles
 from ptq_kernels.triton import configs, launch, workspace
 
 
@@ -37,7 +43,7 @@ def dense(layout: str) -> None:
     from ptq_kernels.triton import dequant
 
     dequant.CHUNK_BYTES = 2 * 128 * 200  # two chunks of 128 rows
-    for bits, symmetric in ((4, True), (4, False), (8, True), (8, False)):
+    for bits, symmetric in ((4, True), (8, False)):
         case = random_case(150, 200, 200, bits, symmetric, torch.float16)
         weight = tile_cases.tiled(case, layout)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -55,6 +61,75 @@ def dense(layout: str) -> None:
             assert ((grad.double() - want).abs() <= allowed).all(), (bits, dtype)
 
 
+def dequantizer(layout: str, every: bool) -> None:
+    """The dense weight, bit for bit; bfloat16 within one unit, because the interpreter truncates to it."""
+    options = ((4, 8), tile_cases.SHAPES, (True, False))
+    kinds = [*itertools.product(*options)] if every else pairwise(options)
+    for i, (bits, (n, k, group), symmetric) in enumerate(kinds):
+        case = random_case(n, k, group, bits, symmetric, tile_cases.SCALES[i % 3])
+        weight = tile_cases.tiled(case, layout)
+        want = dense_float64(case).float()  # the product of an integer of 8 bits and a float32 scale, rounded once
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            made = launch._layer(torch.empty(1, k, dtype=dtype), weight, False)
+            found = torch.cat([rows.clone() for _, rows in made.chunks(weight.qweight, dtype)])
+            if dtype == torch.bfloat16:
+                assert ((found.float() - want).abs() <= 2 * UNIT[dtype] * want.abs()).all(), (bits, n, k, group)
+            else:
+                assert torch.equal(found, want.to(dtype)), (bits, n, k, group, dtype)
+
+
+def warm(layout: str) -> None:
+    """After a warm-up no product plans, reads a table or makes a workspace: a CUDA graph must contain none of it."""
+    launch.forget()
+    workspace._of_stream.clear()
+    workspace._spare.clear()
+    g_idx = order_cases.scattered(256, 128)
+    case = random_case(64, 256, 128, symmetric=False, dtype=torch.bfloat16)
+    prepared = ptq_kernels.prepare(*case.tensors, g_idx=g_idx, impl="reference", **case.sized)
+    weight = layouts.convert(layouts.PackedWeight(*prepared[:3], 4, 128, 256, perm=prepared.perm), layout)
+    named = {"layout": layout, "impl": "triton", "perm": weight.perm, **case.scheme}
+    ptq_kernels.warmup(*weight[:3], in_features=256, dtype=torch.bfloat16, **named)
+
+    def refused(*_arguments: object) -> None:
+        raise AssertionError("this must have happened in the warm-up")
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((configs, "_read"), (configs, "plan"), (launch, "_Layer"), (launch, "_Launch"),
+                            (workspace, "_allocate")):  # fmt: skip
+            stack.enter_context(patch.object(owner, name, refused))
+        for rows in (1, 16, 17, 65, 130, 300, 520):
+            x = random_rows(rows, 256, torch.bfloat16)
+            y = ptq_kernels.matmul(x, *weight[:3], **named)
+            error = (y.double() - x.double() @ order_cases.dense(case, g_idx).T).abs().max()
+            assert error < 0.5, (rows, error)  # sums of 256 near 10, in bfloat16; the other tests bound it
+        stack.enter_context(patch.object(workspace, "_capturing", lambda device: True))
+        once = launch._matmul(x[:3], weight, None, 7)  # the stream of a capture takes the spare workspace
+        assert torch.equal(once, ptq_kernels.matmul(x[:3], *weight[:3], **named))
+        one, other = workspace.gathered(x, 7), workspace.gathered(x, 7)
+        assert one.data_ptr() != other.data_ptr()  # memory of the graph
+    assert workspace.gathered(x, 0).data_ptr() == workspace.gathered(x[:3], 0).data_ptr()
+    with patch.object(workspace, "GATHERED_BYTES", 0):
+        assert workspace.gathered(x, 0).shape == x.shape
+    launch.forget()
+
+
+def overflow(layout: str) -> None:
+    """A float16 sum beyond 65504 is infinite with its sign, split or not, by the kernel or by dequantizing.
+
+    Exact: sums of multiples of 32, of which float16 holds every one up to 65504, and 65536 rounds to infinity.
+    """
+    codes = torch.full((64, 1024), 12, dtype=torch.uint8)
+    codes[1], codes[2, :512], codes[3, :4] = 4, 8, 8
+    case = Case(codes, ptq_kernels.pack(codes, 4), torch.full((64, 8), 16.0), None, 4, 128)
+    for name, rows in ((layout, 2), (layout, 514), ("canonical", 2)):
+        weight, x = tile_cases.tiled(case, name), torch.ones(rows, 1024, dtype=torch.float16)
+        x[1, 4:] = 0
+        y = tile_cases.multiply(x, weight)
+        want = (x.double() @ dense_float64(case).T).half()
+        assert want[0, :4].tolist() == [math.inf, -math.inf, 32768, 65280]
+        assert torch.equal(y, want), (name, rows)
+
+
 def main() -> None:
     part, parts = int(sys.argv[1]), int(sys.argv[2])
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
@@ -69,6 +144,9 @@ def main() -> None:
     if part < len(tiles.NAMES):
         split(tiles.NAMES[part])
         dense(tiles.NAMES[part])
+        dequantizer(tiles.NAMES[part], "every" in sys.argv[3:])
+        warm(tiles.NAMES[part])
+        overflow(tiles.NAMES[part])
     print("cases:", len(specs[part::parts]), "worst error, of what rounding allows:", worst)
     print(ptq_kernels.chosen())
 

@@ -1,16 +1,18 @@
 """The kernels for fragment-order weights run for real; scripts/gpu_check starts this program, pytest does not.
 
-Run:    python tests/tiles_on_gpu.py cases PART PARTS | layouts | repeat | graph | compile | memcheck
+Run:    python tests/tiles_on_gpu.py STAGE, which is "cases PART PARTS" or a name in STAGES
 Every stage asserts. Without a GPU each runs on the CPU in Triton's interpreter, in little, to try the program itself.
 """
 
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 
 os.environ["PTQ_KERNELS_CONFIGS"] = os.devnull + ".json"  # no table of this machine's user
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
 
+import order_cases
 import ptq_kernels
 import tile_cases
 import torch
@@ -96,7 +98,7 @@ def graph() -> None:
     """Capture after a warm-up, replay on new rows; and the message where there was no warm-up."""
     case, weight = on_device(native(), 512, 2048, 128, symmetric=False)
     launch.warmup(weight, torch.bfloat16)
-    for rows in (1, 17, 100, 600):
+    for rows in (1, 17, 100, 300, 600) if ON_GPU else (1, 17, 600):
         x = random_rows(rows, 2048, torch.bfloat16)
         there = torch.zeros(rows, 2048, dtype=torch.bfloat16, device=DEVICE)
         if ON_GPU:
@@ -149,6 +151,72 @@ def compiled() -> None:
     assert worst_error(y.cpu(), x.cpu(), case, None, UNIT[torch.bfloat16]) <= 1
 
 
+def permuted() -> None:
+    """Weights with scattered groups, by every kernel; and in a CUDA graph, whose gathered rows are its own."""
+    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
+    for spec in order_cases.SPECS[: None if ON_GPU else 2]:
+        for bits in (2, 4, 8) if ON_GPU else (4,):
+            error = order_cases.worst(spec._replace(bits=bits), "triton", 0.0, DEVICE)
+            assert error <= 1, (spec, bits, error)
+    case, _ = on_device(native(), 256, 512, 128, symmetric=False)
+    tensors = [_moved(t) for t in case.tensors]
+    prepared = ptq_kernels.prepare(*tensors, g_idx=order_cases.scattered(512, 128), impl="triton", **case.sized)
+    named = {"layout": prepared.layout, "impl": "triton", "perm": prepared.perm, **case.scheme}
+    ptq_kernels.warmup(*prepared[:3], in_features=512, dtype=torch.bfloat16, **named)
+    for rows in (1, 300, 600) if ON_GPU else (1,):
+        x = random_rows(rows, 512, torch.bfloat16).to(DEVICE)
+        want = ptq_kernels.matmul(x, *prepared[:3], **named)
+        there = torch.zeros_like(x)
+        replay = captured(lambda there=there: ptq_kernels.matmul(there, *prepared[:3], **named))
+        there.copy_(x)
+        ptq_kernels.matmul(-x, *prepared[:3], **named)  # gathers elsewhere
+        assert torch.equal(replay(), want), rows
+
+
+def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call in a CUDA graph; without a GPU the call itself."""
+    if not ON_GPU:
+        return call
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        y = call()
+
+    def replay() -> Tensor:
+        recorded.replay()
+        torch.cuda.synchronize()
+        return y
+
+    return replay
+
+
+def loaded() -> None:
+    """What `ptq.load` makes of a head and of a fused act-order layer, warmed up and captured before it ever ran."""
+    from ptq.formats.codec import QuantizedWeight
+    from ptq.nn.head import pack_head
+    from ptq.nn.linear import QuantLinear
+
+    torch.manual_seed(0)
+    outputs, width = (32000, 2048) if ON_GPU else (100, 256)
+    head = torch.nn.Linear(width, outputs, bias=False, dtype=torch.bfloat16, device=DEVICE)
+    case = random_case(width, width, 128, 4, symmetric=False, dtype=torch.float16)
+    weight = QuantizedWeight(case.codes, case.scales.float(), case.zeros, 4, 128, False)
+    layer = QuantLinear.from_quantized(weight, None, torch.float16, order_cases.scattered(width, 128)).to(DEVICE)
+    layers = [layer, pack_head(head, 4), pack_head(head, 8)]
+    for each in layers:
+        each.impl = "triton"
+        each.prepare_()
+        each.warmup(torch.bfloat16)
+    for rows in (1, 17, 300, 600) if ON_GPU else (1, 17):
+        x = torch.randn(rows, width, device=DEVICE).to(torch.bfloat16)
+        for each in layers:
+            there = torch.zeros_like(x)
+            replay = captured(lambda each=each, there=there: each(there))
+            there.copy_(x)
+            want = x.double() @ each.dequantize(torch.float32).double().T
+            error = torch.linalg.vector_norm(replay().double() - want) / torch.linalg.vector_norm(want)
+            assert error < 5e-3, (rows, repr(each), float(error))  # bfloat16 rounds results, and many rows the weight
+
+
 def memcheck() -> None:
     """A few ragged products, for compute-sanitizer to watch; one in six of the cases."""
     for spec in tile_cases.few_specs()[:: 6 if ON_GPU else 60]:
@@ -162,6 +230,8 @@ STAGES = {
     "graph": graph,
     "compile": compiled,
     "memcheck": memcheck,
+    "permuted": permuted,
+    "loaded": loaded,
 }
 
 if __name__ == "__main__":

@@ -184,7 +184,9 @@ def sensitivity(model: nn.Module, batch: Tensor, error: float) -> float:
 
     generator = torch.Generator().manual_seed(0)
 
-    def disturb(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def disturb(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):  # of a router
+            return output
         size = error * output.float().square().mean(-1, keepdim=True).sqrt()
         return output + (size * torch.randn(output.shape, generator=generator)).to(output.dtype)
 

@@ -68,7 +68,7 @@ def measure(name: str, products: list[Any], weight: Weight, rows: list[int], sec
     dense = weight.dense()
     found = []
     for m in rows:
-        x = torch.randn(m, k, device=dense.device).to(torch.bfloat16)
+        x = torch.randn(m, k, device=dense.device).to(torch.float16 if name in gpu_peers.HALVES else torch.bfloat16)
         some = x[:4]
         want = some.double() @ dense[:4096].double().T
         error = relative_error(products[0](x)[:4, :4096], want)
@@ -78,6 +78,17 @@ def measure(name: str, products: list[Any], weight: Weight, rows: list[int], sec
         found.append({"kernel": name, "n": n, "k": k, "m": m, "error": error, **times._asdict()})
         print(f"{name:10s} {n:6d} x {k:5d}  M {m:4d}  {times.median:9.2f} us", flush=True)
     return found
+
+
+def guarded(shape: tuple[int, int], options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """`bench_shape`, with a peer's failure as a record of its text."""
+    if not options.peer:
+        return bench_shape(shape, options, device)
+    try:
+        return bench_shape(shape, options, device)
+    except gpu_peers.FAILURES as error:
+        print(f"{options.peer:10s} {shape[0]:6d} x {shape[1]:5d}  failed: {error}", flush=True)
+        return [{"failed": options.peer, "n": shape[0], "k": shape[1], "error": f"{type(error).__name__}: {error}"}]
 
 
 def bench_shape(shape: tuple[int, int], options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -100,8 +111,9 @@ def _dense(dense: Tensor, x: Tensor) -> Tensor:
 
 def with_ratios(records: list[dict[str, Any]], bandwidth: float) -> list[dict[str, Any]]:
     """Add the ratio to bfloat16 and the fraction of the copy bandwidth that the packed weight, x and y move at."""
-    dense = {(r["n"], r["k"], r["m"]): r["median"] for r in records if r["kernel"] == "bf16"}
-    for r in records:
+    timed = [r for r in records if "kernel" in r]
+    dense = {(r["n"], r["k"], r["m"]): r["median"] for r in timed if r["kernel"] == "bf16"}
+    for r in timed:
         n, k, m = r["n"], r["k"], r["m"]
         bits = 16 if r["kernel"].startswith("bf16") else 4 + 16 / GROUP
         r["fraction_of_copy"] = (n * k * bits / 8 + 2 * m * (n + k)) / r["median"] * 1e6 / bandwidth
@@ -128,7 +140,7 @@ def main() -> None:
     bandwidth = gpu_timing.copy_bandwidth(device)
     records: list[dict[str, Any]] = []
     for shape in shapes:
-        records += bench_shape(shape, options, device)
+        records += guarded(shape, options, device)
         result = {"copy_bytes_per_second": bandwidth, "records": with_ratios(records, bandwidth)}
         options.output.write_text(json.dumps(result, indent=1))  # what there is survives a time limit
         if device.type == "cuda":

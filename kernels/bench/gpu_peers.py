@@ -75,7 +75,29 @@ def gemlite(weight: Weight) -> Product:
     return maker.from_weights(weight.codes, weight.scales, zeros)
 
 
-PEERS = {"tinygemm": tinygemm, "humming": humming, "conch": conch, "gemlite": gemlite}
+def marlin(weight: Weight) -> Product:
+    """IST-DASLab's Marlin, float16 only; its extension is compiled from its sources, by nvcc and ninja."""
+    from torch.utils.cpp_extension import load
+
+    found = next((Path(p) / "marlin" for p in sys.path if (Path(p) / "marlin" / "marlin_cuda.cpp").exists()), None)
+    if found is None:
+        raise ImportError("the folder marlin must hold marlin_cuda.cpp and marlin_cuda_kernel.cu, it does not")
+    sources = [str(found / name) for name in ("marlin_cuda.cpp", "marlin_cuda_kernel.cu")]
+    sys.modules.setdefault("marlin_cuda", load("marlin_cuda", sources))
+    from marlin import Layer
+
+    n, k = weight.codes.shape
+    linear = torch.nn.Linear(k, n, bias=False, dtype=torch.float16, device=weight.codes.device)
+    linear.weight.data.copy_(weight.dense())
+    layer = Layer(k, n, groupsize=128).to(weight.codes.device)
+    layer.pack(linear, weight.scales.half())
+    return layer
+
+
+PEERS = {"tinygemm": tinygemm, "humming": humming, "conch": conch, "gemlite": gemlite, "marlin": marlin}
+HALVES = ("marlin",)  # take float16 rows
+# What somebody else's package may raise: it is recorded, and the next shape is tried. Anything worse ends its process.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, OSError, AssertionError)
 
 
 def present(folder: Path | None) -> list[str]:

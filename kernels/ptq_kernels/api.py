@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptq_kernels import checks, dispatch, layouts, reference, torch_op
+from ptq_kernels import checks, direct, dispatch, layouts, order, reference, torch_op
 from ptq_kernels.layouts import PackedWeight
 
 
@@ -17,6 +17,7 @@ class Prepared(NamedTuple):
     zeros: Tensor | None  # uint8 [N, G], as given
     layout: str
     impl: str
+    perm: Tensor | None = None  # int32 [K], where g_idx was given
 
 
 def matmul(
@@ -30,24 +31,38 @@ def matmul(
     group_size: int,
     layout: str = "canonical",
     impl: str = "auto",
+    perm: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """``y = x @ (scales * (codes - zeros)).T + bias`` with float32 accumulation.
 
     x: bfloat16, float16 or float32 ``[..., K]``; no rows give an empty result. qweight: int32
     ``[N, ceil(K * bits / 32)]`` (see bitstream.py), or what `prepare` returned, with its ``layout``. scales: bfloat16,
     float16 or float32 ``[N, K // group_size]``, of either sign. zeros: uint8, the shape of scales; None means
-    ``2**(bits-1)``. bias: ``[N]``. bits: 2, 3, 4 or 8. group_size divides K and is never -1. Returns ``[..., N]`` in
-    ``x.dtype``. Differentiable with respect to x and bias.
+    ``2**(bits-1)``. bias: ``[N]``. bits: 2, 3, 4 or 8. group_size divides K and is never -1. perm: int32 or int64
+    ``[K]``, a permutation (not checked here): the weight then multiplies ``x[..., perm]``. Returns ``[..., N]`` in
+    ``x.dtype``; a float16 sum beyond 65504 is infinite, as IEEE 754 rounds it and as cuBLAS returns it. Differentiable
+    with respect to x and bias.
 
-    Raises ValueError or TypeError for arguments that do not fit, RuntimeError where an explicit ``impl`` cannot run.
+    activation: "int8" rounds every row of x to 8 bits with a scale of its own (`reference.quantize_rows`) and sums
+    integers, which is faster with AVX512-VNNI or AMX. It costs a relative error of about 1 % for normally distributed
+    rows, more where a few values are far larger than the rest. Gradients take the rounding for the identity.
+
+    Raises ValueError or TypeError for arguments that do not fit, RuntimeError where an explicit ``impl`` or the
+    activation cannot run.
     """
+    scheme = (bits, group_size, layout, impl, activation)
+    if perm is None and (ready := direct.find(x, qweight, scales, zeros, bias, scheme)) is not None:
+        return ready(x)
     if x.dim() == 0:
         raise ValueError("x must have shape [..., K], got a scalar; pass at least one row of K values")
-    weight = PackedWeight(qweight, scales, zeros, bits, group_size, x.shape[-1], layout)
+    weight = PackedWeight(qweight, scales, zeros, bits, group_size, x.shape[-1], layout, perm)
     dispatch.check_name(impl)
+    checks.check_activation(activation)
     checks.check_weight(weight)
     checks.check_input(x, weight, bias)
-    result: Tensor = torch_op.matmul(x, qweight, scales, zeros, bias, bits, group_size, layout, impl)
+    result: Tensor = torch_op.matmul(x, qweight, scales, zeros, bias, bits, group_size, layout, impl, perm, activation)
+    direct.remember(x, weight, bias, scheme)
     return result
 
 
@@ -61,12 +76,13 @@ def dequantize(
     in_features: int,
     dtype: torch.dtype = torch.float32,
     layout: str = "canonical",
+    perm: Tensor | None = None,
 ) -> Tensor:
     """The dense ``[N, in_features]`` weight: formed in float32 and rounded once to ``dtype``.
 
-    Arguments and errors as for `matmul`.
+    Its columns are those of x, with perm too. Arguments and errors as for `matmul`.
     """
-    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout)
+    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout, perm)
     checks.check_weight(weight)
     return reference.dequantize(weight).to(dtype)
 
@@ -80,17 +96,54 @@ def prepare(
     group_size: int,
     in_features: int,
     impl: str = "auto",
+    g_idx: Tensor | None = None,
+    activation: str | None = None,
 ) -> Prepared:
     """Convert a canonical weight into the layout that the chosen implementation runs fastest on its device.
 
+    g_idx: int32 or int64 ``[K]``, the group of each column, of a weight whose groups are not contiguous (act-order):
+    the columns are sorted by group, and the result has the ``perm`` that `matmul` needs. Each group must have
+    ``group_size`` columns.
+
     The result replaces the canonical tensors (`canonical` inverts it exactly), so only one copy need be held. It must
-    not be stored: how a layout places the codes may depend on the processor. Errors as for `matmul`.
+    not be stored: how a layout places the codes may depend on the processor. Errors as for `matmul`, those of an
+    `activation` that the prepared weight cannot serve included, and those of `group_order`.
     """
+    checks.check_activation(activation)
     weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features)
     checks.check_weight(weight)
+    if g_idx is not None:
+        perm = order.group_order(g_idx.to(qweight.device), group_size, in_features)
+        weight = weight._replace(qweight=order.reordered(qweight, perm, bits), perm=perm)
     name = dispatch.choose(impl, qweight.device)
     best = layouts.convert(weight, dispatch.fastest_layout(name, weight))
-    return Prepared(best.qweight, scales, zeros, best.layout, name)
+    dispatch.refuse_activation(impl, best, activation)
+    return Prepared(best.qweight, scales, zeros, best.layout, name, best.perm)
+
+
+def warmup(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+    layout: str = "canonical",
+    has_bias: bool = False,
+    impl: str = "auto",
+    perm: Tensor | None = None,
+) -> None:
+    """Make ready what products of rows of ``dtype`` with such a weight need, whatever the number of rows.
+
+    On a GPU this reads the table of configurations, compiles kernels (seconds, unless they are in Triton's cache on
+    disk) and makes the workspaces, so that a CUDA graph can be captured afterwards. Another weight of the same shape,
+    scheme and dtypes needs no warm-up of its own. Implementations that need none do nothing. Errors as for `matmul`.
+    """
+    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout, perm)
+    checks.check_weight(weight)
+    dispatch.warmup(impl, weight, dtype, has_bias)
 
 
 def canonical(
@@ -102,11 +155,13 @@ def canonical(
     group_size: int,
     in_features: int,
     layout: str,
+    perm: Tensor | None = None,
 ) -> Tensor:
     """The canonical qweight of a prepared weight, bit for bit; scales and zeros are the same in every layout.
 
-    Errors as for `matmul`.
+    With perm the columns are put back in the order of x's, as they were before `prepare`. Errors as for `matmul`.
     """
-    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout)
+    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout, perm)
     checks.check_weight(weight)
-    return layouts.convert(weight, "canonical").qweight
+    words = layouts.convert(weight, "canonical").qweight
+    return words if perm is None else order.reordered(words, order.inverse(perm), bits)

@@ -32,8 +32,22 @@ def check_weight(weight: PackedWeight) -> None:
             f"qweight of a {bits}-bit weight with in_features = {columns} must have shape {list(shape)} in layout "
             f"{weight.layout!r}, got {list(weight.qweight.shape)}; check bits, K of x, and the rows of scales"
         )
-    for name, tensor in (("scales", weight.scales), ("zeros", weight.zeros)):
+    _check_perm(weight)
+    for name, tensor in (("scales", weight.scales), ("zeros", weight.zeros), ("perm", weight.perm)):
         _check_device(name, tensor, "qweight", weight.qweight)
+
+
+def _check_perm(weight: PackedWeight) -> None:
+    perm = weight.perm
+    if perm is None:
+        return
+    if perm.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"perm must be torch.int32, torch.int64 or None, got {perm.dtype}; use what prepare returned")
+    if perm.shape != (weight.in_features,):
+        raise ValueError(
+            f"perm must have shape [{weight.in_features}], a column of x for each column of the weight, got "
+            f"{list(perm.shape)}; use what prepare returned for this weight"
+        )
 
 
 def _check_scales(weight: PackedWeight) -> None:
@@ -71,6 +85,12 @@ def check_input(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
             "pass the bias of this layer"
         )
     _check_device("bias", bias, "qweight", weight.qweight)
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise ValueError for an unknown way to round x."""
+    if activation is not None and activation != "int8":
+        raise ValueError(f"activation must be None or 'int8', got {activation!r}; None leaves x as it is")
 
 
 def _check_device(name: str, tensor: Tensor | None, other: str, expected: Tensor) -> None:

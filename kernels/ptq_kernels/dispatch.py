@@ -12,6 +12,7 @@ from torch import Tensor
 from ptq_kernels import layouts, reference, tiles
 from ptq_kernels.cpu import library
 from ptq_kernels.cpu import matmul as cpu
+from ptq_kernels.cpu.strips import Product
 from ptq_kernels.layouts import PackedWeight
 
 _log = logging.getLogger("ptq_kernels")
@@ -24,6 +25,7 @@ class Implementation(NamedTuple):
     refuse: Callable[[torch.device], str | None]  # why it cannot run there; None: it can
     run: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]  # x [M, K] with M >= 1, contiguous -> [M, N]
     describe: Callable[[PackedWeight], str]  # what it does with such a weight, for the log and the report
+    gathers: bool = False  # it follows `perm` of the weight itself; otherwise x is gathered before
 
 
 @cache
@@ -71,12 +73,29 @@ def _forced(name: str) -> Implementation:
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(
-        ("canonical",), lambda device: None, reference.matmul, lambda weight: "float32 dequantize and matmul"
+        ("canonical",),
+        lambda device: None,
+        reference.matmul,
+        lambda weight: "float32 dequantize and matmul",
+        gathers=True,
     ),
-    "triton": Implementation((*tiles.NAMES, "canonical"), _refuse_triton, _run_triton, _describe_triton),
+    "triton": Implementation((*tiles.NAMES, "canonical"), _refuse_triton, _run_triton, _describe_triton, gathers=True),
     "cpu": Implementation(("strips", "aten_int4", "canonical"), _refuse_cpu, cpu.matmul, cpu.describe),
     "cpu-torch": Implementation(("aten_int4", "canonical"), _refuse_cpu, cpu.by_torch, cpu.describe),
     **{f"cpu-{name}": _forced(name) for name in library.SETS},
+}
+
+
+class Strips(NamedTuple):
+    """What an implementation does with a weight in layout "strips" besides."""
+
+    bind: Callable[[PackedWeight, Tensor | None, str | None], Product]  # weight, bias, activation -> call
+    refuse_int8: Callable[[PackedWeight], str | None]  # why it cannot multiply rows in 8 bits; None: it can
+
+
+_STRIPS = {
+    "cpu": Strips(cpu.binder(None), cpu.int8_refusal(None)),
+    **{f"cpu-{name}": Strips(cpu.binder(name), cpu.int8_refusal(name)) for name in library.SETS},
 }
 
 _chosen: dict[tuple[str, str, int, str], str] = {}
@@ -119,17 +138,60 @@ def fastest_layout(impl: str, weight: PackedWeight) -> str:
     return next(name for name in candidates if layouts.get(name).refuse(weight) is None)
 
 
-def run(impl: str, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def refuse_activation(impl: str, weight: PackedWeight, activation: str | None) -> None:
+    """RuntimeError, with the reason, where rows cannot be rounded to `activation` with this weight."""
+    name = choose(impl, weight.qweight.device)
+    if activation is None or impl == "reference":
+        return
+    if name in _STRIPS:
+        reason = _STRIPS[name].refuse_int8(weight)
+    else:
+        reason = f"{name!r} has no such product, 'cpu' and, as the specification, 'reference' have"
+    if reason:
+        raise RuntimeError(f"activation={activation!r} cannot run here with impl={impl!r}: {reason}; or leave it out")
+
+
+def bind(impl: str, weight: PackedWeight, bias: Tensor | None, activation: str | None) -> Product | None:
+    """The product with a weight that `run` has served before, for calls that need nothing of torch's operators."""
+    name = choose(impl, weight.qweight.device)
+    return _STRIPS[name].bind(weight, bias, activation) if weight.layout == "strips" and name in _STRIPS else None
+
+
+def run(impl: str, x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None = None) -> Tensor:
     """``x [M, K] @ weight.T + bias`` with M >= 1, by the implementation chosen, converting a layout it cannot read."""
     name = choose(impl, x.device)
+    if activation is not None:
+        refuse_activation(impl, weight, activation)
+        _note(impl, name, weight, activation)
+        if name == "reference":
+            return reference.matmul_int8(x, weight, bias)
+        rows = x if weight.perm is None else x.index_select(1, weight.perm)
+        return _STRIPS[name].bind(weight, bias, activation)(rows)
     if weight.layout not in _IMPLEMENTATIONS[name].layouts:
         weight = layouts.convert(weight, "canonical")
     _note(impl, name, weight)
+    if weight.perm is not None and not _IMPLEMENTATIONS[name].gathers:
+        x, weight = x.index_select(1, weight.perm), weight._replace(perm=None)
     return _IMPLEMENTATIONS[name].run(x, weight, bias)
+
+
+def warmup(impl: str, weight: PackedWeight, dtype: torch.dtype, has_bias: bool) -> None:
+    """Make ready what `run` needs for such a weight and rows of `dtype`."""
+    name = choose(impl, weight.qweight.device)
+    if name != "triton":
+        return
+    if weight.layout not in _IMPLEMENTATIONS[name].layouts:
+        weight = layouts.convert(weight, "canonical")
+    from ptq_kernels.triton import launch
+
+    launch.warmup(weight, dtype, has_bias)
 
 
 def grad_input(grad: Tensor, weight: PackedWeight) -> Tensor:
     """``grad [M, N] @ weight``: by Triton where it reads the layout, otherwise as the specification does it."""
+    if weight.perm is not None:
+        sorted_grad = grad_input(grad, weight._replace(perm=None))
+        return torch.empty_like(sorted_grad).index_copy_(1, weight.perm.long(), sorted_grad)
     if weight.layout in tiles.NAMES and _refuse_triton(grad.device) is None:
         from ptq_kernels.triton import launch
 
@@ -137,8 +199,9 @@ def grad_input(grad: Tensor, weight: PackedWeight) -> Tensor:
     return reference.grad_input(grad, weight)
 
 
-def _note(impl: str, name: str, weight: PackedWeight) -> None:
-    key = (name, weight.scales.device.type, weight.bits, weight.layout)
+def _note(impl: str, name: str, weight: PackedWeight, activation: str | None = None) -> None:
+    layout = weight.layout if activation is None else f"{weight.layout}, {activation} activations"
+    key = (name, weight.scales.device.type, weight.bits, layout)
     if key not in _chosen:
         _chosen[key] = _IMPLEMENTATIONS[name].describe(weight)
         _log.info("impl=%r runs as %s on %s for %d bits, layout %s: %s", impl, *key, _chosen[key])

@@ -23,6 +23,7 @@ class PackedWeight(NamedTuple):
     group_size: int  # resolved: K // G
     in_features: int  # K
     layout: str = "canonical"
+    perm: Tensor | None = None  # int32 or int64 [K]: column j is for column perm[j] of x; None: for j
 
     @property
     def out_features(self) -> int:

@@ -16,11 +16,11 @@ from ptq_kernels.layouts import PackedWeight
 _LIBRARY = torch.library.Library("ptq_kernels", "FRAGMENT")
 _LIBRARY.define(
     "matmul(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias,"
-    " int bits, int group_size, str layout, str impl) -> Tensor"
+    " int bits, int group_size, str layout, str impl, Tensor? perm=None, str? activation=None) -> Tensor"
 )
 _LIBRARY.define(
     "matmul_grad_input(Tensor grad, Tensor qweight, Tensor scales, Tensor? zeros,"
-    " int bits, int group_size, int in_features, str layout) -> Tensor"
+    " int bits, int group_size, int in_features, str layout, Tensor? perm=None) -> Tensor"
 )
 
 
@@ -34,13 +34,15 @@ def _matmul(
     group_size: int,
     layout: str,
     impl: str,
+    perm: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    weight = PackedWeight(qweight, scales, zeros, bits, group_size, x.shape[-1], layout)
+    weight = PackedWeight(qweight, scales, zeros, bits, group_size, x.shape[-1], layout, perm)
     shape = (*x.shape[:-1], weight.out_features)
     if x.numel() == 0:
         return x.new_empty(shape)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return dispatch.run(impl, rows, weight, bias).view(shape)
+    return dispatch.run(impl, rows, weight, bias, activation).view(shape)
 
 
 def _matmul_fake(x: Tensor, qweight: Tensor, scales: Tensor, *_: object) -> Tensor:
@@ -56,8 +58,9 @@ def _grad_input(
     group_size: int,
     in_features: int,
     layout: str,
+    perm: Tensor | None = None,
 ) -> Tensor:
-    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout)
+    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout, perm)
     shape = (*grad.shape[:-1], in_features)
     if grad.numel() == 0:
         return grad.new_empty(shape)
@@ -73,13 +76,14 @@ def _grad_input_fake(
     group_size: int,
     in_features: int,
     layout: str,
+    perm: Tensor | None = None,
 ) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scales, zeros, bias, bits, group_size, layout, _ = inputs
-    ctx.save_for_backward(qweight, scales, zeros)
+    x, qweight, scales, zeros, bias, bits, group_size, layout, _, perm, _ = inputs
+    ctx.save_for_backward(qweight, scales, zeros, perm)
     ctx.scheme = (bits, group_size, x.shape[-1], layout)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -87,11 +91,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        qweight, scales, zeros = ctx.saved_tensors
-        grad_x = matmul_grad_input(grad, qweight, scales, zeros, *ctx.scheme)
+        qweight, scales, zeros, perm = ctx.saved_tensors
+        grad_x = matmul_grad_input(grad, qweight, scales, zeros, *ctx.scheme, perm)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None, None
 
 
 torch.library.impl("ptq_kernels::matmul", "default", _matmul, lib=_LIBRARY)

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ptq.calibration.capture import InputGroup
+from ptq.models.experts import UnfusedExperts, experts_of, routers
 from ptq.models.structure import is_transposed, linears, weight_of
+from ptq.routing import everyone
 
 Probe = Callable[[nn.Module], Tensor]
 
 # float32 arithmetic through one block; a wrong fold with scales between 0.5 and 2 is off by more than 1e-2.
 UNCHANGED = 1e-4
+# Rows on which a fold inside an expert is tried.
+EXPERT_ROWS = 64
 
 
 class Fold(NamedTuple):
@@ -28,33 +32,121 @@ class Fold(NamedTuple):
     consumers: tuple[str, ...]
     rows: Tensor  # int64 [K]: the producer's output that becomes input channel k
     offset: bool  # the norm multiplies by (1 + weight)
+    floats: tuple[str, ...] = ()  # routers that read the same: scaled, never quantized
+
+
+class _Readers(NamedTuple):
+    """Linears that get one set of scales, what else must be scaled with them, and who may stand before them."""
+
+    members: tuple[str, ...]
+    floats: tuple[str, ...]
+    norm: str | None
+    earlier: tuple[str, ...]
+    expert: str | None  # they and whoever stands before them are Linears of this expert
 
 
 def find_folds(block: nn.Module, groups: Sequence[InputGroup], probe: Probe) -> list[Fold]:
     """Folds of a block that leave its output unchanged, at most one for each input group, in execution order.
+
+    What a router and experts read is one input: a fold before it scales the router and all experts. A fold inside an
+    expert is tried on that expert alone.
 
     Args:
         block: float32 block; comes back unchanged.
         groups: Linears that share an input.
         probe: runs a module in the block's place on a float32 batch and returns its output.
     """
-    expected = probe(block)
-    norms, heads = _norm_outputs(block, groups, probe), _head_sizes(block)
+    whole = with_all_experts(probe)
+    expected, inputs = _with_expert_inputs(block, whole)
+    heads = _head_sizes(block)
     generator = torch.Generator().manual_seed(0)
     folds: list[Fold] = []
-    for index, group in enumerate(groups):
-        earlier = [member for g in groups[:index] for member in g.members]
-        for fold in _candidates(block, group, norms.get(group.members[0]), earlier, heads):
+    for readers in _readers(block, groups, _norm_outputs(block, groups, probe)):
+        trial, wanted = whole, expected
+        if readers.expert is not None:
+            trial = _expert_alone(readers.expert, inputs)
+            wanted = trial(block)
+        for fold in _candidates(block, readers, heads):
             random = torch.rand(int(fold.rows.max()) + 1, generator=generator).mul_(1.4).sub_(0.7).exp_()
-            if _unchanged(block, fold, random.to(fold.rows.device)[fold.rows], probe, expected):
+            if _unchanged(block, fold, random.to(fold.rows.device)[fold.rows], trial, wanted):
                 folds.append(fold)
                 break
     return folds
 
 
+def with_all_experts(probe: Probe) -> Probe:
+    """The same, but all experts add to the output, so that what is wrong with any of them shows."""
+
+    def probed(module: nn.Module) -> Tensor:
+        with everyone():
+            return probe(module)
+
+    return probed
+
+
+def _with_expert_inputs(block: nn.Module, probe: Probe) -> tuple[Tensor, dict[str, Tensor]]:
+    """A block's output, and some of the rows that each experts module in it reads."""
+    inputs: dict[str, Tensor] = {}
+    pools = experts_of(block)
+    handles = [
+        pool.register_forward_pre_hook(_keep_input(inputs, path), with_kwargs=True) for path, pool in pools.items()
+    ]
+    try:
+        output = probe(block)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows = {path: x.reshape(-1, x.shape[-1]) for path, x in inputs.items()}
+    return output, {path: x[x.any(-1)][:EXPERT_ROWS] for path, x in rows.items()}
+
+
+def _expert_alone(path: str, inputs: Mapping[str, Tensor]) -> Probe:
+    pool, _, index = path.rpartition(".")
+
+    def probed(block: nn.Module) -> Tensor:
+        experts = block.get_submodule(pool)
+        assert isinstance(experts, UnfusedExperts)
+        return experts.run_expert(int(index), inputs[pool])
+
+    return probed
+
+
+def _readers(block: nn.Module, groups: Sequence[InputGroup], norms: Mapping[str, str]) -> Iterator[_Readers]:
+    """Input groups in execution order; of each experts module those that read its input are one with its router."""
+    pools, beside = experts_of(block), tuple(routers(block))
+    done: set[str] = set()
+    for index, group in enumerate(groups):
+        head = group.members[0]
+        earlier = tuple(member for g in groups[:index] for member in g.members)
+        pool = next((path for path in pools if head.startswith(f"{path}.")), None)
+        if pool is not None and head.endswith(".down_proj"):
+            expert = head.rpartition(".")[0]
+            yield _Readers(group.members, (), None, tuple(m for m in earlier if m.startswith(f"{expert}.")), expert)
+            continue
+        near = [path for path in beside if pool is not None and _same_parent(path, pool)]
+        norm = norms.get(head) or next((norms[path] for path in near if path in norms), None)
+        reading = tuple(path for path in beside if norm is not None and norms.get(path) == norm)
+        if not reading:
+            yield _Readers(group.members, (), norm, earlier, None)
+        elif norm not in done:
+            done.add(str(norm))
+            fed = tuple(f"{path}." for path in pools if any(_same_parent(router, path) for router in reading))
+            members = tuple(
+                member
+                for g in groups
+                for member in g.members
+                if norms.get(g.members[0]) == norm or (member.startswith(fed) and not member.endswith(".down_proj"))
+            )
+            yield _Readers(members, tuple(path for path in reading if path not in members), norm, earlier, None)
+
+
+def _same_parent(router: str, pool: str) -> bool:
+    return f"{router}.".startswith(f"{pool.rpartition('.')[0]}.".lstrip("."))
+
+
 def _unchanged(block: nn.Module, fold: Fold, scales: Tensor, probe: Probe, expected: Tensor) -> bool:
     """Whether a fold leaves the output as it was; the block is put back."""
-    touched = [block.get_submodule(path) for path in (fold.producer, *fold.consumers)]
+    touched = [block.get_submodule(path) for path in (fold.producer, *fold.consumers, *fold.floats)]
     before = [(p, p.detach().clone()) for module in touched for p in module.parameters(recurse=False)]
     apply_fold(block, fold, scales)
     try:
@@ -97,7 +189,7 @@ def apply_fold(block: nn.Module, fold: Fold, scales: Tensor, dtype: torch.dtype 
     if isinstance(bias, Tensor):
         bias.div_(per_row)
     scales = per_row[fold.rows]
-    for consumer in fold.consumers:
+    for consumer in (*fold.consumers, *fold.floats):
         weight_of(block.get_submodule(consumer)).mul_(scales)
     return scales
 
@@ -108,20 +200,18 @@ def _outputs(producer: nn.Module) -> int:
     return int(weight.shape[-1] if weight.dim() == 1 or is_transposed(producer) else weight.shape[0])
 
 
-def _candidates(
-    block: nn.Module, group: InputGroup, norm: str | None, earlier: Sequence[str], heads: Sequence[int]
-) -> Iterator[Fold]:
-    weight = weight_of(block.get_submodule(group.members[0]))
+def _candidates(block: nn.Module, readers: _Readers, heads: Sequence[int]) -> Iterator[Fold]:
+    weight = weight_of(block.get_submodule(readers.members[0]))
     k, device = weight.shape[1], weight.device
-    if norm is not None and _outputs(block.get_submodule(norm)) == k:
+    if readers.norm is not None and _outputs(block.get_submodule(readers.norm)) == k:
         every = torch.arange(k, device=device)
-        yield Fold(norm, group.members, every, False)
-        yield Fold(norm, group.members, every, True)
+        for offset in (False, True):
+            yield Fold(readers.norm, readers.members, every, offset, readers.floats)
         return
-    for producer in reversed(earlier):
+    for producer in reversed(readers.earlier):
         n = weight_of(block.get_submodule(producer)).shape[0]
         for rows in _row_maps(n, k, heads):
-            yield Fold(producer, group.members, rows.to(device), False)
+            yield Fold(producer, readers.members, rows.to(device), False, readers.floats)
 
 
 def _row_maps(n: int, k: int, heads: Sequence[int]) -> Iterator[Tensor]:
@@ -148,8 +238,8 @@ def _head_sizes(block: nn.Module) -> list[int]:
 
 
 def _norm_outputs(block: nn.Module, groups: Sequence[InputGroup], probe: Probe) -> Mapping[str, str]:
-    """First member of an input group -> the norm whose output it reads."""
-    heads = {group.members[0] for group in groups}
+    """First member of an input group, or router -> the norm whose output it reads."""
+    heads = {group.members[0] for group in groups} | set(routers(block))
     known = dict(linears(block))
     outputs: list[tuple[str, Tensor]] = []
     inputs: dict[str, Tensor] = {}

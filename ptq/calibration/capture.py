@@ -7,11 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptq.distributed import ALONE, Ranks
 from ptq.errors import NumericsError, UnsupportedModelError
 from ptq.grid import check_finite
+from ptq.routing import visiting
 
 # Rows of x multiplied at a time: bounds the float32 copy of the activations.
 CHUNK_ROWS = 8192
+# An expert with fewer than 1/STARVED tokens an input channel is short of them; all tokens then weigh 1/PRIOR a channel.
+STARVED = 8
+PRIOR = 4
 
 Run = Callable[[], Any]
 
@@ -21,6 +26,7 @@ class InputGroup(NamedTuple):
 
     members: tuple[str, ...]
     calls: int = 1  # how often each of them runs in a forward pass
+    pool: int | None = None  # which experts module they belong to, counted from 0; it may leave them out of a pass
 
 
 class InputStats(NamedTuple):
@@ -29,6 +35,7 @@ class InputStats(NamedTuple):
     hessian: Tensor  # float32 [K, K], X^T X / T
     magnitude: Tensor  # float32 [K], mean |x|
     tokens: int
+    routed: int | None = None  # of experts: how many of the tokens a router sent there
 
 
 class StopForward(Exception):  # noqa: N818  (control flow, not an error)
@@ -55,7 +62,7 @@ def input_hooks(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor], 
 
 @torch.no_grad()
 def trace_groups(modules: Mapping[str, nn.Module], run: Run) -> list[InputGroup]:
-    """Which Linears share an input, in order of execution, from one forward pass.
+    """Which Linears share an input, in order of execution, from one forward pass; every expert runs, on one token.
 
     Raises:
         UnsupportedModelError: a Linear was not called, so nothing could be calibrated for it.
@@ -63,14 +70,18 @@ def trace_groups(modules: Mapping[str, nn.Module], run: Run) -> list[InputGroup]
     # Inputs are kept alive until the end: a freed tensor's address may be given to another one.
     alive: list[Tensor] = []
     read: dict[str, list[tuple[Any, ...]]] = {}
+    pools: dict[str, int] = {}
+    order: dict[int, int] = {}
 
     def seen(name: str, x: Tensor) -> None:
         # The version tells the contents before an in-place change from those after it; inference tensors have none.
         version = -len(alive) if x.is_inference() else x._version
         read.setdefault(name, []).append((x.data_ptr(), tuple(x.shape), x.stride(), version))
         alive.append(x)
+        if mode.running is not None:
+            pools[name] = order.setdefault(mode.running, len(order))
 
-    with input_hooks(modules, seen):
+    with visiting(rows=1) as mode, input_hooks(modules, seen):
         run()
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, keys in read.items():
@@ -81,21 +92,47 @@ def trace_groups(modules: Mapping[str, nn.Module], run: Run) -> list[InputGroup]
             f"every Linear to be quantized must run when calibration data does; {', '.join(missing[:4])} did not: "
             "add them to `exclude`"
         )
-    return [InputGroup(tuple(members), len(keys)) for keys, members in groups.items()]
+    return [InputGroup(tuple(members), len(keys), pools.get(members[0])) for keys, members in groups.items()]
 
 
 @torch.no_grad()
 def collect(
-    modules: Mapping[str, nn.Module], groups: Sequence[InputGroup], runs: Iterable[Run], where: str = ""
+    modules: Mapping[str, nn.Module],
+    groups: Sequence[InputGroup],
+    runs: Iterable[Run],
+    where: str = "",
+    ranks: Ranks = ALONE,
 ) -> list[InputStats]:
     """Accumulate the statistics of each group over all runs; a run stops once all groups have been fed.
 
-    ``H <- H n/n' + X^T X / n'`` keeps magnitudes bounded; float32 whatever the activations' dtype.
+    ``H <- H n/n' + X^T X / n'`` keeps magnitudes bounded; float32 whatever the activations' dtype. An expert that fewer
+    than K/8 tokens were sent to is fed all tokens in another pass; that counts as K/4 tokens beside its own. Of several
+    processes each gets the statistics of all.
 
     Raises:
         NumericsError: an activation is NaN or infinite, or so large that its square is.
         UnsupportedModelError: a group was never fed.
     """
+    runs = list(runs)
+    sums = _joined(_sums(modules, groups, runs, where), modules, groups, ranks)
+    starved = [i for i, group in enumerate(groups) if group.pool is not None and _is_starved(sums[i])]
+    stats = []
+    with visiting():
+        few = [groups[i] for i in starved]
+        whole = dict(zip(starved, _joined(_sums(modules, few, runs, where), modules, few, ranks), strict=True))
+    for i, (group, total) in enumerate(zip(groups, sums, strict=True)):
+        name = f"{where}{group.members[0]}"
+        if i in whole:
+            stats.append(_blended(total, _finished(whole[i], name)))
+        else:
+            found = _finished(total, name)
+            stats.append(found if group.pool is None else found._replace(routed=found.tokens))
+    return stats
+
+
+def _sums(
+    modules: Mapping[str, nn.Module], groups: Sequence[InputGroup], runs: Sequence[Run], where: str
+) -> "list[_Sum | None]":
     heads = {group.members[0]: i for i, group in enumerate(groups)}
     sums: list[_Sum | None] = [None] * len(groups)
     left: dict[str, int] = {}
@@ -112,18 +149,54 @@ def collect(
             raise StopForward
 
     with input_hooks({name: modules[name] for name in heads}, seen):
-        for run in runs:
+        for run in runs if heads else ():
             left.update({group.members[0]: group.calls for group in groups})
             try:
                 run()
             except StopForward:
                 continue
-    return [_finished(total, f"{where}{group.members[0]}") for group, total in zip(groups, sums, strict=True)]
+    return sums
+
+
+def _joined(
+    sums: "list[_Sum | None]", modules: Mapping[str, nn.Module], groups: Sequence[InputGroup], ranks: Ranks
+) -> "list[_Sum | None]":
+    """The sums over what all processes have seen."""
+    if ranks.size == 1:
+        return sums
+    found = ranks.gather([(0, 0) if own is None else (own.tokens, len(own.hessian)) for own in sums])
+    for i, group in enumerate(groups):
+        tokens, features = sum(each[i][0] for each in found), max(each[i][1] for each in found)
+        own = sums[i]
+        if own is None and features:  # no token reached this process's copy of an expert
+            sums[i] = own = _Sum(features, next(modules[group.members[0]].parameters()).device)
+        if own is not None:
+            own.join(ranks, tokens)
+    return sums
+
+
+def _is_starved(total: "_Sum | None") -> bool:
+    return total is None or total.tokens < len(total.hessian) / STARVED
+
+
+def _blended(own: "_Sum | None", whole: InputStats) -> InputStats:
+    """``(n H + n0 H_all) / (n + n0)`` with ``n0 = K / 4``: the fewer tokens an expert saw, the more it is like all."""
+    n = own.tokens if own is not None else 0
+    share = n / (n + len(whole.hessian) / PRIOR)
+    if own is None:
+        return whole._replace(routed=0)
+    hessian, magnitude = own.hessian.lerp(whole.hessian, 1 - share), own.magnitude.lerp(whole.magnitude, 1 - share)
+    return InputStats(hessian, magnitude, whole.tokens, n)
 
 
 @torch.no_grad()
 def collect_drift(
-    module: nn.Module, float_module: nn.Module, calls: int, runs: Iterable[tuple[Run, Run]], name: str
+    module: nn.Module,
+    float_module: nn.Module,
+    calls: int,
+    runs: Iterable[tuple[Run, Run]],
+    name: str,
+    ranks: Ranks = ALONE,
 ) -> tuple[InputStats, Tensor | None]:
     """Statistics of one input X, and ``(X_float - X)^T X / T``: how far it is from what the float model has there.
 
@@ -133,6 +206,7 @@ def collect_drift(
         calls: how often a run calls it.
         runs: pairs of runs on the same batch, of the quantized and of the float model.
         name: for messages.
+        ranks: processes that share the run; each has runs of its own and gets the statistics of all.
 
     Returns:
         The statistics and the drift, float32 ``[K, K]``; None for the drift where the two models did not feed the same
@@ -158,6 +232,11 @@ def collect_drift(
             drift.mul_(before / total.tokens)
             for x, x_float in zip(torch.split(rows, CHUNK_ROWS), torch.split(float_rows, CHUNK_ROWS), strict=True):
                 drift.addmm_((x_float.float() - x.float()).t(), x.float(), alpha=1 / total.tokens)
+    if total is not None and drift is not None and ranks.size > 1:
+        found = ranks.gather((total.tokens, paired))
+        tokens, paired = sum(n for n, _ in found), all(each for _, each in found)
+        ranks.add_up(drift.mul_(total.tokens / max(tokens, 1)))
+        total.join(ranks, tokens)
     stats = _finished(total, name)
     return stats, drift if paired else None
 
@@ -205,3 +284,9 @@ class _Sum:
             self.hessian.mul_(self.tokens / total).addmm_(x.t(), x, alpha=1 / total)
             self.magnitude.mul_(self.tokens / total).add_(x.abs().sum(0), alpha=1 / total)
             self.tokens = total
+
+    def join(self, ranks: Ranks, tokens: int) -> None:
+        """Add those of the other processes, with which these are ``tokens``."""
+        for mean in (self.hessian, self.magnitude):
+            ranks.add_up(mean.mul_(self.tokens / max(tokens, 1)))
+        self.tokens = tokens

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptq.errors import FormatError
+from ptq.formats.auto_round import translate
 from ptq.formats.awq import AwqCodec
 from ptq.formats.codec import Codec, QuantizedWeight, Scheme
 from ptq.formats.compressed_tensors import CompressedTensorsCodec
 from ptq.formats.gptq import GptqCodec
 
-__all__ = ["CODECS", "Codec", "QuantizedWeight", "Scheme", "codec_for_config"]
+__all__ = ["CODECS", "Codec", "QuantizedWeight", "Scheme", "codec_for_config", "readable_config"]
 
 CODECS: Mapping[str, Codec] = {
     codec.name: codec
@@ -20,6 +21,9 @@ CODECS: Mapping[str, Codec] = {
         CompressedTensorsCodec(),
     )
 }
+
+# Reads asymmetric v1 as GPTQModel writes it.
+GPTQMODEL_V1 = GptqCodec("gptq", zero_offset=1, wraps=True)
 
 # quant_method -> the config keys that name the layout, the layout if none does, and the codec of each known layout.
 _LAYOUTS: Mapping[str, tuple[tuple[str, ...], str, Mapping[str, str]]] = {
@@ -32,6 +36,15 @@ _LAYOUTS: Mapping[str, tuple[tuple[str, ...], str, Mapping[str, str]]] = {
         {"pack-quantized": "compressed-tensors", "mixed-precision": "compressed-tensors"},
     ),
 }
+
+
+def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``quantization_config`` in the words of the format whose tensors the checkpoint has.
+
+    Raises FormatError for an auto-round configuration that no such format has words for.
+    """
+    method = str.lower(config.get("quant_method") or "none")
+    return translate(dict(config)) if method in ("auto-round", "autoround") else dict(config)
 
 
 def codec_for_config(config: Mapping[str, Any]) -> Codec:
@@ -50,4 +63,11 @@ def codec_for_config(config: Mapping[str, Any]) -> Codec:
             f"the layout ({' / '.join(keys)}) of a {method} checkpoint must be one that is read ({known}), "
             f"found {', '.join(sorted(found))}"
         )
-    return CODECS[layouts[found.pop()]]
+    layout = layouts[found.pop()]
+    return GPTQMODEL_V1 if layout == "gptq" and _writer(config).startswith("gptqmodel") else CODECS[layout]
+
+
+def _writer(config: Mapping[str, Any]) -> str:
+    """Name and version of the first tool that a configuration names."""
+    named = (config.get("meta") or {}).get("quantizer") or ""
+    return str.lower(str(named[0] if isinstance(named, list) and named else named))

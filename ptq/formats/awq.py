@@ -81,6 +81,16 @@ class AwqCodec:
             symmetric=scheme.symmetric,
         )
 
+    def decode_ordered(
+        self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme
+    ) -> tuple[QuantizedWeight, Tensor | None]:
+        """As `decode`: groups are contiguous in this format."""
+        return self.decode(name, tensors, scheme), None
+
+    def order_name(self, name: str) -> str | None:
+        """The format has no act-order."""
+        return None
+
     def quantization_config(
         self, schemes: Mapping[str, Scheme | None], *, damping: float | None, version: str
     ) -> Config:

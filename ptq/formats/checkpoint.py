@@ -30,13 +30,16 @@ LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library itse
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """One tensor of a safetensors file."""
+
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
+        """Its size on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -52,7 +55,7 @@ class ShardWriter:
         self._directory = Path(directory)
         self._limit = max_shard_bytes
         self._spools: dict[int, BinaryIO] = {}  # by element size: widest first in the file keeps all of them aligned
-        self._open_shard: dict[str, _Entry] = {}
+        self._open_shard: dict[str, Entry] = {}
         self._shards: list[tuple[Path, list[str]]] = []
         self._names: set[str] = set()
         self._shard_bytes = 0  # of tensors in the open shard
@@ -65,7 +68,7 @@ class ShardWriter:
                 raise FormatError(f"tensor {name} was written already; each name may be added once")
             if tensor.dtype not in DTYPE_NAMES:
                 raise FormatError(f"tensor {name}: dtype must be one of {', '.join(DTYPES)}, found {tensor.dtype}")
-            entry = _Entry("", tensor.dtype, tuple(tensor.shape))
+            entry = Entry("", tensor.dtype, tuple(tensor.shape))
             if self._open_shard and self._shard_bytes + entry.nbytes > self._limit:
                 self._close_shard()
             self._names.add(name)
@@ -100,7 +103,7 @@ class ShardWriter:
         sync_directory(self._directory)
         return index
 
-    def _spool(self, tensor: Tensor, entry: _Entry) -> None:
+    def _spool(self, tensor: Tensor, entry: Entry) -> None:
         size = entry.dtype.itemsize
         path = self._directory / f".spool-{size}"
         with full_disk_as_error(path, entry.nbytes):
@@ -113,7 +116,7 @@ class ShardWriter:
     def _close_shard(self) -> None:
         path = self._directory / f".shard-{len(self._shards) + 1:05d}"
         entries = sorted(self._open_shard.items(), key=lambda item: -item[1].dtype.itemsize)
-        head = _header_bytes(entries)
+        head = header_bytes(entries)
         with full_disk_as_error(path, len(head) + self._shard_bytes), open(path, "wb") as out:
             out.write(head)
             for _, spool in sorted(self._spools.items(), reverse=True):
@@ -129,7 +132,7 @@ class ShardWriter:
         self._spools, self._open_shard, self._shard_bytes = {}, {}, 0
 
 
-def _header_bytes(entries: Iterable[tuple[str, _Entry]]) -> bytes:
+def header_bytes(entries: Iterable[tuple[str, Entry]]) -> bytes:
     """Length and header of a shard that holds ``entries`` in this order; padded so that the data starts aligned."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -157,10 +160,10 @@ class CheckpointReader:
         """
         self.directory = Path(directory)
         self._handles: dict[str, Any] = {}
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         weight_map = self._find_files()
         for file in self._sizes:
-            self._entries.update(_read_header(self.directory / file))
+            self._entries.update(read_header(self.directory / file))
         for name, file in (weight_map or {}).items():
             if name not in self._entries or self._entries[name].file != file:
                 raise FormatError(f"{INDEX} says that {name} is in {file}, which does not hold it; fetch both again")
@@ -192,7 +195,7 @@ class CheckpointReader:
         """File name to size in bytes, for every shard."""
         return dict(self._sizes)
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             near = get_close_matches(name, self._entries, n=1, cutoff=0.0)
             hint = f"; the nearest name is {near[0]}" if near else ""
@@ -237,7 +240,7 @@ def _nothing_to_read(directory: Path, found: int) -> str:
     return f"{directory} must hold {SINGLE} or {INDEX}; it holds no safetensors file"
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
     """Tensors of one file. Raises FormatError unless the header fits the file to the byte."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -255,7 +258,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     unknown = {dtype for dtype, _ in kinds.values()} - DTYPES.keys()
     if unknown:
         raise FormatError(f"{path}: dtypes must be among {', '.join(DTYPES)}, found {', '.join(sorted(unknown))}")
-    entries = {name: _Entry(path.name, DTYPES[dtype], shape) for name, (dtype, shape) in kinds.items()}
+    entries = {name: Entry(path.name, DTYPES[dtype], shape) for name, (dtype, shape) in kinds.items()}
     end = 0
     for name, (start, stop) in sorted(ranges.items(), key=lambda item: item[1]):
         if start != end or stop - start != entries[name].nbytes:

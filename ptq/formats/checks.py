@@ -116,8 +116,35 @@ def require_trivial_order(name: str, tensors: Mapping[str, Tensor], columns: int
         column = int((order.long() != trivial).nonzero()[0])
         raise FormatError(
             f"{name}: column {column} must belong to group {int(trivial[column])}, found {int(order[column])}. "
-            "Act-order checkpoints that permute columns at run time are not read; use one with static groups"
+            "Act-order checkpoints that permute columns at run time are not read here; ptq.load runs them"
         )
+
+
+def read_order(name: str, tensors: Mapping[str, Tensor], columns: int, group_size: int) -> Tensor | None:
+    """The group of each column, int64 ``[K]``, as the optional tensor ``name`` says; None where they are contiguous.
+
+    Raises FormatError unless every group has ``group_size`` columns.
+    """
+    if name not in tensors:
+        return None
+    order = take(tensors, name, (torch.int32, torch.int64), 1)
+    require_shape(name, order, (columns,))
+    groups = columns // group_size
+    order = order.long()
+    if int(order.min()) < 0 or int(order.max()) >= groups:
+        raise FormatError(
+            f"{name}: groups must be 0..{groups - 1}, as there are scales; found {int(order.min())}.."
+            f"{int(order.max())}: the file is damaged, or group_size in its config is wrong"
+        )
+    sizes = torch.bincount(order, minlength=groups)
+    if bool((sizes != group_size).any()):
+        group = int((sizes != group_size).nonzero()[0])
+        raise FormatError(
+            f"{name}: every group must have {group_size} columns, group {group} has {int(sizes[group])}; groups of "
+            "unequal size are not run: quantize the model again with groups of one size"
+        )
+    contiguous = torch.equal(order, torch.arange(columns, device=order.device) // group_size)
+    return None if contiguous else order
 
 
 def setting(config: Mapping[str, Any], keys: tuple[str, ...], kind: type) -> Any:

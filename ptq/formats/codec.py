@@ -67,7 +67,22 @@ class Codec(Protocol):
         """The tensors of one module, without its bias. Raises FormatError rather than re-round or wrap a value."""
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-        """Exact inverse of `encode`, scales as float32. Raises FormatError naming the tensor, expected and found."""
+        """Exact inverse of `encode`, scales as float32. Raises FormatError naming the tensor, expected and found.
+
+        Columns whose groups are not contiguous are refused: see `decode_ordered`.
+        """
+
+    def decode_ordered(
+        self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme
+    ) -> tuple[QuantizedWeight, Tensor | None]:
+        """As `decode`, but a weight may come with the group of each column, int64 ``[K]`` (act-order).
+
+        ``scales[:, g]`` and ``zeros[:, g]`` then belong to the columns whose group is ``g``. None: column k is in group
+        ``k // group_size``.
+        """
+
+    def order_name(self, name: str) -> str | None:
+        """The tensor with the group of each column; None where the format cannot say it."""
 
     def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
         """Checkpoint names that may hold one quantized module, without its bias; `decode` says which one it misses."""

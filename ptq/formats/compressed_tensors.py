@@ -23,6 +23,9 @@ LIBRARY_VERSION = "0.20.0"  # the release of compressed-tensors whose layout is 
 # Settings that change what the stored numbers mean; a checkpoint that uses one is not the plain weight we would run.
 UNREADABLE_SETTINGS = ("kv_cache_scheme", "sparsity_config", "transform_config")
 
+# How columns were visited; where that matters to a reader the file has weight_g_idx.
+ACTORDERS = (None, False, True, "weight", "static", "group", "dynamic")
+
 
 @dataclass(frozen=True)
 class CompressedTensorsCodec:
@@ -43,7 +46,7 @@ class CompressedTensorsCodec:
         capability.check_schemes(self.name, schemes, shapes)
 
     def tensor_names(self, name: str, scheme: Scheme) -> tuple[str, ...]:
-        """Zero points only when asymmetric; ``weight_g_idx`` only in old act-order files, to refuse them."""
+        """Zero points only when asymmetric; ``weight_g_idx`` only in old act-order files."""
         names = tuple(f"{name}.weight_{part}" for part in ("packed", "scale", "shape", "g_idx"))
         return names if scheme.symmetric else (*names, f"{name}.weight_zero_point")
 
@@ -75,6 +78,23 @@ class CompressedTensorsCodec:
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         """Unpack the codes. Raises FormatError for damage and run-time permutations."""
+        quantized = self._unpack(name, tensors, scheme)
+        checks.require_trivial_order(f"{name}.weight_g_idx", tensors, quantized.codes.shape[1], quantized.group_size)
+        return quantized
+
+    def decode_ordered(
+        self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme
+    ) -> tuple[QuantizedWeight, Tensor | None]:
+        """Unpack the codes, and the group of each column, which releases before 0.16 wrote for actorder "group"."""
+        quantized = self._unpack(name, tensors, scheme)
+        order = checks.read_order(f"{name}.weight_g_idx", tensors, quantized.codes.shape[1], quantized.group_size)
+        return quantized, order
+
+    def order_name(self, name: str) -> str | None:
+        """The tensor with the group of each column."""
+        return f"{name}.weight_g_idx"
+
+    def _unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         bits = scheme.bits
         shape = checks.take(tensors, f"{name}.weight_shape", (torch.int64, torch.int32), 1)
         checks.require_shape(f"{name}.weight_shape", shape, (2,))
@@ -83,7 +103,6 @@ class CompressedTensorsCodec:
         packed = checks.take(tensors, f"{name}.weight_packed", (torch.int32,), 2)
         checks.require_shape(f"{name}.weight_packed", packed, (rows, words_for(columns, bits)))
         scales = checks.read_scales(f"{name}.weight_scale", tensors, (rows, groups))
-        checks.require_trivial_order(f"{name}.weight_g_idx", tensors, columns, group_size)
         if scheme.symmetric:
             zeros = torch.full_like(scales, 1 << (bits - 1), dtype=torch.uint8)
         else:
@@ -155,7 +174,7 @@ class CompressedTensorsCodec:
             "format": layout if layout != LAYOUT else None,
             "type": weights.get("type") if weights.get("type", "int") != "int" else None,
             "dynamic": weights.get("dynamic") or None,
-            "actorder": weights.get("actorder") if weights.get("actorder") not in ("weight", "static") else None,
+            "actorder": None if weights.get("actorder") in ACTORDERS else weights["actorder"],
             "activations": activations or None,
         }
         unread = {key: value for key, value in unread.items() if value is not None}

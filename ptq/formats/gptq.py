@@ -1,7 +1,7 @@
 """GPTQ checkpoints, as AutoGPTQ introduced them: v1 ("gptq", stores ``zero - 1``) and v2 ("gptq_v2", the true zero).
 
 ``qweight`` int32 ``[K*b/32, N]`` packed along K, ``qzeros`` int32 ``[G, N*b/32]`` packed along N, ``scales`` float16
-``[G, N]``, ``g_idx`` int32 ``[K]``. Act-order is never written: ``g_idx[k]`` is ``k // group_size``.
+``[G, N]``, ``g_idx`` int32 ``[K]``. Act-order is read but never written: ``g_idx[k]`` is ``k // group_size``.
 """
 
 import re
@@ -31,6 +31,7 @@ class GptqCodec:
 
     name: str
     zero_offset: int  # what v1 subtracts from each stored zero
+    wraps: bool = False  # the writer subtracts without loss: a zero of 0 is stored as 2**bits - 1 or borrows
 
     def supports(self, scheme: Scheme) -> bool:
         """Symmetric 2, 3, 4 and 8 bits; asymmetric ones in v2 only."""
@@ -75,6 +76,23 @@ class GptqCodec:
 
     def decode(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         """Unpack the codes. Raises FormatError for damage, ambiguous zeros and run-time permutations."""
+        quantized = self._unpack(name, tensors, scheme)
+        checks.require_trivial_order(f"{name}.g_idx", tensors, quantized.codes.shape[1], quantized.group_size)
+        return quantized
+
+    def decode_ordered(
+        self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme
+    ) -> tuple[QuantizedWeight, Tensor | None]:
+        """Unpack the codes, and the group of each column. Raises FormatError for damage and ambiguous zeros."""
+        quantized = self._unpack(name, tensors, scheme)
+        order = checks.read_order(f"{name}.g_idx", tensors, quantized.codes.shape[1], quantized.group_size)
+        return quantized, order
+
+    def order_name(self, name: str) -> str | None:
+        """The tensor with the group of each column."""
+        return f"{name}.g_idx"
+
+    def _unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         bits = scheme.bits
         qweight = checks.take(tensors, f"{name}.qweight", (torch.int32,), 2)
         rows, columns = qweight.shape[1], qweight.shape[0] * 32 // bits
@@ -83,8 +101,10 @@ class GptqCodec:
         qzeros = checks.take(tensors, f"{name}.qzeros", (torch.int32,), 2)
         checks.require_shape(f"{name}.qzeros", qzeros, (groups, words_for(rows, bits)))
         scales = checks.read_scales(f"{name}.scales", tensors, (groups, rows))
-        checks.require_trivial_order(f"{name}.g_idx", tensors, columns, group_size)
-        zeros = self._true_zeros(f"{name}.qzeros", unpack_stream(qzeros, bits, rows), scheme)
+        if self.wraps and not scheme.symmetric:
+            zeros = _wrapped_zeros(qzeros, bits, rows)
+        else:
+            zeros = self._true_zeros(f"{name}.qzeros", unpack_stream(qzeros, bits, rows), scheme)
         return QuantizedWeight(
             codes=unpack_stream(qweight.t().contiguous(), bits, columns),
             scales=scales.t().contiguous(),
@@ -161,6 +181,20 @@ class GptqCodec:
         group_size = checks.setting(config, ("group_size",), int)
         symmetric = checks.setting({"sym": True, **config}, ("sym",), bool)
         return checks.read_scheme(config, capability.widths_of(self.name), group_size, symmetric=symmetric)
+
+
+def _wrapped_zeros(words: Tensor, bits: int, rows: int) -> Tensor:
+    """Undo GPTQModel's conversion to v1: it subtracts 1 of every field at once, from the word as a whole.
+
+    A zero of 0 borrows from its neighbour then, and adding the same constant gives it back. Fields of 3 bits it unpacks
+    first, and wraps each.
+    """
+    if bits == 3:
+        return (unpack_stream(words, bits, rows) + 1) % (1 << bits)
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    total = (words.long() + ones) % (1 << 32)
+    signed = torch.where(total >= 1 << 31, total - (1 << 32), total)
+    return unpack_stream(signed.int(), bits, rows)
 
 
 def dynamic_rules(schemes: Mapping[str, Scheme | None], default: Scheme) -> dict[str, dict[str, Any]]:

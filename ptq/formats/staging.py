@@ -27,20 +27,26 @@ def staged_directory(final: Path, overwrite: bool) -> Iterator[Path]:
     final = final.expanduser().resolve()
     partial, aside = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
     with full_disk_as_error(final, None):
-        if aside.exists() and not final.exists():
-            aside.rename(final)  # a run was killed between the two renames of `_publish`
-        _require_writable(final, overwrite)
+        restore(final, aside)
+        require_writable(final, overwrite)
         shutil.rmtree(partial, ignore_errors=True)
-        _create(partial, final)
+        create_directory(partial, final)
         try:
             yield partial
             sync_tree(partial)
-            _publish(partial, final, aside)
+            publish(partial, final, aside)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _require_writable(final: Path, overwrite: bool) -> None:
+def restore(final: Path, aside: Path) -> None:
+    """Give a directory its name back where a run was killed between the two renames of `publish`."""
+    if aside.exists() and not final.exists():
+        aside.rename(final)
+
+
+def require_writable(final: Path, overwrite: bool) -> None:
+    """Raises ConfigError where ``final`` must not be replaced."""
     if not final.exists():
         return
     if not final.is_dir():
@@ -56,14 +62,15 @@ def _require_writable(final: Path, overwrite: bool) -> None:
         )
 
 
-def _create(partial: Path, final: Path) -> None:
+def create_directory(partial: Path, final: Path) -> None:
+    """Make a directory for ``final``'s content. Raises ConfigError where that cannot be."""
     try:
         partial.mkdir(parents=True)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"output {final} cannot be created: {error.strerror}; choose another `output`") from error
 
 
-def _publish(partial: Path, final: Path, aside: Path) -> None:
+def publish(partial: Path, final: Path, aside: Path) -> None:
     """Rename ``partial`` to ``final``; an older ``final`` is removed only after that, and restored if it fails."""
     shutil.rmtree(aside, ignore_errors=True)
     replaces = final.exists()

@@ -30,12 +30,17 @@ class Factor(NamedTuple):
 class SolveResult(NamedTuple):
     """Codes ``uint8 [N, K]`` in original column order and what they cost.
 
-    ``loss`` is ``trace(D H D^T)``, the mean squared output error a token, D the weight error; after the rescue
-    ``diagonal`` it is that of the diagonal alone.
+    ``row_losses`` is the diagonal of ``D H D^T``, float64 ``[N]``: the mean squared error a token of each output, D the
+    weight error; after the rescue ``diagonal`` it is that of the Hessian's diagonal alone.
     """
 
     codes: Tensor
-    loss: float
+    row_losses: Tensor
+
+    @property
+    def loss(self) -> float:
+        """``trace(D H D^T)``."""
+        return float(self.row_losses.sum())
 
 
 def factorize(H_KK: Tensor, *, damping: float = 0.01, activation_order: ActivationOrder = "static") -> Factor:
@@ -115,7 +120,7 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
     group_of = (order // grid.group_size).tolist()
     scales, zeros = grid.scales.t().contiguous().to(W.dtype), grid.zeros.t().contiguous().to(W.dtype)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    squared = torch.zeros((), dtype=torch.float64, device=W.device)
+    squared = torch.zeros(W.shape[1], dtype=torch.float64, device=W.device)
     for start in range(0, K, block_size):
         end = min(start + block_size, K)
         block, U_block = W[start:end], U[start:end, start:end]
@@ -128,13 +133,12 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
             torch.div(error, U_block[j, j], out=errors[j])
             block[j + 1 :].addr_(U_block[j, j + 1 :], errors[j], alpha=-1)
         W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
-        squared += errors.double().square().sum()
+        squared += errors.square().sum(0)
     codes_NK = torch.empty_like(W_NK, dtype=torch.uint8, memory_format=torch.contiguous_format)
     codes_NK[:, order] = codes.t()
-    moved = (W_NK - values(codes_NK, grid).to(W_NK.dtype)).double().square().sum()
-    # sum e^2 = trace(D (H + lam I) D^T) exactly; taking the damping's share off leaves the loss on H.
-    loss = float(squared - factor.lam * moved)
-    return SolveResult(codes_NK, max(loss, 0.0))
+    moved = (W_NK - values(codes_NK, grid).to(W_NK.dtype)).square().sum(1, dtype=torch.float64)
+    # A row's sum e^2 is its share of trace(D (H + lam I) D^T) exactly; less the damping's part it is the loss on H.
+    return SolveResult(codes_NK, squared.sub_(moved, alpha=factor.lam).clamp_(min=0))
 
 
 def correction(drift_KK: Tensor, factor: Factor, strength: float) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import ConfigError, FormatError, UnsupportedModelError
+from ptq.models.experts import unfuse_experts
 from ptq.models.hub import download
 from ptq.models.names import SourceNames, retie
+from ptq.models.structure import find_blocks
 
 
 class TensorSource(Protocol):
@@ -74,22 +76,41 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
 def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
     """The causal language model of a configuration with its parameters on ``meta``; buffers are real.
 
+    Fused experts are taken apart (`ptq.models.experts`).
+
     Raises:
-        UnsupportedModelError: transformers has no causal language model for the configuration.
+        UnsupportedModelError: transformers has no causal language model for the configuration, or it has no decoder
+            blocks, or experts in an unknown layout.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = _model_of(config, dtype, trust_remote_code)
     except ValueError as error:
         raise UnsupportedModelError(
             f"the model must be a causal language model of transformers; {type(config).__name__}: "
             f"{str(error).splitlines()[0]}"
         ) from error
     built: nn.Module = model.eval()
+    unfuse_experts(built.get_submodule(find_blocks(built)))
     return built
+
+
+def _model_of(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """Of transformers' causal and vision-language classes the one that a checkpoint names, or that there is at all."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    both = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    known = [auto for auto in both if type(config) in auto._model_mapping]
+    named = set(getattr(config, "architectures", None) or ())
+    fitting = [auto for auto in known if auto._model_mapping[type(config)].__name__ in named]
+    classes = [getattr(transformers, name) for name in named if hasattr(transformers, name)]
+    if not known and classes and not trust_remote_code:  # a part of a larger model, saved by itself
+        return classes[0]._from_config(config, dtype=dtype)
+    auto = next(iter(fitting or known), AutoModelForCausalLM)
+    return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def model_dtype(config: Any, requested: str) -> torch.dtype:
@@ -143,7 +164,6 @@ def load_module(
 
     Raises:
         FormatError: a tensor is missing or has another shape than the model's.
-        UnsupportedModelError: a parameter is put together from several tensors.
     """
     from accelerate.utils import set_module_tensor_to_device
 
@@ -154,16 +174,16 @@ def load_module(
         full = f"{path}.{local}" if path else local
         if skip(full) or names.is_tied(full):
             continue
-        name = names.of_parameter(full) if local in parameters else names.find(full)
-        if name is None or local not in persistent:
+        if (local not in parameters and names.find(full) is None) or local not in persistent:
             if current.device != device:
                 set_module_tensor_to_device(module, local, device)
             continue
-        value = source.tensor(name)
-        check_shape(name, current.shape, value.shape)
+        value = names.read(full, source)
+        check_shape(names.of_parameter(full), current.shape, value.shape)
         target = working_dtype(model, full, value, dtype)
         # A copy: the file's memory map must not see a solver's changes.
         set_module_tensor_to_device(module, local, device, value=value.to(device, target, copy=True), dtype=target)
+    names.forget()
     retie(model)
     for parameter in module.parameters():
         parameter.requires_grad_(False)

@@ -2,21 +2,19 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from ptq.errors import FormatError, UnsupportedModelError
+from ptq.errors import FormatError
+from ptq.models.conversion import Conversions, Piece, is_one_tensor_each, put_together
+from ptq.models.experts import experts_of
 
-Rename = Callable[[str], str]
 
+class Tensors(Protocol):
+    """Where tensors are read from."""
 
-class _Renamings(NamedTuple):
-    """What transformers does to names when it reads a checkpoint of this architecture."""
-
-    rename: Rename
-    # Target of a tensor that is only a part of a parameter (one expert of a fused stack), or the name itself.
-    merge: Rename
+    def tensor(self, name: str) -> Tensor: ...  # noqa: D102
 
 
 def tied_names(model: nn.Module) -> Mapping[str, str]:
@@ -34,59 +32,90 @@ def retie(model: nn.Module) -> None:
             module._parameters[leaf] = model.get_parameter(origin)
 
 
-def _renamings(model: nn.Module) -> _Renamings:
-    from transformers import PreTrainedModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    transforms = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
-
-    def applied(kind: bool) -> Rename:
-        chosen = [t for t in transforms if hasattr(t, "operations") == kind]
-
-        def rename(name: str) -> str:
-            for transform in chosen:
-                name = str(transform.rename_source_key(name)[0])
-            return name
-
-        return rename
-
-    return _Renamings(applied(False), applied(True))
-
-
 class SourceNames:
     """Names of a model's parameters and modules as a checkpoint spells them.
 
     They agree but for the base model's prefix, which some checkpoints leave out or add, and for what transformers
-    itself renames on the way in.
+    itself renames and puts together on the way in. An expert's weight may be a tensor of its own or lie in a fused one.
     """
 
     def __init__(self, model: nn.Module, source: Iterable[str]) -> None:
+        self._model = model
         self._tied = tied_names(model)
+        self._sharing: dict[str, list[str]] = {}
+        for name, origin in self._tied.items():
+            self._sharing.setdefault(origin, []).append(name)
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._known = {name for name, _ in model.named_modules(remove_duplicate=False)} - {""}
         self._prefix = str(getattr(model, "base_model_prefix", "") or "") + "."
+        self._experts = experts_of(model)
+        # Parameter of an expert -> the fused parameter it was cut out of, and how.
+        self._cuts: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
+        for path, experts in self._experts.items():
+            for local, fused, cut in experts.slices():
+                self._cuts[f"{path}.{local}"] = f"{path}.{fused}", cut
+        self._fused = {f"{path}.{name}" for path, experts in self._experts.items() for name in experts.shapes}
         self._tensors: dict[str, str] = {}
         self._modules: dict[str, str] = {}
-        self._parts: dict[str, str] = {}
-        renamings = _renamings(model)
+        self._pieces: dict[str, list[Piece]] = {}
+        self._latest: tuple[str, Tensor] | None = None
+        conversions = Conversions(model)
         for stored in source:
-            self._place(stored, renamings)
+            self._place(stored, conversions)
 
-    def _place(self, stored: str, renamings: _Renamings) -> None:
-        renamed = renamings.rename(stored)
-        name = self._parameter(stored) or self._parameter(renamed) or self._member(stored) or self._member(renamed)
-        if name is not None:
-            self._tensors.setdefault(name, stored)
-            module, _, leaf = name.rpartition(".")
-            if stored.endswith(f".{leaf}"):
-                self._modules.setdefault(module, stored.removesuffix(f".{leaf}"))
+    def _place(self, stored: str, conversions: Conversions) -> None:
+        renamed = conversions.rename(stored)
+        piece = conversions.piece(stored, renamed)
+        name = self._parameter(stored) or self._parameter(renamed)
+        if piece is not None and name not in self._cuts and self._take_piece(piece):
             return
-        whole = self._parameter(renamings.merge(renamed))
-        if whole is not None:
-            self._parts.setdefault(whole, stored)
+        name = (
+            name or self._member(stored) or self._member(renamed) or self._packed_expert(stored, renamed, conversions)
+        )
+        if name is not None:
+            self._keep(name, stored)
+
+    def _keep(self, name: str, stored: str) -> None:
+        self._tensors.setdefault(name, stored)
+        module, _, leaf = name.rpartition(".")
+        if stored.endswith(f".{leaf}"):
+            self._modules.setdefault(module, stored.removesuffix(f".{leaf}"))
+
+    def _take_piece(self, piece: Piece) -> bool:
+        """Note a tensor that is part of a parameter; where it is all of one expert's Linear, as that Linear's own."""
+        own = self._expert_module(piece)
+        if own is not None:
+            self._keep(f"{own}.weight", piece.stored)
+            return True
+        targets = [self._whole(target) for target in piece.targets]
+        for target in targets:
+            if target is not None:
+                self._pieces.setdefault(target, []).append(piece)
+        return any(targets)
+
+    def _expert_module(self, piece: Piece) -> str | None:
+        fused = self._whole(piece.targets[0])
+        if fused is None or piece.expert is None or not is_one_tensor_each(piece):
+            return None
+        path, _, leaf = fused.rpartition(".")
+        experts = self._experts.get(path)
+        if experts is None or not experts.one_tensor_each:
+            return None
+        return f"{path}.{experts.member(leaf, piece.part, piece.expert)}"
+
+    def _packed_expert(self, stored: str, renamed: str, conversions: Conversions) -> str | None:
+        """The name of a part of a packed weight that stands where a checkpoint has one expert's weight."""
+        head, _, leaf = renamed.rpartition(".")
+        piece = conversions.piece(stored, f"{head}.weight") if self._experts else None
+        module = self._expert_module(piece) if piece is not None else None
+        return f"{module}.{leaf}" if module is not None else None
 
     def _spellings(self, name: str) -> tuple[str, ...]:
         return name, self._prefix + name, name.removeprefix(self._prefix)
+
+    def _whole(self, name: str) -> str | None:
+        """The parameter of the model, or of the model before its experts were taken apart, that a name means."""
+        return next((n for n in self._spellings(name) if n in self._parameters or n in self._fused), None)
 
     def _parameter(self, name: str) -> str | None:
         """The parameter of the model that a name means."""
@@ -101,32 +130,77 @@ class SourceNames:
         return self._modules.get(path, path)
 
     def find(self, name: str) -> str | None:
-        """The tensor that holds a parameter or buffer, None where the checkpoint has none."""
+        """The one tensor that holds a parameter or buffer as it is, None where there is no such tensor."""
         origin = self._tied.get(name, name)
-        sharing = [tied for tied, source in self._tied.items() if source == origin]
-        return next((self._tensors[each] for each in (origin, *sharing) if each in self._tensors), None)
+        return next((self._tensors[n] for n in (origin, *self._sharing.get(origin, ())) if n in self._tensors), None)
 
-    def of_parameter(self, name: str) -> str:
-        """The tensor that holds a parameter.
+    def sources(self, name: str) -> tuple[str, ...]:
+        """All tensors of which a parameter is made; none where the checkpoint lacks it."""
+        found = self.find(name)
+        if found is not None:
+            return (found,)
+        name = self._tied.get(name, name)
+        if name in self._pieces:
+            return tuple(piece.stored for piece in self._pieces[name])
+        return self.sources(self._cuts[name][0]) if name in self._cuts else ()
 
-        Raises:
-            FormatError: the checkpoint has no such tensor.
-            UnsupportedModelError: the parameter is put together from several tensors.
+    def written_as(self, name: str, apart: Iterable[str]) -> str | None:
+        """The name under which a parameter goes into a result that keeps it; None: its tensors are copied as they are.
+
+        ``apart`` are the experts modules that the result holds expert by expert.
         """
         found = self.find(name)
         if found is not None:
             return found
-        if name in self._parts:
-            raise UnsupportedModelError(
-                f"every parameter must be one tensor of the checkpoint; {name} is put together from several, "
-                f"{self._parts[name]} among them, as fused experts are: this architecture is not supported"
-            )
+        cut = name in self._cuts and any(name.startswith(f"{path}.") for path in apart)
+        owner, _, leaf = name.rpartition(".")
+        return f"{self.of_module(owner)}.{leaf}" if cut else None
+
+    def require(self, name: str) -> None:
+        """Raise unless the checkpoint has what a parameter is made of.
+
+        Raises:
+            FormatError: a tensor is missing.
+        """
+        if self.sources(name):
+            return
         near = get_close_matches(name, self._tensors, n=1)
         hint = f"; the nearest name in it is {self._tensors[near[0]]}" if near else ""
         raise FormatError(
             f"the checkpoint must hold every parameter of the model; {name} is missing{hint}: "
             "the download may be incomplete, or the checkpoint belongs to another architecture"
         )
+
+    def of_parameter(self, name: str) -> str:
+        """The tensor that holds a parameter, or the first of those it is made of.
+
+        Raises:
+            FormatError: the checkpoint has no such tensor.
+        """
+        self.require(name)
+        return self.sources(name)[0]
+
+    def read(self, name: str, source: Tensors) -> Tensor:
+        """A parameter, put together from or cut out of what the checkpoint has.
+
+        Raises:
+            FormatError: a tensor is missing.
+        """
+        self.require(name)
+        stored = self.find(name)
+        if stored is not None:
+            return source.tensor(stored)
+        name = self._tied.get(name, name)
+        if name in self._pieces:
+            return put_together(self._model, name, self._pieces[name], source.tensor)
+        fused, cut = self._cuts[name]
+        if self._latest is None or self._latest[0] != fused:  # all experts are cut from one tensor, one after another
+            self._latest = fused, self.read(fused, source)
+        return cut(self._latest[1])
+
+    def forget(self) -> None:
+        """Let go of the fused tensor that was read last."""
+        self._latest = None
 
     def is_tied(self, name: str) -> bool:
         """Whether the parameter shares another one's storage."""

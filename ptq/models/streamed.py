@@ -45,7 +45,7 @@ class StreamedModel:
         self.model, self.blocks_path, self.device = model, blocks, device
         self._load, self._unload = load, unload
         self.blocks: Sequence[nn.Module] = list(model.get_submodule(blocks).children())
-        self._as_tuple = False
+        self._width: int | None = None  # of the tuple that a block returns; None: a tensor
         self.calls: list[list[BlockCall]] = []
 
     def block_path(self, index: int) -> str:
@@ -71,8 +71,10 @@ class StreamedModel:
             self._unload(self.blocks[index])
 
     @torch.no_grad()
-    def enter(self, batches: Sequence[Tensor]) -> list[Tensor]:
+    def enter(self, batches: Sequence[Tensor], keep: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
         """Embed token batches ``int64 [B, T]``: the hidden states block 0 receives, on the CPU, and every block's call.
+
+        ``keep``, where given, takes each batch's hidden states and returns what stands for them in the result.
 
         Raises:
             UnsupportedModelError: the model does not call its blocks one after another.
@@ -92,7 +94,8 @@ class StreamedModel:
                     )
                 for calls, call in zip(self.calls, _share_equal(seen, self.calls), strict=True):
                     calls.append(call)
-                hidden.append(start[0].cpu())
+                first = start[0].cpu()
+                hidden.append(first if keep is None else keep(first))
         return hidden
 
     @torch.no_grad()
@@ -135,14 +138,14 @@ class StreamedModel:
         return record
 
     def _wrap(self, hidden: Tensor) -> Any:
-        return (hidden,) if self._as_tuple else hidden
+        return hidden if self._width is None else (hidden, *[None] * (self._width - 1))
 
     def _learn_output(self, batch: Tensor) -> None:
         """Blocks return a tensor or a tuple, by architecture: run the first one and see."""
 
         def real(index: int, *args: Any, **kwargs: Any) -> Any:
             output = type(self.blocks[0]).forward(self.blocks[0], *args, **kwargs)
-            self._as_tuple = isinstance(output, tuple)
+            self._width = len(output) if isinstance(output, tuple) else None
             raise _Stop
 
         self._forward(batch[:1], real)

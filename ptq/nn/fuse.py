@@ -52,8 +52,8 @@ class _Group:
 def fuse_linears(model: nn.Module) -> list[str]:
     """Fuse in place every q, k, v and every gate, up of `model` that can be; the paths of their parents and names.
 
-    Can be: each is a QuantLinear of the same scheme, input width, dtype and device, all with a bias or none. The result
-    is for inference: a state dict of the model then has the fused tensors.
+    Can be: each is a QuantLinear of the same scheme, input width, order of columns, dtype and device, all with a bias
+    or none. The result is for inference: a state dict of the model then has the fused tensors.
     """
     done = []
     for path, parent in list(model.named_modules()):
@@ -70,14 +70,15 @@ def fuse_linears(model: nn.Module) -> list[str]:
 
 
 def _kind(linear: QuantLinear) -> tuple[object, ...]:
-    scheme = (linear.bits, linear.group_size, linear.symmetric, linear.in_features, linear.impl)
+    scheme = (linear.bits, linear.group_size, linear.symmetric, linear.in_features, linear.impl, linear.activation)
     bias = None if linear.bias is None else linear.bias.dtype
-    return (*scheme, linear.scales.dtype, linear.scales.device, bias)
+    order = None if linear.perm is None else tuple(linear.perm.tolist())
+    return (*scheme, linear.scales.dtype, linear.scales.device, bias, order)
 
 
 def _concatenated(linears: list[QuantLinear]) -> QuantLinear:
     prepared = linears[0].layout != "canonical"
     first = linears[0]
     fused = QuantLinear.stacked(linears)
-    fused.impl = first.impl
+    fused.impl, fused.activation = first.impl, first.activation
     return fused.prepare_() if prepared else fused

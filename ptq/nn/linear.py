@@ -23,6 +23,8 @@ class QuantLinear(nn.Module):
 
     Buffers: ``qweight`` int32 ``[N, ceil(K * bits / 32)]`` (a dense little-endian bit stream of codes along K),
     ``scales`` ``[N, G]``, ``zeros`` uint8 ``[N, G]`` or None when symmetric. ``bias`` is a parameter ``[N]`` or None.
+    ``perm`` int32 ``[K]`` or None: of a weight whose groups were not contiguous (act-order), the columns are sorted by
+    group, and column j is for ``x[..., perm[j]]``.
     After `prepare_` the packed weight lies in a faster layout; a state dict always holds the canonical tensors above,
     and loading one, or a move to another device, makes the layer canonical again.
 
@@ -33,10 +35,16 @@ class QuantLinear(nn.Module):
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
+    perm: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
-        self, tensors: tuple[Tensor, Tensor, Tensor | None], scheme: Scheme, bias: Tensor | None, in_features: int
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        scheme: Scheme,
+        bias: Tensor | None,
+        in_features: int,
+        perm: Tensor | None = None,
     ) -> None:
         """Hold canonical ``(qweight, scales, zeros)``; use `from_quantized` or `empty` instead."""
         super().__init__()
@@ -44,19 +52,32 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features = in_features, scales.shape[0]
         self.bits, self.group_size, self.symmetric = scheme.bits, scheme.columns(in_features), scheme.symmetric
         self.impl = "auto"
+        self.activation: str | None = None  # "int8": see ptq_kernels.matmul
         self.layout = "canonical"
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        self.register_buffer("perm", perm)
+        parameter = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        self.register_parameter("bias", parameter)
 
     @classmethod
     def from_quantized(
-        cls, quantized: QuantizedWeight, bias: Tensor | None = None, scales_dtype: torch.dtype = torch.float32
+        cls,
+        quantized: QuantizedWeight,
+        bias: Tensor | None = None,
+        scales_dtype: torch.dtype = torch.float32,
+        g_idx: Tensor | None = None,
     ) -> "QuantLinear":
-        """Pack the codes of `quantized`; raises FormatError if its scales are not exact in `scales_dtype`.
+        """Pack the codes of `quantized`.
 
         The bias ``[N]`` becomes a parameter of the same dtype that requires a gradient only if the given one does.
+        g_idx: int32 or int64 ``[K]``, of GPTQ files with act-order: column k of the codes has the scale and the zero of
+        group ``g_idx[k]``, not of ``k // group_size``. The columns are sorted by group here, once; x is gathered in
+        every forward pass. Where g_idx is ``k // group_size`` there is nothing to gather, and `perm` is None.
+
+        Raises FormatError if a scale is not exact in `scales_dtype`, or if g_idx does not put ``group_size`` columns in
+        every group.
         """
         scales = quantized.scales.to(scales_dtype)
         if not torch.equal(scales.float(), quantized.scales.float()):
@@ -66,8 +87,12 @@ class QuantLinear(nn.Module):
             )
         zeros = None if quantized.symmetric else quantized.zeros
         scheme = Scheme(quantized.bits, quantized.group_size, quantized.symmetric)
-        tensors = (ptq_kernels.pack(quantized.codes, quantized.bits), scales, zeros)
-        return cls(tensors, scheme, bias, quantized.codes.shape[1])
+        codes, perm = quantized.codes, None
+        if g_idx is not None:
+            perm = _group_order(g_idx.to(codes.device), quantized)
+            codes = codes if perm is None else codes.index_select(1, perm)
+        tensors = (ptq_kernels.pack(codes, quantized.bits), scales, zeros)
+        return cls(tensors, scheme, bias, codes.shape[1], perm)
 
     @classmethod
     def empty(
@@ -79,10 +104,11 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str = "meta",
         scales_dtype: torch.dtype = torch.float32,
+        permuted: bool = False,
     ) -> "QuantLinear":
         """A layer of the right shapes with arbitrary contents, to be filled from a state dict; `dtype` is the bias's.
 
-        Raises FormatError if the group size does not divide `in_features`.
+        permuted: the state dict has `perm`. Raises FormatError if the group size does not divide `in_features`.
         """
         columns = scheme.columns(in_features)
         if in_features % columns:
@@ -94,11 +120,12 @@ class QuantLinear(nn.Module):
         scales = torch.empty(out_features, groups, dtype=scales_dtype, device=device)
         zeros = None if scheme.symmetric else torch.empty(out_features, groups, dtype=torch.uint8, device=device)
         values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        return cls((qweight, scales, zeros), scheme, values, in_features)
+        perm = torch.arange(in_features, dtype=torch.int32, device=device) if permuted else None
+        return cls((qweight, scales, zeros), scheme, values, in_features, perm)
 
     @classmethod
     def stacked(cls, linears: Sequence["QuantLinear"]) -> "QuantLinear":
-        """One canonical layer with the outputs of all `linears`, which agree in scheme, input, dtypes and device."""
+        """One canonical layer with the outputs of all `linears`, which agree in scheme, input, perm, dtype, device."""
         first = linears[0]
         qweight = torch.cat([linear._canonical_qweight() for linear in linears])
         scales = torch.cat([linear.scales for linear in linears])
@@ -106,21 +133,26 @@ class QuantLinear(nn.Module):
         biases = [linear.bias for linear in linears if linear.bias is not None]
         bias = torch.cat([each.detach() for each in biases]) if biases else None
         scheme = Scheme(first.bits, first.group_size, first.symmetric)
-        return cls((qweight, scales, torch.cat(zeros) if zeros else None), scheme, bias, first.in_features)
+        tensors = (qweight, scales, torch.cat(zeros) if zeros else None)
+        return cls(tensors, scheme, bias, first.in_features, first.perm)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` bfloat16, float16 or float32 to ``[..., N]`` in the same dtype; accumulation in float32."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = self._parameters["bias"]
+        # A module's attributes that are tensors are found by a slow detour, which a decoding step takes 400 times.
+        held: dict[str, Any] = self._buffers
         return ptq_kernels.matmul(
             x,
-            self.qweight,
-            self.scales,
-            self.zeros,
-            bias,
+            held["qweight"],
+            held["scales"],
+            held["zeros"],
+            bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype),
             bits=self.bits,
             group_size=self.group_size,
             layout=self.layout,
             impl=self.impl,
+            perm=held["perm"],
+            activation=self.activation,
         )
 
     def prepare_(self) -> "QuantLinear":
@@ -134,12 +166,29 @@ class QuantLinear(nn.Module):
                 group_size=self.group_size,
                 in_features=self.in_features,
                 impl=self.impl,
+                activation=self.activation,
             )
             self.qweight, self.layout = prepared.qweight, prepared.layout
         return self
 
+    def warmup(self, dtype: torch.dtype) -> None:
+        """Make ready what forward passes with rows of `dtype` need (see `ptq_kernels.warmup`); after `prepare_`."""
+        ptq_kernels.warmup(
+            self.qweight,
+            self.scales,
+            self.zeros,
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.in_features,
+            layout=self.layout,
+            dtype=dtype,
+            has_bias=self.bias is not None,
+            impl=self.impl,
+            perm=self.perm,
+        )
+
     def quantized(self) -> QuantizedWeight:
-        """The codes, scales (float32) and zeros this layer was made from, exactly."""
+        """The codes, scales (float32) and zeros this layer was made from, exactly; columns lie as `perm` says."""
         zeros = self.zeros
         if zeros is None:
             zeros = torch.full(self.scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=self.scales.device)
@@ -157,6 +206,7 @@ class QuantLinear(nn.Module):
             in_features=self.in_features,
             dtype=dtype or self.scales.dtype,
             layout=self.layout,
+            perm=self.perm,
         )
 
     @property
@@ -174,7 +224,7 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, symmetric={self.symmetric}, bias={self.bias is not None}, "
-            f"layout={self.layout}"
+            f"layout={self.layout}" + (", permuted" if self.perm is not None else "")
         )
 
     def _canonical_qweight(self) -> Tensor:
@@ -208,8 +258,8 @@ class QuantLinear(nn.Module):
             destination[prefix + "qweight"] = self._canonical_qweight()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if self.layout != "canonical":
-            self._canonicalize_()
+        if self.layout != "canonical" and any(name.startswith(prefix) for name in state_dict):
+            self._canonicalize_()  # a state dict of an adapter has nothing for this layer, and leaves it prepared
         loaded = state_dict.get(prefix + "scales")
         if isinstance(loaded, Tensor) and not loaded.is_meta and (count := _inexact(loaded, self.scales.dtype)):
             raise FormatError(
@@ -221,3 +271,12 @@ class QuantLinear(nn.Module):
 
 def _inexact(scales: Tensor, dtype: torch.dtype) -> int:
     return int((scales.to(dtype).float() != scales.float()).sum())
+
+
+def _group_order(g_idx: Tensor, quantized: QuantizedWeight) -> Tensor | None:
+    columns = quantized.codes.shape[1]
+    try:
+        perm = ptq_kernels.group_order(g_idx, quantized.group_size, columns)
+    except (TypeError, ValueError) as error:
+        raise FormatError(str(error)) from error
+    return None if torch.equal(perm, torch.arange(columns, dtype=perm.dtype, device=perm.device)) else perm

@@ -15,9 +15,9 @@ def exact_dtype(scales: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def to_quant_linear(quantized: QuantizedWeight, bias: Tensor | None) -> QuantLinear:
-    """A QuantLinear of a solver's or a file's result."""
-    return QuantLinear.from_quantized(quantized, bias, exact_dtype(quantized.scales))
+def to_quant_linear(quantized: QuantizedWeight, bias: Tensor | None, g_idx: Tensor | None = None) -> QuantLinear:
+    """A QuantLinear of a solver's or a file's result; for ``g_idx`` see `QuantLinear.from_quantized`."""
+    return QuantLinear.from_quantized(quantized, bias, exact_dtype(quantized.scales), g_idx)
 
 
 def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:

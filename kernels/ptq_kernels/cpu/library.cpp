@@ -12,6 +12,12 @@
 #ifdef __AMX_BF16__
 #include "amx_exact.h"
 #endif
+#ifdef __AVX512VNNI__
+#include "byte_dot.h"
+#endif
+#ifdef __AMX_INT8__
+#include "byte_tiles.h"
+#endif
 
 namespace {
 
@@ -35,12 +41,35 @@ void multiply(const Input& in, const Weight& w, const Output& out, bool exact) {
 #endif
 }
 
+// With the rows of x rounded to bytes. False where the instruction set has no such product.
+template <int BITS>
+bool multiply_bytes(const Input& in, const Weight& w, const Output& out) {
+#ifdef __AMX_INT8__
+  if (in.rows > 4) return byte_tiles<BITS>(in, w, out), true;
+#endif
+#ifdef __AVX512VNNI__
+  return byte_dot<BITS>(in, w, out), true;
+#else
+  static_cast<void>(in), static_cast<void>(w), static_cast<void>(out);
+  return false;
+#endif
+}
+
+enum Mode : int32_t { FAST = 0, EXACT = 1, BYTES = 2 };
+
+template <int BITS>
+int32_t product(const Input& in, const Weight& w, const Output& out, int32_t mode) {
+  if (mode == BYTES) return multiply_bytes<BITS>(in, w, out) ? 0 : -2;
+  multiply<BITS>(in, w, out, mode == EXACT);
+  return 0;
+}
+
 }  // namespace
 
 extern "C" {
 
 // Changes with the meaning of any function or of the packed bytes; Python refuses another one.
-int32_t qmm_version() { return 1; }
+int32_t qmm_version() { return 2; }
 
 // 0 where this processor and kernel let the library run what the compiler was allowed to use.
 int32_t qmm_start() {
@@ -62,26 +91,31 @@ void qmm_unpack(const uint32_t* strips, uint32_t* stream, int64_t n, int64_t k, 
   unpack_codes(strips, stream, n, k, bits);
 }
 
-// x [m][k] and y [m][n] of x_type; bias float [n] or null. packed: the codes, then scales [n / 16][groups][16] of
-// scale_type, then, where has_zeros, bytes [n / 16][groups][16], with n rounded up to 32. exact:
-// see multiply(). -1: bits not known.
-int32_t qmm_matmul(const uint8_t* x, int32_t x_type, const uint8_t* packed, int32_t scale_type, int32_t has_zeros,
-                   const float* bias, uint8_t* y, int64_t m, int64_t n, int64_t k, int64_t group, int32_t bits,
-                   int32_t exact) {
-  const int64_t columns = rounded_up(n, 2 * STRIP), groups = k / group, padded = rounded_up(group, UNIT);
-  const Type scales = Type(scale_type);
-  const uint8_t* scale_bytes = packed + columns * groups * padded * bits / 8;
-  const uint8_t* zeros = has_zeros ? scale_bytes + columns * groups * bytes_of(scales) : nullptr;
-  const Weight w{packed, scale_bytes, zeros, scales, columns, groups * padded, padded, bits};
-  const Input in{x, Type(x_type), m, group, padded, groups};
-  const Output out{y, Type(x_type), bias, n};
-  switch (bits) {
-    case 2: multiply<2>(in, w, out, exact != 0); break;
-    case 3: multiply<3>(in, w, out, exact != 0); break;
-    case 4: multiply<4>(in, w, out, exact != 0); break;
-    case 8: multiply<8>(in, w, out, exact != 0); break;
+// What a product needs to know of a weight [n][k]. packed: the codes, then scales [n / 16][groups][16] of scale_type,
+// then, where has_zeros, bytes [n / 16][groups][16], with n rounded up to 32. bias: [n] of bias_type, or null.
+struct Linear {
+  const uint8_t* packed;
+  const uint8_t* bias;
+  int64_t n, k, group;
+  int32_t scale_type, bias_type, has_zeros, bits;
+};
+
+// x [m][k] and y [m][n] of x_type. mode: FAST or EXACT, see multiply(), or BYTES. -1: bits not known; -2: no such mode.
+int32_t qmm_matmul(const Linear* linear, const uint8_t* x, int32_t x_type, uint8_t* y, int64_t m, int32_t mode) {
+  const int64_t columns = rounded_up(linear->n, 2 * STRIP), groups = linear->k / linear->group;
+  const int64_t padded = rounded_up(linear->group, UNIT);
+  const Type scales = Type(linear->scale_type);
+  const uint8_t* scale_bytes = linear->packed + columns * groups * padded * linear->bits / 8;
+  const uint8_t* zeros = linear->has_zeros ? scale_bytes + columns * groups * bytes_of(scales) : nullptr;
+  const Weight w{linear->packed, scale_bytes, zeros, scales, columns, groups * padded, padded, linear->bits};
+  const Input in{x, Type(x_type), m, linear->group, padded, groups};
+  const Output out{y, Type(x_type), linear->bias, Type(linear->bias_type), linear->n};
+  switch (linear->bits) {
+    case 2: return product<2>(in, w, out, mode);
+    case 3: return product<3>(in, w, out, mode);
+    case 4: return product<4>(in, w, out, mode);
+    case 8: return product<8>(in, w, out, mode);
     default: return -1;
   }
-  return 0;
 }
 }

@@ -11,7 +11,7 @@ import torch
 
 _log = logging.getLogger("ptq_kernels")
 
-VERSION = 1  # qmm_version() of library.cpp
+VERSION = 2  # qmm_version() of library.cpp
 _DIRECTORY = Path(__file__).resolve().parent
 _CPUINFO = Path("/proc/cpuinfo")
 _BUILD = "python -m ptq_kernels.build"
@@ -20,13 +20,25 @@ _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
 # What each library needs, as /proc/cpuinfo calls it.
 SETS = {
-    "amx": _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
-    "avx512bf16": _AVX512 | {"avx512_bf16"},
+    "amx": _AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
+    "avx512bf16": _AVX512 | {"avx512_vnni", "avx512_bf16"},
+    "avx512vnni": _AVX512 | {"avx512_vnni"},
     "avx512": _AVX512,
     "avx2": _AVX2,
 }
 
+WITH_INT8 = tuple(name for name, needed in SETS.items() if "avx512_vnni" in needed)
+
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class Linear(ctypes.Structure):
+    """What a product needs to know of a weight, as library.cpp has it."""
+
+    _fields_ = [
+        *(("packed", _POINTER), ("bias", _POINTER), ("n", _LONG), ("k", _LONG), ("group", _LONG)),
+        *(("scale_type", _INT), ("bias_type", _INT), ("has_zeros", _INT), ("bits", _INT)),
+    ]
 
 
 class Library(NamedTuple):
@@ -58,8 +70,8 @@ def preferred() -> tuple[str, ...]:
     """Every instruction set, fastest first."""
     # Intel's pair products have no more throughput than its float32 ones, and lose precision; AMD's have twice as much.
     if _processor().vendor == "AuthenticAMD":
-        return ("amx", "avx512bf16", "avx512", "avx2")
-    return ("amx", "avx512", "avx512bf16", "avx2")
+        return ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2")
+    return ("amx", "avx512vnni", "avx512", "avx512bf16", "avx2")
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -70,11 +82,7 @@ def _open(path: Path) -> ctypes.CDLL:
     handle.qmm_set_parallel_for.argtypes, handle.qmm_set_parallel_for.restype = [_POINTER], None
     for function in (handle.qmm_pack, handle.qmm_unpack):
         function.argtypes, function.restype = [_POINTER, _POINTER, _LONG, _LONG, _INT], None
-    handle.qmm_matmul.argtypes = [
-        *(_POINTER, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER),
-        *(_LONG, _LONG, _LONG, _LONG, _INT, _INT),
-    ]
-    handle.qmm_matmul.restype = _INT
+    handle.qmm_matmul.argtypes, handle.qmm_matmul.restype = [_POINTER, _POINTER, _INT, _POINTER, _LONG, _INT], _INT
     return handle
 
 
@@ -133,7 +141,12 @@ def best() -> Library | None:
     return None
 
 
+generation = 0  # of what was found; changes with forget()
+
+
 def forget() -> None:
     """Look for the libraries anew, after one was built or removed."""
+    global generation
+    generation += 1
     for function in (_processor, _loaded, best):
         function.cache_clear()

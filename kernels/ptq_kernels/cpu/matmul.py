@@ -16,7 +16,7 @@ ATEN_MOST_ROWS = 40
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """``x [M, K] @ weight.T + bias``, ``[M, N]`` in ``x.dtype``, by the fastest path that reads the weight's layout."""
     if weight.layout == "strips":
-        return strips.matmul(x, weight, bias, strips.any_library())
+        return strips.Product(weight, bias, strips.any_library())(x)
     return by_torch(x, weight, bias)
 
 
@@ -33,9 +33,30 @@ def by_library(name: str) -> Callable[[Tensor, PackedWeight, Tensor | None], Ten
     """The product by the library of one instruction set; a weight in another layout is converted on every call."""
 
     def run(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        return strips.matmul(x, convert(weight, "strips"), bias, library.get(name))
+        return strips.Product(convert(weight, "strips"), bias, library.get(name))(x)
 
     return run
+
+
+def _library(name: str | None) -> library.Library | None:
+    """That of one instruction set, None where it cannot be used; without a name the fastest."""
+    if name is None:
+        return library.best()
+    return None if library.refuse(name) else library.get(name)
+
+
+def int8_refusal(name: str | None) -> Callable[[PackedWeight], str | None]:
+    """Why rows in 8 bits cannot be multiplied with a weight by the library of one instruction set, or the fastest."""
+    return lambda weight: strips.refuse_int8(weight, _library(name))
+
+
+def binder(name: str | None) -> Callable[[PackedWeight, Tensor | None, str | None], strips.Product]:
+    """The product by the library of one instruction set, or the fastest, with a weight in layout "strips"."""
+
+    def bind(weight: PackedWeight, bias: Tensor | None, activation: str | None) -> strips.Product:
+        return strips.Product(weight, bias, strips.any_library() if name is None else library.get(name), activation)
+
+    return bind
 
 
 def describe(weight: PackedWeight) -> str:

@@ -66,23 +66,23 @@ void convert_rows(const Input& in, float* sums, Convert convert) {
   });
 }
 
-// y: [rows][columns] of `type`; bias: float [columns] or null.
+// y: [rows][columns] of `type`; bias: [columns] of its own type, or null.
 struct Output {
   uint8_t* data;
   Type type;
-  const float* bias;
+  const uint8_t* bias;
+  Type bias_type;
   int64_t columns;
 
   // Columns n to n + LANES of row m; those beyond the last are dropped.
   void put(int64_t m, int64_t n, Floats v) const {
     const int64_t count = columns - n;
     if (count >= LANES) {
-      store_as(type, data, m * columns + n, bias == nullptr ? v : add(v, load(bias + n)));
+      store_as(type, data, m * columns + n, bias == nullptr ? v : add(v, load_as(bias_type, bias, n)));
     } else if (count > 0) {
-      alignas(64) float values[LANES] = {};
-      if (bias != nullptr) std::memcpy(values, bias + n, size_t(count) * sizeof(float));
-      alignas(64) uint8_t stored[4 * LANES];
-      store_as(type, stored, 0, add(v, load(values)));
+      alignas(64) uint8_t values[4 * LANES] = {}, stored[4 * LANES];
+      if (bias != nullptr) std::memcpy(values, bias + n * bytes_of(bias_type), size_t(count * bytes_of(bias_type)));
+      store_as(type, stored, 0, add(v, load_as(bias_type, values, 0)));
       std::memcpy(data + (m * columns + n) * bytes_of(type), stored, size_t(count * bytes_of(type)));
     }
   }

@@ -6,6 +6,8 @@ zeros. Rows are padded to a multiple of 32 and every group to a multiple of 32 c
 zero. The bytes mean the same for every instruction set, but are only meant for the memory of one process.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,7 +18,9 @@ from ptq_kernels.layouts import Layout, PackedWeight
 
 _STRIP, _UNIT = 16, 32
 _MOST_PADDING = 1.5  # padded columns over columns
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FAST, _EXACT, _BYTES = 0, 1, 2  # the modes of qmm_matmul
+_MOST_BYTES = 2**24  # codes of 2**bits times bytes of 2**7 must add up to less than 2**31
 
 
 def _padded_group(weight: PackedWeight) -> int:
@@ -92,38 +96,70 @@ def _unpack(weight: PackedWeight) -> Tensor:
     return bitstream.pack(codes.reshape(weight.out_features, -1), weight.bits)
 
 
-def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, by: library.Library) -> Tensor:
-    """``x [M, K] @ weight.T + bias`` with the weight in layout "strips"; ``[M, N]`` in ``x.dtype``.
+class Product:
+    """The product with one weight and bias: what stays the same from call to call is converted for C once.
 
     Sums are float32 and rounded once. float32 rows are multiplied as exactly as float32 allows, unless
     ``torch.set_float32_matmul_precision`` permits less than "highest". Where bfloat16 alone has a fast product (AMX,
     AVX512-BF16), other rows are rounded to bfloat16 when there are more than two or four, and dequantized weights are
-    when there are many.
-
-    Raises RuntimeError for a width that the library does not know.
+    when there are many. With activation "int8" the rows are as `reference.quantize_rows` rounds them, and sums over a
+    group are integers.
     """
-    rows, columns = x.shape[0], weight.out_features
-    y = torch.empty(rows, columns, dtype=x.dtype)
-    offset = None if bias is None else bias.float().contiguous()
-    packed = weight.qweight.contiguous()
-    failed = by.matmul(
-        x.data_ptr(),
-        _TYPES[x.dtype],
-        packed.data_ptr(),
-        _TYPES[weight.scales.dtype],
-        weight.zeros is not None,
-        None if offset is None else offset.data_ptr(),
-        y.data_ptr(),
-        rows,
-        columns,
-        weight.in_features,
-        weight.group_size,
-        weight.bits,
-        x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest",
-    )
-    if failed:
-        raise RuntimeError(f"bits must be one of {bitstream.BITS}, the library got {weight.bits}; pack the weight anew")
-    return y
+
+    __slots__ = ("_address", "_call", "_kept", "_mode", "bits", "columns", "in_features")
+
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, by: library.Library, activation: str | None = None
+    ) -> None:
+        """The tensors must outlive this: it keeps only its copies of those that are not contiguous."""
+        packed, offset = weight.qweight.contiguous(), None if bias is None else bias.contiguous()
+        described = library.Linear(
+            packed=packed.data_ptr(),
+            bias=None if offset is None else offset.data_ptr(),
+            n=weight.out_features,
+            k=weight.in_features,
+            group=weight.group_size,
+            scale_type=TYPES[weight.scales.dtype],
+            bias_type=0 if offset is None else TYPES[offset.dtype],
+            has_zeros=weight.zeros is not None,
+            bits=weight.bits,
+        )
+        copies = [copy for copy in (packed, offset) if copy is not weight.qweight and copy is not bias]
+        self._kept = described, copies  # their memory is read on every call
+        self._call, self._address = by.matmul, ctypes.addressof(described)
+        self._mode = _FAST if activation is None else _BYTES
+        self.columns, self.in_features, self.bits = weight.out_features, weight.in_features, weight.bits
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [..., K] @ weight.T + bias`` for a contiguous x with rows; ``[..., N]`` in ``x.dtype``.
+
+        Raises RuntimeError for a width that the library does not know.
+        """
+        dtype, mode = x.dtype, self._mode
+        if dtype is torch.float32 and mode == _FAST and torch.get_float32_matmul_precision() == "highest":
+            mode = _EXACT
+        y = torch.empty((*x.shape[:-1], self.columns), dtype=dtype, device="cpu")
+        rows = x.numel() // self.in_features
+        if self._call(self._address, x.data_ptr(), TYPES[dtype], y.data_ptr(), rows, mode):
+            raise RuntimeError(
+                f"bits must be one of {bitstream.BITS}, the library got {self.bits}; pack the weight anew"
+            )
+        return y
+
+
+def refuse_int8(weight: PackedWeight, by: library.Library | None) -> str | None:
+    """Why `by` cannot multiply rows in 8 bits with a weight; None: it can."""
+    if weight.layout != "strips":
+        return f"it needs the weight in layout 'strips', this one is {weight.layout!r}; convert it with prepare"
+    if by is None or by.name not in library.WITH_INT8:
+        found = "there is none" if by is None else f"the one for {by.name} has no such instructions"
+        return f"it needs a processor with AVX512-VNNI and a C++ library of {library.WITH_INT8}, {found}"
+    if weight.group_size > _MOST_BYTES >> weight.bits:
+        return (
+            f"its integer sums need group_size <= {_MOST_BYTES >> weight.bits} at {weight.bits} bits, "
+            f"this is {weight.group_size}"
+        )
+    return None
 
 
 layouts.register(Layout("strips", _storage, _refuse, _pack, _unpack))

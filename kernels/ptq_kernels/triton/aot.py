@@ -29,6 +29,9 @@ _SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB; each resident progr
 _MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB of one program
 _THREADS_OF_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048}
 _MOST_IN_THE_DECODE_LOOP = 3.0  # instructions a weight that an H200 can issue while it reads 4-bit weights: 3.6 to 4.0
+# Triton 3.7 spills two registers of the asymmetric forms for 17 to 32 rows in groups of 128: a store and a load in some
+# 190 instructions of the loop. Without their limit of 168 registers a third of the resident programs would go.
+_MOST_SPILLED = 8 if triton.__version__.startswith("3.7.") else 0
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 
 
@@ -239,7 +242,7 @@ def violations(form: Form, report: Report) -> list[str]:
     scales = 2 if tile.span < tile.block_k else 1  # loads of scales in a step
     wide = order_of(form.capability) == 90
     rules = [
-        (report.stack == 0, f"spills {report.stack} bytes"),
+        (report.stack <= _MOST_SPILLED * form.asymmetric, f"spills {report.stack} bytes"),
         (not report.overwrites, f"writes operands of unfinished wgmma: {report.overwrites[:3]}"),
         (loop["I2F"] + loop["I2FP"] == 0, "converts integers to floats in the loop"),
         (loop["LDSM"] == 0 or not wide, "sends the weight through shared memory (LDSM)"),

@@ -25,10 +25,11 @@ from ptq_kernels.layouts import PackedWeight
 BLOCK_N = 64
 NUM_WARPS = 4
 NUM_STAGES = 3
+SMALL_ROWS = 16
 _MOST_BLOCK_M = 32  # with 64 rows Hopper would take the asynchronous wgmma, see above; mma.sync is right everywhere
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def w4a16_kernel(
     x_ptr,  # [M, K] bfloat16, float16 or float32
     q_ptr,  # int32 [N, words]
@@ -102,7 +103,7 @@ def block_k(group_size: int, dtype: torch.dtype) -> int:
 
 def block_m(rows: int, dtype: torch.dtype) -> int:
     """Rows of a tile: 16, the least the tensor cores take, or 32."""
-    return 16 if rows <= 16 or dtype == torch.float32 else _MOST_BLOCK_M
+    return SMALL_ROWS if rows <= SMALL_ROWS or dtype == torch.float32 else _MOST_BLOCK_M
 
 
 # Triton decides when a kernel is defined, and so does this: a later change of the variable changes nothing.

@@ -1,4 +1,4 @@
-"""Memory that the split-K kernel keeps between launches: float32 parts, and counters that are 0 before and after."""
+"""Memory kept between launches: parts and counters of the split-K kernel, and rows gathered for act-order."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 PART_BYTES = 16 * 2**20
 COUNTERS = 16384
+GATHERED_BYTES = 16 * 2**20  # 512 rows of 16384 columns in bfloat16; more is allocated by the call
 
 
 class Workspace(NamedTuple):
@@ -18,6 +19,7 @@ class Workspace(NamedTuple):
 
 _of_stream: dict[tuple[torch.device, int], Workspace] = {}
 _spare: dict[torch.device, Workspace] = {}
+_gathered: dict[tuple[torch.device, int], Tensor] = {}  # bytes
 
 
 def _allocate(device: torch.device) -> Workspace:
@@ -53,3 +55,18 @@ def get(device: torch.device, stream: int) -> Workspace:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the counters are zero before another stream takes them
     return found
+
+
+def gathered(x: Tensor, stream: int) -> Tensor:
+    """Room for a tensor like x ``[M, K]``: the same memory for every call on a stream, which runs them one by one.
+
+    Inside a CUDA graph it is memory of the graph, which no later call can replace.
+    """
+    size = x.numel() * x.element_size()
+    if size > GATHERED_BYTES or _capturing(x.device):
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    found = _gathered.get((x.device, stream))
+    if found is None or found.numel() < size:
+        found = torch.empty(size, dtype=torch.uint8, device=x.device)
+        _gathered[x.device, stream] = found
+    return found[:size].view(x.dtype).view(x.shape)

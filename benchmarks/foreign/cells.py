@@ -1,0 +1,92 @@
+"""What the peers write, as data, and what of ours they read."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Cell(NamedTuple):
+    """A checkpoint. ``settings`` are arguments of the tool's driver in ``drivers/``; for ``ptq`` keys of ``--set``."""
+
+    tool: str
+    label: str
+    method: str
+    settings: Mapping[str, Any]
+
+
+def _gptq(label: str, **settings: Any) -> Cell:
+    return Cell("GPTQModel", label, "gptq", {"sym": True, "format": "gptq", **settings})
+
+
+def _compressed(label: str, *groups: tuple[list[str], Mapping[str, Any]]) -> Cell:
+    return Cell("llm-compressor", label, "gptq", {"groups": groups})
+
+
+def _linear(bits: int, symmetric: bool, group_size: int | None, **more: Any) -> tuple[list[str], Mapping[str, Any]]:
+    strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+    return ["Linear"], {"num_bits": bits, "symmetric": symmetric, **strategy, **more}
+
+
+def _round(label: str, layout: str, **settings: Any) -> Cell:
+    return Cell("AutoRound", label, "autoround", {"format": layout, "sym": True, "group_size": 128, **settings})
+
+
+ACT_ORDER = {"desc_act": True, "act_group_aware": False}
+FIRST_EIGHT_BITS = {"lm_head": {"bits": 16}, "model.layers.0.mlp.down_proj": {"bits": 8}}
+
+WRITTEN = (
+    _gptq("4-bit g128 sym v1", bits=4, group_size=128),
+    _gptq("4-bit g32 sym v1, desc_act", bits=4, group_size=32, **ACT_ORDER),
+    _gptq("4-bit channel sym v1, desc_act", bits=4, group_size=-1, **ACT_ORDER),
+    _gptq("4-bit g128 asym v1", bits=4, group_size=128, sym=False),
+    _gptq("4-bit g64 asym v2, desc_act", bits=4, group_size=64, sym=False, format="gptq_v2", **ACT_ORDER),
+    _gptq("2-bit g64 sym v1", bits=2, group_size=64),
+    _gptq("2-bit g64 asym v1", bits=2, group_size=64, sym=False),
+    _gptq("3-bit g128 sym v1", bits=3, group_size=128),
+    _gptq("3-bit g128 asym v1, desc_act", bits=3, group_size=128, sym=False, **ACT_ORDER),
+    _gptq("3-bit g128 asym v2", bits=3, group_size=128, sym=False, format="gptq_v2"),
+    _gptq("8-bit g128 sym v1", bits=8, group_size=128),
+    _gptq("8-bit g128 asym v1", bits=8, group_size=128, sym=False),
+    _gptq("4-bit, v_proj 8-bit, o_proj float", bits=4, group_size=128,
+          dynamic={r"+:.*\.v_proj$": {"bits": 8, "group_size": 64}, r"-:.*\.o_proj$": {}}),
+    Cell("GPTQModel", "AWQ GEMM g128", "awq", {"bits": 4, "group_size": 128, "sym": False, "format": "gemm"}),
+    _compressed("4-bit g128 sym", _linear(4, True, 128)),
+    _compressed("4-bit g128 asym", _linear(4, False, 128)),
+    _compressed("4-bit g64 sym, actorder weight", _linear(4, True, 64, actorder="weight")),
+    _compressed("4-bit g64 sym, actorder group", _linear(4, True, 64, actorder="group")),
+    _compressed("8-bit channel sym", _linear(8, True, None)),
+    _compressed("4-bit channel asym", _linear(4, False, None)),
+    _compressed("3-bit g64 asym", _linear(3, False, 64)),
+    _compressed("2-bit g32 sym", _linear(2, True, 32)),
+    _compressed(
+        "4-bit g128 sym, down_proj 8-bit channel asym",
+        (["re:.*self_attn.*_proj$", "re:.*(gate|up)_proj$"], _linear(4, True, 128)[1]),
+        (["re:.*down_proj$"], _linear(8, False, None)[1]),
+    ),
+    _round("auto_round, 4-bit sym", "auto_round", bits=4),
+    _round("auto_round, 4-bit asym", "auto_round", bits=4, sym=False),
+    _round("auto_round, 2-bit g64 asym", "auto_round", bits=2, group_size=64, sym=False),
+    _round("auto_round, 3-bit sym", "auto_round", bits=3),
+    _round("auto_round, mixed 4 and 8 bits", "auto_round", bits=4, layer_config=FIRST_EIGHT_BITS),
+    _round("auto_round:auto_awq, asym", "auto_round:auto_awq", bits=4, sym=False),
+    _round("auto_gptq, 4-bit sym", "auto_gptq", bits=4),
+    _round("auto_gptq, 4-bit asym", "auto_gptq", bits=4, sym=False),
+    _round("auto_awq, asym", "auto_awq", bits=4, sym=False),
+    _round("llm_compressor, sym", "llm_compressor", bits=4),
+)  # fmt: skip
+
+
+def _ours(label: str, **settings: Any) -> Cell:
+    return Cell("ptq", label, str(settings["format"]), settings)
+
+
+# Who reads which of our checkpoints: the tool, and for llm-compressor the arguments of its configuration.
+READ: tuple[tuple[Cell, str, Mapping[str, Any]], ...] = (
+    (_ours("gptq 4-bit sym", format="gptq", bits=4, symmetric="true"), "GPTQModel", {}),
+    (_ours("gptq 3-bit sym", format="gptq", bits=3, symmetric="true"), "GPTQModel", {}),
+    (_ours("gptq_v2 4-bit asym", format="gptq_v2", bits=4, symmetric="false"), "GPTQModel", {}),
+    (_ours("awq asym", format="awq", bits=4, symmetric="false"), "GPTQModel", {}),
+    (_ours("ct 4-bit sym", format="compressed-tensors", bits=4, symmetric="true"), "llm-compressor", {}),
+    (_ours("ct 3-bit sym", format="compressed-tensors", bits=3, symmetric="true"), "llm-compressor", {}),
+    (_ours("ct 4-bit asym", format="compressed-tensors", bits=4, symmetric="false"), "llm-compressor",
+     {"dequantize": True}),
+)  # fmt: skip

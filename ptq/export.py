@@ -1,0 +1,362 @@
+"""A model as one GGUF file: a checkpoint's codes carried over, a float model's solved for the block formats."""
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptq.calibration.capture import Run, collect, trace_groups
+from ptq.calibration.data import calibration_batches
+from ptq.config import GPTQConfig, RunConfig
+from ptq.errors import ConfigError, NumericsError
+from ptq.formats.capability import describe
+from ptq.formats.codec import QuantizedWeight
+from ptq.gguf.block import BlockFormats, SolvedLinear, solve_linears
+from ptq.gguf.blocks import KINDS, encode
+from ptq.gguf.carry import carry, fits
+from ptq.gguf.file import PLAIN, GgufFile, gguf_file, refuse_existing
+from ptq.gguf.layout import (
+    ROPE_FACTORS,
+    Model,
+    Target,
+    describe_model,
+    paired_rows,
+    require_gguf,
+    targets,
+)
+from ptq.gguf.mix import FLOAT, FileType, file_type
+from ptq.gguf.rounding import round_blocks
+from ptq.gguf.tokens import Value, tokenizer_keys
+from ptq.models.loading import load_tokenizer
+from ptq.models.streamed import StreamedModel
+from ptq.nn.linear import QuantLinear
+from ptq.plan import resolve_device
+from ptq.progress import Progress
+from ptq.runtime import Checkpoint, open_checkpoint, open_stream
+from ptq.task import FloatTwin
+from ptq.version import VERSION
+
+LARGEST_HALF = 65504.0
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    path: Path
+    size: int  # bytes
+    kinds: Mapping[str, int]  # tensors of each kind
+    carried: int  # tensors whose codes are the checkpoint's
+    deviation: float  # of carried values at most, as a share of a step (Q4_1 minimums are rounded to float16)
+    loss: float | None  # mean loss of the solved tensors as a share of rounding's
+    notes: tuple[str, ...]
+
+
+class Calibration(NamedTuple):
+    """Text to solve on, and how."""
+
+    batches: list[Tensor]
+    settings: GPTQConfig
+    strict: bool
+    device: torch.device
+
+
+class Job(NamedTuple):
+    """One export, checked."""
+
+    source: Checkpoint
+    model: Model
+    targets: list[Target]
+    calibration: Calibration | None
+
+
+def export_gguf(
+    checkpoint: str,
+    type_name: str,
+    out: str | None = None,
+    run: RunConfig | None = None,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a model as a GGUF file.
+
+    Args:
+        checkpoint: directory or hub name, float or quantized.
+        type_name: key of `ptq.gguf.mix.FILE_TYPES`.
+        out: file, or directory to put ``NAME-TYPE.gguf`` in; default the working directory.
+        run: text and options to solve with: its ``calibration``, ``gptq``, ``device``, ``dtype`` and ``strict``.
+            Needed for a float model unless the type is F16; with a quantized one it covers the Linears left in float,
+            which without it are F16, as are the embeddings.
+        overwrite: replace an existing file.
+        trust_remote_code: run Python code that comes with the model.
+        progress: where to report to.
+
+    Raises:
+        ConfigError: unknown type, output in the way, missing package or text, codes that do not fit.
+        UnsupportedModelError: a model, tokenizer or feature llama.cpp has no counterpart for.
+        PtqError: files or numbers are not as required.
+    """
+    require_gguf()
+    file, progress = file_type(type_name), progress or Progress()
+    path = _output(out, checkpoint, type_name)
+    refuse_existing(path, overwrite)
+    dtype = "auto" if run is None else run.dtype
+    source = open_checkpoint(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = describe_model(source.hf_config)
+    rows = source.hf_config.vocab_size
+    tokenizer = load_tokenizer(source.directory, trust_remote_code)
+    keys: dict[str, Value] = {
+        "general.type": "model",
+        "general.name": _name(checkpoint),
+        "general.file_type": file.number,
+        "general.quantization_version": 2,
+        "general.quantized_by": f"ptq {VERSION}",
+        **model.keys,
+        **tokenizer_keys(tokenizer, rows),
+    }
+    found = _targets(source, model, file, keep_float=run is None)
+    calibration = None
+    if any(_is_solved(source, target) for target in found):
+        calibration = _calibration(run, source, tokenizer, type_name)
+    job = Job(source, model, found, calibration)
+    losses: list[float] = []
+    deviations: list[float] = []
+    with (
+        gguf_file(path, model.architecture, keys, found, overwrite=overwrite) as output,
+        progress.stage("export", model.blocks),
+    ):
+        _write(job, output, progress, losses, deviations)
+    return Exported(
+        path, path.stat().st_size, Counter(t.kind for t in found), len(deviations), max(deviations, default=0.0),
+        sum(losses) / len(losses) if losses else None, _notes(model, found),
+    )  # fmt: skip
+
+
+def show(exported: Exported) -> str:
+    """The export as lines for a person."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(exported.kinds.items()))
+    lines = [f"{exported.path}: {exported.size / 1e6:.1f} MB", f"tensors: {kinds}"]
+    if exported.carried:
+        lines.append(
+            f"{exported.carried} tensors carried over, every code unchanged, no value off by more than "
+            f"{exported.deviation:.4f} of a step"
+        )
+    if exported.loss is not None:
+        lines.append(f"solved with the Hessian: on average {exported.loss:.3f} of the loss of rounding")
+    return "\n".join([*lines, *exported.notes])
+
+
+def _name(checkpoint: str) -> str:
+    path = Path(checkpoint).expanduser()
+    return path.resolve().name if path.is_dir() else checkpoint.rpartition("/")[2]
+
+
+def _output(out: str | None, checkpoint: str, type_name: str) -> Path:
+    name = f"{_name(checkpoint)}-{type_name}.gguf"
+    if out is None:
+        return Path(name)
+    path = Path(out).expanduser()
+    return path if path.suffix == ".gguf" and not path.is_dir() else path / name
+
+
+def _notes(model: Model, found: Sequence[Target]) -> tuple[str, ...]:
+    """What differs from what was asked for."""
+    fallen = Counter((t.wanted, t.kind, t.shape[1]) for t in found if t.kind != t.wanted and t.kind != FLOAT)
+    notes = [
+        f"{count} tensors are {kind} instead of {wanted}, whose blocks do not fill rows of {columns}"
+        for (wanted, kind, columns), count in fallen.items()
+    ]
+    kept = [t for t in found if t.kind == FLOAT != t.wanted]
+    if kept:
+        notes.append(f"{len(kept)} tensors stay in {FLOAT}: {', '.join(t.name for t in kept[:4])}")
+    return (*model.notes, *notes)
+
+
+def _targets(source: Checkpoint, model: Model, file: FileType, keep_float: bool) -> list[Target]:
+    """The tensors of the file, with every carried code's fit checked."""
+    shapes = list(_parameters(source))
+    tied = not any(name.startswith("lm_head.") for name, _ in shapes)
+    found = targets(model, shapes, file, tied)
+    result = []
+    for target in found:
+        scheme = source.schemes.get(target.parameter.removesuffix(".weight"))
+        if scheme is None:
+            float_stays = keep_float and bool(source.schemes) and target.kind in KINDS
+            result.append(target._replace(kind=FLOAT) if float_stays else target)
+            continue
+        if target.kind not in KINDS or not fits(target.kind, scheme, target.shape[1]):
+            able = [kind for kind in KINDS if fits(kind, scheme, target.shape[1])]
+            raise ConfigError(
+                f"{target.parameter} ({describe(scheme)}) does not fit {target.kind}; "
+                + (f"it fits {', '.join(able)}" if able else "it fits no block format")
+                + ": choose another --type, or export the float model it was made from, with --text"
+            )
+        result.append(target)
+    if model.rope_factors is not None:
+        shape = tuple(model.rope_factors.shape)
+        result.append(Target(ROPE_FACTORS, "", shape, "F32", "F32", -1, 0))
+    return result
+
+
+def _parameters(source: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Parameters of the model, packed weights as if they were dense."""
+    for path, module in source.model.named_modules():
+        if isinstance(module, QuantLinear):
+            yield f"{path}.weight", (module.out_features, module.in_features)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}"
+            if not source.names.is_tied(name):
+                yield name, tuple(parameter.shape)
+
+
+def _is_solved(source: Checkpoint, target: Target) -> bool:
+    """Whether a tensor needs text: a float one that becomes blocks, the embedding too where it serves as the head."""
+    is_input = target.name == "token_embd.weight"
+    packed = target.parameter.removesuffix(".weight") in source.schemes
+    return target.kind in KINDS and not packed and not is_input
+
+
+def _calibration(run: RunConfig | None, source: Checkpoint, tokenizer: Any, type_name: str) -> Calibration:
+    if run is None:
+        raise ConfigError(
+            f"a float model is solved for {type_name} on text: pass --text FILE or --config FILE, or export F16"
+        )
+    limit = source.hf_config.max_position_embeddings
+    if run.calibration.sequence_length > limit:
+        raise ConfigError(
+            f"calibration sequences must be at most the model's context of {limit} tokens; found "
+            f"{run.calibration.sequence_length}: pass a shorter --length"
+        )
+    batches = calibration_batches(run.calibration, tokenizer)
+    return Calibration(batches, run.gptq, run.strict, resolve_device(run.device))
+
+
+def _write(job: Job, output: GgufFile, progress: Progress, losses: list[float], deviations: list[float]) -> None:
+    stream = None if job.calibration is None else open_stream(job.source, job.calibration.device)
+    hidden = stream.enter(job.calibration.batches) if stream and job.calibration else []
+    twin_hidden = list(hidden) if job.calibration and _follows_float(job) else []
+    for index in range(job.model.blocks):
+        started, solved = time.perf_counter(), {}
+        if stream is not None:
+            solved = _solve_block(job, stream, index, hidden, twin_hidden)
+        here = _losses(solved)
+        losses += here
+        for target in job.targets:
+            if target.block == index:
+                output.add(target, _content(job, target, solved, None, deviations))
+        progress.step(index, job.model.blocks, here, time.perf_counter() - started)
+    solved, importance = {}, None
+    if stream is not None:
+        solved, importance = _solve_head(job, stream, hidden)
+        losses += _losses(solved)
+    for target in job.targets:
+        if target.block < 0:
+            output.add(target, _content(job, target, solved, importance, deviations))
+
+
+def _follows_float(job: Job) -> bool:
+    """Whether the float model is run beside, to correct for what the solved blocks change."""
+    assert job.calibration is not None
+    return not job.source.schemes and job.calibration.settings.correct_inputs > 0
+
+
+def _losses(solved: Mapping[str, SolvedLinear]) -> list[float]:
+    return [each.solved.loss / each.solved.rounding for each in solved.values() if each.solved.rounding > 0]
+
+
+def _solve_block(
+    job: Job, stream: StreamedModel, index: int, hidden: list[Tensor], twin_hidden: list[Tensor]
+) -> dict[str, SolvedLinear]:
+    """Solve one block and advance both streams of hidden states; results by the Linear's path in the model."""
+    assert job.calibration is not None
+    path = stream.block_path(index)
+    with stream.block(index) as block:
+        runs: list[Run] = [partial(stream.run_block, index, i, h) for i, h in enumerate(hidden)]
+        twin = None
+        if twin_hidden:
+            copied = copy.deepcopy(block)
+            twin = FloatTwin(copied, [partial(stream.run_as_block, index, copied, i, h)
+                                      for i, h in enumerate(twin_hidden)])  # fmt: skip
+        task = BlockFormats(path, _kinds(job, path), job.calibration.settings, job.calibration.strict, twin)
+        solved = solve_linears(block, runs, task)
+        if twin is not None:
+            twin_hidden[:] = [run().cpu() for run in twin.runs]
+        hidden[:] = [run().cpu() for run in runs]
+    return {f"{path}.{name}": each for name, each in solved.items()}
+
+
+def _kinds(job: Job, path: str) -> dict[str, str]:
+    """Float Linears below a path that become blocks."""
+    return {
+        target.parameter.removesuffix(".weight").removeprefix(f"{path}."): target.kind
+        for target in job.targets
+        if target.parameter.startswith(f"{path}.") and _is_solved(job.source, target)
+    }
+
+
+def _solve_head(job: Job, stream: StreamedModel, hidden: list[Tensor]) -> tuple[dict[str, SolvedLinear], Tensor | None]:
+    """The output head solved; or, where the embedding serves as one, what each of its columns is worth."""
+    assert job.calibration is not None
+    head = next((t for t in job.targets if t.name == "output.weight"), None)
+    embedding = next(t for t in job.targets if t.name == "token_embd.weight")
+    with stream.outer():
+        pairs = zip(job.calibration.batches, hidden, strict=True)
+        runs: list[Run] = [partial(stream.logits, batch, h) for batch, h in pairs]
+        if head is not None:
+            if not _is_solved(job.source, head):
+                return {}, None
+            kinds = {head.parameter.removesuffix(".weight"): head.kind}
+            return solve_linears(stream.model, runs, BlockFormats("", kinds, *job.calibration[1:3])), None
+        if embedding.kind not in KINDS:
+            return {}, None
+        modules: dict[str, nn.Module] = {"lm_head": stream.model.get_submodule("lm_head")}
+        stats = collect(modules, trace_groups(modules, runs[0]), runs)[0]
+        diagonal = stats.hessian.diagonal()
+        # As an embedding every column counts alike; as a head, by its input.
+        return {}, diagonal + diagonal.mean()
+
+
+def _content(
+    job: Job, target: Target, solved: Mapping[str, SolvedLinear], importance: Tensor | None, deviations: list[float]
+) -> Tensor:
+    """What the file holds of one tensor, in the file's order of rows."""
+    module = target.parameter.removesuffix(".weight")
+    if target.name == ROPE_FACTORS:
+        assert job.model.rope_factors is not None
+        data = job.model.rope_factors
+    elif module in solved:
+        data = encode(solved[module].solved.blocks)
+    elif module in job.source.schemes and target.parameter.endswith(".weight"):
+        blocks, off = carry(target.kind, _packed(job.source, module), module)
+        deviations.append(off)
+        data = encode(blocks)
+    else:
+        value = job.source.reader.tensor(job.source.names.of_parameter(target.parameter))
+        data = _float_content(target, value.float(), importance)
+    return data[paired_rows(len(data), target.heads)] if target.heads else data
+
+
+def _float_content(target: Target, value: Tensor, importance: Tensor | None) -> Tensor:
+    if target.kind in KINDS:
+        worth = torch.ones(value.shape[1]) if importance is None else importance.cpu()
+        return encode(round_blocks(target.kind, value, worth))
+    data = value.to(PLAIN[target.kind])
+    if not bool(torch.isfinite(data).all()):
+        raise NumericsError(
+            f"{target.parameter} must be finite in {target.kind}, which holds at most {LARGEST_HALF:g}; its largest "
+            f"value is {float(value.abs().max()):g}: export a block type, or check the checkpoint"
+        )
+    return data
+
+
+def _packed(source: Checkpoint, module: str) -> QuantizedWeight:
+    assert source.codec is not None
+    stored, scheme = source.names.of_module(module), source.schemes[module]
+    return source.codec.decode(stored, source.reader.tensors(source.codec.tensor_names(stored, scheme)), scheme)

@@ -1,0 +1,81 @@
+"""The Linears of one block solved on the grids of their block formats, in execution order."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptq.calibration.capture import InputGroup, InputStats, Run, collect, collect_drift, trace_groups
+from ptq.config import GPTQConfig
+from ptq.gguf.blocks import values
+from ptq.gguf.solver import SolvedBlocks, solve_blocks
+from ptq.gptq.solver import correction, factorize, require_no_rescue
+from ptq.loss import quadratic_loss
+from ptq.models.structure import linears, set_weight, weight_of
+from ptq.task import TINY, FloatTwin
+
+
+class SolvedLinear(NamedTuple):
+    """Blocks of a Linear and their loss; losses as shares of the energy of its output."""
+
+    solved: SolvedBlocks
+    rescues: tuple[str, ...]
+
+
+class BlockFormats(NamedTuple):
+    """What to do to one block."""
+
+    name: str  # dotted path, "" for a whole model
+    kinds: Mapping[str, str]  # Linear's path below the block -> block format
+    settings: GPTQConfig
+    strict: bool
+    twin: FloatTwin | None = None
+
+
+@torch.no_grad()
+def solve_linears(block: nn.Module, runs: Sequence[Run], task: BlockFormats) -> dict[str, SolvedLinear]:
+    """Solve the Linears of ``task.kinds`` and leave the values of their codes in the block.
+
+    Each group of Linears is calibrated on what the solved ones before it put out.
+
+    Raises:
+        FormatError: blocks do not fill a row.
+        NumericsError: an activation or weight is not finite, or under ``strict`` a Hessian needed a rescue.
+        UnsupportedModelError: a Linear was never reached.
+    """
+    modules = {path: module for path, module in linears(block) if path in task.kinds}
+    results: dict[str, SolvedLinear] = {}
+    for group in trace_groups(modules, runs[0]) if modules else ():
+        stats, drift = _statistics(modules, group, runs, task)
+        settings = task.settings
+        factor = factorize(stats.hessian, damping=settings.damping, activation_order=settings.activation_order)
+        if task.strict:
+            require_no_rescue(factor, _full(task, group.members[0]))
+        shift = None if drift is None else correction(drift, factor, settings.correct_inputs)
+        for name in group.members:
+            W = weight_of(modules[name]).float()
+            target = W if shift is None else W.addmm(W, shift)
+            solved = solve_blocks(
+                task.kinds[name], target, stats.hessian, factor, sweeps=settings.sweeps, block_size=settings.block_size
+            )
+            set_weight(modules[name], values(solved.blocks))
+            energy = max(quadratic_loss(target, stats.hessian), TINY)
+            relative = solved._replace(loss=solved.loss / energy, rounding=solved.rounding / energy)
+            results[name] = SolvedLinear(relative, factor.rescues)
+    return results
+
+
+def _full(task: BlockFormats, member: str) -> str:
+    return f"{task.name}.{member}" if task.name else member
+
+
+def _statistics(
+    modules: Mapping[str, nn.Module], group: InputGroup, runs: Sequence[Run], task: BlockFormats
+) -> tuple[InputStats, Tensor | None]:
+    head = group.members[0]
+    if task.twin is None or group.pool is not None:
+        return collect(modules, [group], runs, f"{task.name}." if task.name else "")[0], None
+    pairs = zip(runs, task.twin.runs, strict=True)
+    float_module = dict(linears(task.twin.block))[head]
+    return collect_drift(modules[head], float_module, group.calls, pairs, _full(task, head))

@@ -1,0 +1,101 @@
+"""Hidden states on disk: a file holds all calibration batches at one place of the model, and is read as a map."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from ptq.formats.checkpoint import DTYPE_NAMES
+from ptq.formats.checks import DTYPES
+from ptq.formats.digest import digest, raw
+from ptq.formats.staging import full_disk_as_error
+
+ALIGNMENT = 64  # bytes; of every batch in a file
+
+
+class Batch(NamedTuple):
+    """Hidden states of one batch in a file: name of their dtype, shape, checksum."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    checksum: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its size, without the padding after it."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class HiddenFile:
+    """A file of hidden states that grows batch by batch.
+
+    What was kept comes back as a private map of the file: it takes memory only while it is read, a change made to it
+    in place stays in memory, and it outlives the file's name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Start an empty file. Raises OSError where it cannot be made."""
+        self.path = path
+        self._end = 0
+        path.write_bytes(b"")
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Append a batch and return it as a map. Raises PtqError when the disk is full."""
+        self.append(tensor)
+        size = tensor.numel() * tensor.dtype.itemsize
+        return _mapped(self.path, self._end - _padded(size), tensor.dtype, tuple(tensor.shape))
+
+    def append(self, tensor: Tensor) -> None:
+        """Append a batch. Raises PtqError when the disk is full."""
+        data = raw(tensor)
+        with full_disk_as_error(self.path, len(data)), open(self.path, "ab") as file:
+            file.write(data)
+            file.write(bytes(_padded(len(data)) - len(data)))
+        self._end += _padded(len(data))
+
+
+def described(tensors: Iterable[Tensor]) -> list[Batch]:
+    """What a file of these tensors holds."""
+    return [Batch(DTYPE_NAMES[t.dtype], tuple(t.shape), digest(raw(t))) for t in tensors]
+
+
+def force(path: Path) -> None:
+    """Wait until a file is on the disk. Raises PtqError when the disk is full."""
+    with full_disk_as_error(path, None), open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def opened(path: Path, batches: Sequence[Batch]) -> list[Tensor]:
+    """The batches of a file as maps."""
+    tensors, start = [], 0
+    for batch in batches:
+        tensors.append(_mapped(path, start, DTYPES[batch.dtype], batch.shape))
+        start += _padded(batch.nbytes)
+    return tensors
+
+
+def damage(path: Path, batches: Sequence[Batch]) -> str | None:
+    """What is wrong with a file that should hold ``batches``; None where every byte is as it was written."""
+    if not path.is_file():
+        return f"{path} is missing"
+    expected = sum(_padded(batch.nbytes) for batch in batches)
+    if path.stat().st_size != expected:
+        return f"{path} is damaged: it must have {expected} bytes, found {path.stat().st_size}"
+    if described(opened(path, batches)) != list(batches):
+        return f"{path} is damaged: its bytes are not those that were written"
+    return None
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _mapped(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    data = numpy.memmap(path, numpy.uint8, "c", start, (size,))
+    return torch.from_numpy(data).view(dtype).view(shape)

@@ -1,0 +1,139 @@
+"""The directory a run works in: beside its output, locked, kept after a crash, gone once the checkpoint is whole."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from ptq.errors import ConfigError, NumericsError, UnsupportedModelError
+from ptq.formats.sealed import unseal
+from ptq.formats.staging import (
+    atomic_write_text,
+    create_directory,
+    full_disk_as_error,
+    publish,
+    require_writable,
+    restore,
+    sync_tree,
+)
+
+RUN = "run.json"  # what the run depends on
+LOCK = "lock"
+PUBLISHED = "published"
+
+
+class RunDirectory(NamedTuple):
+    """``.name.run`` beside the output ``name``: the journal, and the checkpoint while it is being put together."""
+
+    path: Path
+    final: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """What becomes the output."""
+        return self.path / "checkpoint"
+
+    @property
+    def published(self) -> bool:
+        """Whether the checkpoint has its final name and only its evaluation is to be done."""
+        return (self.path / PUBLISHED).exists() and self.final.exists() and not self.checkpoint.exists()
+
+    def publish(self) -> None:
+        """Give the checkpoint its final name; what had that name before is removed only afterwards."""
+        sync_tree(self.checkpoint)
+        atomic_write_text(self.path / PUBLISHED, "")
+        publish(self.checkpoint, self.final, _aside(self.final))
+
+    def began_as(self, signature: Mapping[str, str]) -> bool:
+        """Whether the run here was begun with all of ``signature``."""
+        before = unseal(self.path / RUN)[0] if (self.path / RUN).exists() else {}
+        return signature.items() <= before.items()
+
+    def restart(self, overwrite: bool) -> None:
+        """Begin another run here. Raises ConfigError where its output must not be replaced."""
+        require_writable(self.final, overwrite)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; the lock is kept."""
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+
+
+@contextmanager
+def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[RunDirectory]:
+    """The run directory of an output, as an earlier run left it unless ``fresh``; removed after success.
+
+    After an exception it is kept if blocks have been committed, so that the same run can go on; not if the numbers or
+    the model are at fault, because the same run would end the same way.
+
+    Raises:
+        ConfigError: the output exists and ``overwrite`` is false, or it is not a checkpoint directory, or no directory
+            can be created there, or another run is writing it.
+        PtqError: the disk is full.
+    """
+    final = output.expanduser().resolve()
+    place = RunDirectory(final.with_name(f".{final.name}.run"), final)
+    with full_disk_as_error(final, None):
+        restore(final, _aside(final))
+        if not place.published:
+            require_writable(final, overwrite)
+        with _locked(place):
+            if fresh:
+                place.clear()
+            try:
+                yield place
+            except BaseException as error:
+                if not _worth_keeping(place, error):
+                    shutil.rmtree(place.path, ignore_errors=True)
+                raise
+            shutil.rmtree(_aside(final), ignore_errors=True)
+            (place.path / RUN).unlink(missing_ok=True)  # first, so that no half of a finished run looks unfinished
+            shutil.rmtree(place.path, ignore_errors=True)
+
+
+def _worth_keeping(place: RunDirectory, error: BaseException) -> bool:
+    if place.published:  # the codes are safe; an evaluation that failed would fail again
+        return not isinstance(error, Exception)
+    committed = any(place.path.glob("blocks/*.json"))
+    return committed and not isinstance(error, NumericsError | UnsupportedModelError)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+@contextmanager
+def _locked(place: RunDirectory) -> Iterator[None]:
+    """Hold the directory alone. The lock ends with the process, however that ends."""
+    while True:
+        if not place.path.is_dir():
+            create_directory(place.path, place.final)
+        with suppress(FileNotFoundError):  # the run that held it has just removed it
+            descriptor = os.open(place.path / LOCK, os.O_RDWR | os.O_CREAT)
+            if _taken(descriptor, place):
+                break
+            os.close(descriptor)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _taken(descriptor: int, place: RunDirectory) -> bool:
+    """Whether the lock is ours; not so where its file was removed before it was locked."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError(
+            f"an output is written by one run at a time; another one is writing {place.final}: wait for it or choose "
+            "another `output`"
+        ) from error
+    return os.path.samestat(os.fstat(descriptor), os.stat(place.path / LOCK))

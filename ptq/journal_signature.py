@@ -1,0 +1,79 @@
+"""What the bytes of a checkpoint depend on: a run goes on where it stopped only if none of it has changed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq.calibration.data import token_hash
+from ptq.formats.digest import digest
+from ptq.plan import Plan
+from ptq.report import versions
+
+# Keys that do not change what is written, and places: what is there goes in instead.
+FREE = ("model", "output", "evaluation", "calibration.offload", "calibration.dataset.files")
+DESCRIPTIONS = (".json", ".jinja", ".model", ".txt", ".py")  # of model and tokenizer
+PACKAGES = ("ptq", "torch", "transformers")
+SAMPLES = 256
+SAMPLE_BYTES = 4096
+
+
+def signature_of(plan: Plan, batches: Sequence[Tensor] | None, processes: int = 1) -> dict[str, str]:
+    """Dotted name to text of everything that the checkpoint's bytes depend on.
+
+    Weight files go in with name, size, header and 256 samples of 4 KiB (small files are read whole), the other files
+    of the model with all their bytes. ``batches`` of None leaves out the
+    calibration tokens and the schemes, which may depend on them.
+    """
+    signature = _flat(asdict(plan.config), "configuration.")
+    signature = {key: text for key, text in signature.items() if not _free(key)}
+    found = versions()
+    signature |= {f"version.{name}": found[name] for name in PACKAGES}
+    signature |= {
+        "machine.device": plan.device.type,
+        "machine.processes": str(processes),
+        "machine.threads": str(torch.get_num_threads()),
+        "machine.processor": torch.backends.cpu.get_cpu_capability(),
+    }
+    if plan.device.type == "cuda":
+        signature["machine.gpu"] = torch.cuda.get_device_name(plan.device)
+    weights = set(plan.reader.files())
+    for path in sorted(plan.directory.iterdir()):
+        if path.is_file() and (path.name in weights or path.suffix in DESCRIPTIONS):
+            signature[f"model.{path.name}"] = _file(path)
+    if batches is not None:
+        signature["quantized modules"] = digest(repr(sorted(plan.schemes.items())).encode())
+        signature["calibration text"] = token_hash(batches)
+    return signature
+
+
+def _free(key: str) -> bool:
+    plain = key.removeprefix("configuration.")
+    return any(plain == name or plain.startswith(f"{name}.") for name in FREE)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + str(key)] = str(value)
+    return flat
+
+
+def _file(path: Path) -> str:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if path.suffix != ".safetensors" or size <= SAMPLES * SAMPLE_BYTES:
+            return f"{size} bytes, checksum {digest(file.read())}"
+        header = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        seen = [file.read(header)]
+        for start in range(header, size, (size - header) // SAMPLES + 1):
+            file.seek(start)
+            seen.append(file.read(SAMPLE_BYTES))
+    return f"{size} bytes, checksum {digest(b''.join(seen))}"

@@ -1,0 +1,164 @@
+"""The packed weights of a checkpoint, and the QuantLinears of a model that they belong to."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptq.errors import FormatError
+from ptq.formats import CODECS, codec_for_config, readable_config
+from ptq.formats.checkpoint import CheckpointReader
+from ptq.formats.codec import Codec, Config, QuantizedWeight, Scheme
+from ptq.models.names import SourceNames
+from ptq.models.structure import linears, weight_shape
+from ptq.nn.linear import QuantLinear
+from ptq.nn.swap import exact_dtype, replace_module, to_quant_linear
+
+RUNNABLE = (2, 3, 4, 8)  # bits that the kernels know
+Placeholder = Callable[[nn.Module, Scheme], nn.Module]  # what stands in a Linear's place until its weight is read
+
+
+class Packed(NamedTuple):
+    """Which Linears of a model a checkpoint holds packed, and how."""
+
+    settings: Config  # quantization_config as it is in the file
+    codec: Codec
+    schemes: dict[str, Scheme]  # by module
+    names: SourceNames
+
+
+def place_packed(model: nn.Module, reader: CheckpointReader, settings: Config, placeholder: Placeholder) -> Packed:
+    """Find the Linears that a checkpoint holds packed and put placeholders in their places.
+
+    Raises:
+        FormatError: a quantization that is not read, or packed tensors where the configuration says there are none.
+    """
+    known = readable_config(settings)
+    codec = codec_for_config(known)
+    stored = set(reader.names())
+    names = SourceNames(model, stored)
+    found = dict(linears(model))
+    schemes = _schemes(codec, known, {name: names.of_module(name) for name in found})
+    # No codec has a tensor called weight: where there is one, the Linear was left in float.
+    schemes = {n: s for n, s in schemes.items() if f"{names.of_module(n)}.weight" not in stored}
+    _refuse_strays(codec, {names.of_module(n): schemes.get(n) for n in found}, stored)
+    _require_orders(known, stored)
+    for name, scheme in schemes.items():
+        replace_module(model, name, placeholder(found[name], scheme))
+    return Packed(settings, codec, schemes, SourceNames(model, stored))
+
+
+def _schemes(codec: Codec, config: Config, spelled: Mapping[str, str]) -> dict[str, Scheme]:
+    """Schemes by module; a configuration may name modules as transformers does, or as the file spells their tensors."""
+    parsed = codec.parse_config(config, list(spelled))
+    if any(name != stored for name, stored in spelled.items()):
+        as_stored = codec.parse_config(config, list(spelled.values()))
+        parsed = {name: parsed[name] or as_stored[stored] for name, stored in spelled.items()}
+    return {name: scheme for name, scheme in parsed.items() if scheme is not None}
+
+
+def _refuse_strays(codec: Codec, schemes: Mapping[str, Scheme | None], stored: set[str]) -> None:
+    """Raise FormatError for packed tensors of a Linear that is in float by the configuration, or by its own weight."""
+    any_scheme = next((s for s in schemes.values() if s is not None), None)
+    if any_scheme is None:
+        raise FormatError(
+            "quantization_config describes packed weights, but the file holds none for this model's Linears"
+        )
+    asymmetric = any_scheme._replace(symmetric=False)
+    for name, scheme in schemes.items():
+        packed = [tensor for tensor in codec.tensor_names(name, asymmetric) if tensor in stored]
+        if scheme is None and packed:
+            reason = "its weight as well" if f"{name}.weight" in stored else "no scheme in quantization_config"
+            raise FormatError(
+                f"{name} must be packed or in float: the file holds {packed[0]}, and there is {reason}; config.json "
+                "and the shards do not belong together"
+            )
+
+
+def _require_orders(config: Config, stored: set[str]) -> None:
+    """Raise FormatError if columns were regrouped (actorder "group") and the file does not say how."""
+    for label, group in (config.get("config_groups") or {}).items():
+        order = (group.get("weights") or {}).get("actorder")
+        if order in ("group", "dynamic", True) and not any(name.endswith(".weight_g_idx") for name in stored):
+            raise FormatError(
+                f"actorder {order!r} in {label} of config_groups needs weight_g_idx tensors, the file has none; use "
+                "actorder 'weight', which needs none"
+            )
+
+
+def empty_linear(linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> QuantLinear:
+    """A QuantLinear on ``meta`` with the shape of a Linear."""
+    n, k = weight_shape(linear)
+    return QuantLinear.empty(k, n, scheme, getattr(linear, "bias", None) is not None, dtype)
+
+
+def read_packed(packed: Packed, reader: CheckpointReader, name: str, shape: tuple[int, int]) -> QuantLinear:
+    """The layer of one module ``[N, K]``, without its bias, on the CPU.
+
+    Raises:
+        FormatError: tensors that are missing, damaged, or of another shape than the model's.
+    """
+    scheme, stored = packed.schemes[name], packed.names.of_module(name)
+    if scheme.bits not in RUNNABLE:
+        raise FormatError(
+            f"{stored} has {scheme.bits} bits; weights of {', '.join(map(str, RUNNABLE))} bits can be run: quantize "
+            "the model again with one of these"
+        )
+    tensors = reader.tensors(packed.codec.tensor_names(stored, scheme))
+    quantized, order = packed.codec.decode_ordered(stored, tensors, scheme)
+    if tuple(quantized.codes.shape) != shape:
+        raise FormatError(
+            f"{stored} must be a packed {shape[0]} x {shape[1]} weight; the checkpoint holds "
+            f"{tuple(quantized.codes.shape)}: config.json and the shards do not belong together"
+        )
+    return to_quant_linear(quantized, None, order)
+
+
+def written_tensors(packed: Packed, layers: Iterable[tuple[str, QuantLinear]]) -> tuple[Config, dict[str, Tensor]]:
+    """The configuration and tensors with which a file holds these layers, as the one they were read from did.
+
+    Asymmetric GPTQ v1 becomes v2, which says the same without ambiguity.
+
+    Raises:
+        FormatError: a scale that is zero, which no format is written with.
+    """
+    config, codec = packed.settings, packed.codec
+    if codec.name == "gptq" and any(not scheme.symmetric for scheme in packed.schemes.values()):
+        codec = CODECS["gptq_v2"]
+        config = {**readable_config(config), "checkpoint_format": "gptq_v2", "format": "gptq_v2"}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers:
+        stored = packed.names.of_module(name)
+        quantized, order = _in_columns(layer)
+        dtype = codec.scales_dtype(torch.float32 if layer.bias is None else layer.bias.dtype)
+        exact = exact_dtype(quantized.scales)
+        holds = torch.equal(quantized.scales.to(dtype).float(), quantized.scales)
+        tensors |= codec.encode(stored, quantized, dtype if holds else exact)
+        order_name = codec.order_name(stored)
+        if order is not None:
+            assert order_name is not None  # only a format that has it was read with one
+            tensors[order_name] = order
+    return config, tensors
+
+
+def _in_columns(layer: QuantLinear) -> tuple[QuantizedWeight, Tensor | None]:
+    """The codes with columns in the input's order on the CPU, and int32 ``[K]``: the group of each."""
+    quantized = layer.quantized()
+    quantized = quantized._replace(
+        codes=quantized.codes.cpu(), scales=quantized.scales.cpu(), zeros=quantized.zeros.cpu()
+    )
+    if layer.perm is None:
+        return quantized, None
+    perm = layer.perm.cpu().long()
+    codes, order = torch.empty_like(quantized.codes), torch.empty(len(perm), dtype=torch.int32)
+    codes[:, perm] = quantized.codes
+    order[perm] = torch.arange(len(perm), dtype=torch.int32) // quantized.group_size
+    return quantized._replace(codes=codes), order
+
+
+def with_bias(layer: QuantLinear, bias: Any) -> QuantLinear:
+    """Give a layer a bias ``[N]``, or none."""
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer

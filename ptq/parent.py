@@ -1,0 +1,52 @@
+"""What a checkpoint's parent is called on the hub, and under which licence it stands."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ptq.errors import ConfigError
+from ptq.yaml_tree import parse
+
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+# A directory of the hub's cache: models--owner--name/snapshots/commit.
+_SNAPSHOT = re.compile(r"models--(.+?)--(.+)/snapshots/([0-9a-f]{40})")
+# Of a model card's front matter, what holds for a quantized copy as well.
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+def parent_of(model: str, directory: Path) -> dict[str, Any]:
+    """A run's parent, for its report.
+
+    ``name`` is its hub name (None: a local directory), ``commit`` that of the hub's cache, ``card`` what its README's
+    front matter says of licence, language and task, ``texts`` the names of the licence files beside its weights.
+    """
+    cached = _SNAPSHOT.search(directory.resolve().as_posix())
+    name = f"{cached[1]}/{cached[2]}" if cached else None
+    if name is None and not Path(model).expanduser().is_dir() and _HUB_NAME.fullmatch(model):
+        name = model
+    matter = front_matter(directory / "README.md")
+    texts = sorted(path.name for path in directory.glob("*") if path.is_file() and is_licence(path.name))
+    return {
+        "name": name,
+        "commit": cached[3] if cached else None,
+        "card": {key: matter[key] for key in CARRIED if key in matter},
+        "texts": texts,
+    }
+
+
+def is_licence(file: str) -> bool:
+    """Whether a file holds terms that have to go along."""
+    return file.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
+
+
+def front_matter(readme: Path) -> Mapping[str, Any]:
+    """The YAML between the first two lines ``---`` of a model card; empty where there is none, or it is not YAML."""
+    if not readme.is_file():
+        return {}
+    match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        found = parse(match[1], str(readme)) if match else None
+    except ConfigError:  # someone else's card: what cannot be read says nothing
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,138 @@
+"""Several checkpoints of one model from one command: each variant changes a few keys of a configuration.
+
+What is the same for all is done once: the calibration text is tokenized once, budgets that differ in nothing else share
+one pass of measurements, and the comparison at the end runs the parent once. Solving is not shared: GPTQ collects a
+layer's inputs after the layers before it were quantized, so each variant has statistics of its own.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ptq.compare import PARENT, compare_checkpoints
+from ptq.config import RunConfig, dump, load_config
+from ptq.config_paths import resolve_config_path
+from ptq.errors import ConfigError
+from ptq.formats.checkpoint import atomic_write_text, read_json
+from ptq.page_report import report_page
+from ptq.pipeline import quantize
+from ptq.plan import make_plan
+from ptq.prepared import Prepared
+from ptq.progress import Progress
+from ptq.yaml_tree import parse
+
+# One parent and one text for all, or they could not be compared.
+COMMON = ("model", "revision", "output", "evaluation")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def load_variants(config: str, variants: str, out: Path, assignments: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """The configuration of every variant, checked.
+
+    Args:
+        config: YAML file of what the variants have in common (found as for a run).
+        variants: YAML file with a mapping of name to changed keys, nested as in a configuration or dotted, as in
+            ``small: {bits: 3, gptq: {damping: 0.05}}``.
+        out: directory the variants are written into, each under its name.
+        assignments: ``key=value`` changes to all variants.
+
+    Raises:
+        ConfigError: a file, name, key or value that is not as required; no evaluation text.
+    """
+    file = resolve_config_path(variants)
+    try:
+        tree = parse(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} must be a readable UTF-8 file, found: {error}") from error
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{file} must map names to changed keys, as in 'three: {{bits: 3}}'; found {tree!r}")
+    configs = {}
+    for name, changes in tree.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name == PARENT:
+            raise ConfigError(
+                f"a variant's name is that of its directory: letters, digits, '.', '_' and '-', and not {PARENT!r}; "
+                f"{file} has {name!r}"
+            )
+        if not isinstance(changes, dict):
+            raise ConfigError(f"{file}: {name} must map keys to values, found {changes!r}; use {{}} for no change")
+        common = [key for key in changes if str(key).partition(".")[0] in COMMON]
+        if common:
+            raise ConfigError(f"{file}: {name} changes {common[0]}, which is the same for all variants: use --set")
+        changed = [*assignments, f"output={json.dumps(str(out / name))}", *_assignments(changes)]
+        configs[name] = load_config(config, changed)
+        if configs[name].evaluation is None:
+            raise ConfigError(f"a sweep compares on held-out text; {config} names none: set evaluation.files")
+    return configs
+
+
+def _assignments(changes: Mapping[Any, Any], prefix: str = "") -> list[str]:
+    """Changed keys as ``key=value``: a mapping adds to what is there, except that ``bits`` is one value."""
+    found = []
+    for key, value in changes.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and value and path != "bits" and not prefix.startswith("overrides."):
+            found += _assignments(value, f"{path}.")
+        else:
+            found.append(f"{path}={json.dumps(value)}")
+    return found
+
+
+def sweep(
+    configs: Mapping[str, RunConfig], *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Make every variant and compare them; a variant that an earlier sweep finished is kept.
+
+    Args:
+        configs: from `load_variants`.
+        overwrite: make variants again that are there.
+        progress: shows what goes on.
+
+    Returns:
+        The comparison, as `ptq.compare.compare_checkpoints`; each variant's report holds its own figures.
+
+    Raises:
+        PtqError: as `ptq.pipeline.quantize` and `compare_checkpoints`; all configurations are checked before anything
+            is computed, and variants made before an error stay.
+    """
+    progress, prepared = progress or Progress(), Prepared()
+    runs = {name: replace(config, evaluation=None) for name, config in configs.items()}
+    for config in runs.values():
+        make_plan(config, weights=False)
+    for name, config in runs.items():
+        if not overwrite and _finished(config):
+            progress.say(f"{name}: kept, {config.output} was made with this configuration")
+            continue
+        progress.say(f"{name}: {config.output}")
+        quantize(config, overwrite=overwrite, progress=progress, prepared=prepared)
+    first = next(iter(configs.values()))
+    assert first.evaluation is not None
+    outputs = {name: config.output for name, config in configs.items()}
+    with progress.stage("compare"):
+        document = compare_checkpoints(
+            list(outputs.values()), first.model, first.evaluation, device=first.device, dtype=first.dtype,
+            trust_remote_code=first.trust_remote_code,
+        )  # fmt: skip
+    for name, output in outputs.items():
+        _complete(Path(output), name, document)
+    return document
+
+
+def _finished(config: RunConfig) -> bool:
+    """Whether the output is a whole checkpoint of this very configuration."""
+    made = Path(config.output) / "ptq_config.yaml"
+    return made.is_file() and made.read_text(encoding="utf-8") == dump(config)
+
+
+def _complete(output: Path, name: str, document: Mapping[str, Any]) -> None:
+    """Put a variant's figures into its report."""
+    report = read_json(output / "report.json")
+    keys = ("perplexity", "kl", "top1", "megabytes")
+    rows = {"parent": document["models"][PARENT], "result": document["models"][name]}
+    models = {label: {key: row[key] for key in keys} for label, row in rows.items()}
+    protocol = {key: document[key] for key in ("text", "window", "stride", "tokens")}
+    report["evaluation"] = {**protocol, "models": models}
+    atomic_write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
+    atomic_write_text(output / "report.html", report_page(name, report))

@@ -1,0 +1,200 @@
+"""Block by block through a model: quantize, hand the result to the journal, run the block for the next one."""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ptq.block import quantize_block
+from ptq.calibration.capture import Run
+from ptq.config import RefineConfig
+from ptq.distributed import ALONE, Ranks
+from ptq.formats.codec import Scheme
+from ptq.grid import check_finite
+from ptq.journal import Journal, Streams
+from ptq.models.loading import working_dtype
+from ptq.models.streamed import StreamedModel
+from ptq.plan import Plan, head_targets, parent_stream, replaced_tensors, taken_apart
+from ptq.progress import Progress
+from ptq.task import BlockTask, FloatTwin, ModuleResult
+
+
+class Finished(NamedTuple):
+    """Results, by module, and the tensors that the checkpoint holds in place of the parent's."""
+
+    results: dict[str, ModuleResult]
+    tensors: dict[str, Tensor]
+
+    @property
+    def rows(self) -> dict[str, dict[str, object]]:
+        """Of the report."""
+        return {name: result.row for name, result in self.results.items()}
+
+
+class Walk(NamedTuple):
+    """What a walk works with. ``hidden`` and ``floating`` are updated in place from block to block."""
+
+    plan: Plan
+    stream: StreamedModel
+    batches: Sequence[Tensor]
+    hidden: list[Tensor]  # what the next block reads, [B, T, C] a batch; empty where nothing is calibrated
+    floating: list[Tensor]  # the same in the float model; followed only where the solver corrects for the difference
+    ranks: Ranks
+
+    def streams(self) -> Streams:
+        """The hidden states by name."""
+        return {name: each for name, each in (("quantized", self.hidden), ("float", self.floating)) if each}
+
+
+def units(plan: Plan) -> int:
+    """What a walk finishes one after another: the blocks, and the rest of the model."""
+    return len(plan.skeleton.get_submodule(plan.blocks)._modules) + 1
+
+
+def walk(plan: Plan, batches: Sequence[Tensor], journal: Journal, progress: Progress, ranks: Ranks = ALONE) -> None:
+    """Finish every unit of a run that the journal does not hold yet.
+
+    Of several processes that share a run each has ``batches`` of its own.
+    """
+    total = units(plan) - 1
+    first = len(journal.records)
+    if first > total:
+        return
+    state = _enter(plan, batches, journal, ranks)
+    for index in range(first, total):
+        started = time.perf_counter()
+        progress.module(state.stream.block_path(index))
+        finished = _quantize(state, index, journal)
+        journal.add(finished.rows, finished.tensors, state.streams() if _read_after(plan, index) else {},
+                    time.perf_counter() - started)  # fmt: skip
+        rows = [result.row.get("loss_to_rounding") for result in finished.results.values()]
+        losses = [loss for loss in rows if isinstance(loss, float)]
+        progress.step(index, total, losses, time.perf_counter() - started)
+    started = time.perf_counter()
+    finished = _outer(state)
+    journal.add(finished.rows, finished.tensors, {}, time.perf_counter() - started)
+
+
+def _enter(plan: Plan, batches: Sequence[Tensor], journal: Journal, ranks: Ranks) -> Walk:
+    """At the first block, or where an earlier process left off: there the hidden states are those it wrote."""
+    stream = parent_stream(plan)
+    if not batches:
+        return Walk(plan, stream, batches, [], [], ranks)
+    follow = plan.config.follows_float
+    if not journal.records:
+        hidden = stream.enter(batches, journal.keeper(0, "quantized"))
+        return Walk(plan, stream, batches, hidden, list(hidden) if follow else [], ranks)
+    stream.enter(batches, lambda first: first.new_empty(0))  # what every block is called with
+    kept = journal.restore()
+    return Walk(plan, stream, batches, kept.get("quantized", []), kept.get("float", []), ranks)
+
+
+def _quantize(state: Walk, index: int, journal: Journal) -> Finished:
+    """Quantize one block and replace the hidden states by what it puts out."""
+    plan, stream, hidden = state.plan, state.stream, state.hidden
+    path = stream.block_path(index)
+    with stream.block(index) as block:
+        _check_weights(block, path)
+        twin = _twin(state, index, block) if state.floating else None
+        probe = _probe(stream, index, hidden)
+        task = BlockTask(path, _below(path, plan.targets), plan.config, plan.dtype, probe, twin, state.ranks)
+        runs = [_runner(stream, index, i, hidden) for i in range(len(hidden))]
+        found = quantize_block(block, runs, task) if task.schemes else {}
+        if twin is not None and index + 2 < units(plan):
+            _advance(state.floating, twin.runs, journal.keeper(index + 1, "float"))
+        else:
+            state.floating.clear()
+        if _read_after(plan, index):
+            _advance(hidden, runs, journal.keeper(index + 1, "quantized"))
+        results = {f"{path}.{name}": result for name, result in found.items()}
+        return Finished(results, _block_tensors(plan, path, block, results) if state.ranks.first else {})
+
+
+def _read_after(plan: Plan, index: int) -> bool:
+    """Whether anything reads what a block puts out: the next block, or a head that is quantized."""
+    return index + 2 < units(plan) or bool(head_targets(plan))
+
+
+def _advance(hidden: list[Tensor], runs: Sequence[Run], keep: Callable[[Tensor], Tensor]) -> None:
+    """One batch after another, so that no second copy of all of them is ever held."""
+    for i, run in enumerate(runs):
+        hidden[i] = keep(run().cpu())
+
+
+def _below(path: str, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    return {name.removeprefix(path + "."): s for name, s in schemes.items() if name.startswith(path + ".")}
+
+
+def _runner(stream: StreamedModel, index: int, batch: int, hidden: list[Tensor]) -> Run:
+    return lambda: stream.run_block(index, batch, hidden[batch])
+
+
+def _twin_runner(state: Walk, index: int, twin: nn.Module, batch: int) -> Run:
+    return lambda: state.stream.run_as_block(index, twin, batch, state.floating[batch])
+
+
+def _probe(stream: StreamedModel, index: int, hidden: list[Tensor]) -> Callable[[nn.Module], Tensor]:
+    return lambda module: stream.run_in_place(index, module, hidden[0])
+
+
+def _twin(state: Walk, index: int, block: nn.Module) -> FloatTwin:
+    twin = copy.deepcopy(block)
+    return FloatTwin(twin, [_twin_runner(state, index, twin, i) for i in range(len(state.floating))])
+
+
+def _block_tensors(plan: Plan, path: str, block: nn.Module, results: Mapping[str, ModuleResult]) -> dict[str, Tensor]:
+    """A finished block as it stands in the checkpoint: packed weights, and the rest as it is now."""
+    tensors: dict[str, Tensor] = {}
+    apart = taken_apart(plan)
+    for local, value in block.state_dict().items():
+        module, _, leaf = f"{path}.{local}".rpartition(".")
+        if module in results and leaf == "weight":
+            tensors |= _encode(plan, module, results[module])
+        elif (name := plan.names.written_as(f"{path}.{local}", apart)) is not None:
+            tensors[name] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def _encode(plan: Plan, module: str, result: ModuleResult) -> dict[str, Tensor]:
+    cpu = result.quantized._replace(
+        codes=result.quantized.codes.cpu(), scales=result.quantized.scales.cpu(), zeros=result.quantized.zeros.cpu()
+    )
+    return plan.codec.encode(plan.names.of_module(module), cpu, plan.codec.scales_dtype(plan.dtype))
+
+
+def _outer(state: Walk) -> Finished:
+    """What is not a block: the head where it is to be quantized, the rest copied from the parent."""
+    plan, stream = state.plan, state.stream
+    results: dict[str, ModuleResult] = {}
+    targets = head_targets(plan)
+    if targets:
+        with stream.outer():
+            for name in targets:
+                _check_weights(stream.model.get_submodule(name), name)
+            runs = [partial(stream.logits, batch, h) for batch, h in zip(state.batches, state.hidden, strict=True)]
+            config = replace(plan.config, refine=RefineConfig())  # a head alone is what its solver optimizes already
+            task = BlockTask("", targets, config, plan.dtype, ranks=state.ranks)
+            results = quantize_block(stream.model, runs, task)
+    if not state.ranks.first:
+        return Finished(results, {})
+    blocks = plan.skeleton.get_submodule(plan.blocks).state_dict()
+    written = {plan.names.find(f"{plan.blocks}.{local}") for local in blocks} | replaced_tensors(plan)
+    tensors: dict[str, Tensor] = {}
+    for name in plan.reader.names():
+        if name not in written:
+            value = plan.reader.tensor(name)
+            if value.is_floating_point():
+                check_finite(value, name)
+            tensors[name] = value.to(working_dtype(plan.skeleton, name, value, plan.dtype))
+    for name, result in results.items():
+        tensors |= _encode(plan, name, result)
+    return Finished(results, tensors)
+
+
+def _check_weights(module: nn.Module, path: str) -> None:
+    for name, parameter in module.named_parameters():
+        check_finite(parameter, f"{path}.{name}")

@@ -1,0 +1,33 @@
+"""C++ libraries of ptq_kernels.cpu no older than their sources: those beside them, or new ones of this test run."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from ptq_kernels import build
+from ptq_kernels.cpu import library
+
+
+def current_libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The body of a fixture: where they are, while `library` finds them there."""
+    if reason := build.refuse():
+        pytest.skip(reason)
+    directory = build.SOURCE.parent
+    newest = max(path.stat().st_mtime for path in (*directory.glob("*.h"), *directory.glob("*.cpp")))
+    built = [directory / build.file_name(name) for name in library.SETS]
+    with pytest.MonkeyPatch.context() as patch:
+        if not all(path.exists() and path.stat().st_mtime >= newest for path in built):
+            directory = _compiled(tmp_path_factory)
+            patch.setattr(library, "_DIRECTORY", directory)
+        library.forget()
+        yield directory
+    library.forget()
+
+
+@cache
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("libraries")
+    if all(build.compile_all(directory).values()):
+        pytest.skip("no C++ compiler here")
+    return directory

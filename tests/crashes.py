@@ -1,0 +1,183 @@
+"""Runs that die, each in a process of its own: forked, so that one costs a fraction of a second.
+
+``python crashes.py points DIRECTORY FIRST STEP`` kills a run just before its FIRST call that makes something durable
+(fsync, rename, unlink, mkdir), then before every STEP-th after it; ``random DIRECTORY COUNT SEED`` sends SIGKILL at
+random moments; ``full DIRECTORY FIRST STEP`` lets an fsync fail because the disk is full. Each time the same run is
+made again and its files are compared with those of a run that was left alone. Prints one JSON list of outcomes.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tiny_models
+import torch
+from tiny_models import build, save, settings
+
+from ptq.config import DatasetConfig, GPTQConfig, RunConfig
+
+FAST = GPTQConfig(scales="range", sweeps=0)
+DURABLE = ("fsync", "rename", "replace", "unlink", "mkdir")
+
+
+def small_parent(directory: Path, **changes: Any) -> Path:
+    """Three narrow blocks."""
+    sizes = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2,
+             "num_key_value_heads": 2}  # fmt: skip
+    return save(build("llama", torch.bfloat16, **{**sizes, **changes}), directory)
+
+
+def small_run(parent: Path, output: Path, method: str = "gptq", **changes: Any) -> RunConfig:
+    """A run of a fraction of a second that follows both streams of hidden states and fills several shards."""
+    usual = {"exclude": ("lm_head", "q_proj", "k_proj", "v_proj", "gate_proj"), "max_shard_size": "12KB",
+             "gptq": FAST}  # fmt: skip
+    config = settings(parent, output, method, **{**usual, **changes})
+    text = parent / "text" / "calibration.txt"  # tokenizing all of the usual one takes seconds
+    if not text.exists():
+        text.parent.mkdir()
+        text.write_text(tiny_models.TEXT.read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    data = DatasetConfig(files=(str(text),))
+    size = {"dataset": data, "samples": 4, "sequence_length": 16, "batch_size": 2}
+    return replace(config, calibration=replace(config.calibration, **size))
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """Of every file of a checkpoint but the reports, which hold times."""
+    files = [path for path in directory.iterdir() if path.stem != "report"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def forked(action: Callable[[], Any], kill_after: float | None = None) -> int:
+    """Exit status of a child that does ``action``, 9 where it was killed."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            action()
+            status = 0
+        except BaseException as error:  # noqa: BLE001  (a child must not go on as a second pytest)
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        finally:
+            os._exit(status)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_at(call: int) -> None:
+    """Die before the given call that makes something durable; what an fsync had not yet forced is half lost."""
+    count = 0
+    forced: set[int] = set()  # files that have been on the disk once
+
+    def patched(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == call:
+                if name == "fsync" and _new(args[0], forced):
+                    os.truncate(f"/proc/self/fd/{args[0]}", os.fstat(args[0]).st_size // 2)
+                os._exit(9)
+            if name == "fsync":
+                forced.add(os.fstat(args[0]).st_ino)
+            return real(*args, **kwargs)
+
+        return wrapper
+
+    for name in DURABLE:
+        setattr(os, name, patched(name))
+
+
+def _new(descriptor: int, forced: set[int]) -> bool:
+    found = os.fstat(descriptor)
+    return stat.S_ISREG(found.st_mode) and found.st_ino not in forced
+
+
+def fail_at(call: int) -> None:
+    """The given fsync finds the disk full."""
+    count, real = 0, os.fsync
+
+    def wrapper(descriptor: int) -> None:
+        nonlocal count
+        count += 1
+        if count == call:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    os.fsync = wrapper
+
+
+def outcome(config: RunConfig, expected: dict[str, str]) -> str:
+    """Of making the same run again."""
+    status = forked(lambda: tiny_models.run(config))
+    output = Path(config.output)
+    left = [path.name for path in output.parent.iterdir() if output.name in path.name]
+    if status != 0:
+        return f"exit {status}"
+    return "identical" if checksums(output) == expected and left == [output.name] else f"differs, {left}"
+
+
+def again(config: RunConfig, expected: dict[str, str], broken: Callable[[], int]) -> dict[str, Any]:
+    """One broken run and the one after it."""
+    output = Path(config.output)
+    for name in (output, output.with_name(f".{output.name}.run")):
+        shutil.rmtree(name, ignore_errors=True)
+    status = broken()
+    found = json.loads((output.with_name(f".{output.name}.run") / "run.json").read_text()) if _begun(output) else None
+    finished = output.exists()
+    if finished and not _begun(output):  # it was whole before it died: the same command says so
+        return {"status": status, "begun": False, "outcome": "identical" if checksums(output) == expected else "bad"}
+    return {"status": status, "begun": found is not None, "outcome": outcome(config, expected)}
+
+
+def _begun(output: Path) -> bool:
+    return (output.with_name(f".{output.name}.run") / "run.json").exists()
+
+
+def main(mode: str, directory: Path, first: int, step: int) -> list[dict[str, Any]]:
+    """All outcomes of one mode."""
+    torch.set_num_threads(1)
+    parent = small_parent(directory / "parent")
+    config = small_run(parent, directory / "out")
+    started = time.monotonic()
+    tiny_models.run(config)
+    lasts = time.monotonic() - started
+    expected = checksums(directory / "out")
+    results = []
+    if mode == "random":
+        generator = random.Random(step)
+        for _ in range(first):
+            delay = generator.uniform(0, lasts)
+            results.append(again(config, expected, lambda d=delay: forked(lambda: tiny_models.run(config), d)))
+        return results
+    inject = die_at if mode == "points" else fail_at
+    call = first
+    while True:
+
+        def broken(call: int = call) -> int:
+            def action() -> None:
+                inject(call)
+                tiny_models.run(config)
+
+            return forked(action)
+
+        results.append({"call": call, **again(config, expected, broken)})
+        if results[-1]["status"] == 0:  # there was no such call any more
+            return results
+        call += step
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))

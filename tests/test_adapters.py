@@ -1,0 +1,263 @@
+"""LoRA on packed models. Oracles: autograd on the dequantized weight, the packed bytes before and after training, and
+plain transformers on the merged copy.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from tiny_models import BFLOAT16_ERROR, FLOAT32_ERROR, build, distance, logits, run, save, sensitivity, settings, tokens
+
+import ptq
+from ptq import adapters, cli
+from ptq.errors import ConfigError
+from ptq.formats.codec import QuantizedWeight
+from ptq.nn import QuantLinear
+
+BATCH = tokens(4, 24, 3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    place = tmp_path_factory.mktemp("llama")
+    parent = save(build("llama", torch.bfloat16), place / "parent")
+    run(settings(parent, place / "packed", "rtn"))
+    return place / "packed"
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, tmp_path_factory):
+    """A trained adapter, and the logits of the model that it was trained on."""
+    model = adapted(checkpoint)
+    train(model, 6)
+    place = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(place)
+    return place, logits(model.eval(), BATCH)
+
+
+def adapted(checkpoint, dtype="auto", **options):
+    torch.manual_seed(0)
+    model = ptq.load(checkpoint, device="cpu", dtype=dtype)
+    return peft.get_peft_model(model, adapters.lora_config(model, **{"r": 4, "lora_alpha": 16, **options}))
+
+
+def train(model, steps):
+    """Losses of a few steps of Adam on one batch."""
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=BATCH, labels=BATCH, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def gradients(model):
+    model(input_ids=BATCH, labels=BATCH, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def frozen(model):
+    return {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
+
+
+def packed_layer(bits, symmetric, permuted):
+    n, k, size = 48, 64, 16
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n, k), generator=draw, dtype=torch.uint8)
+    zeros = torch.full((n, k // size), 2 ** (bits - 1), dtype=torch.uint8)
+    if not symmetric:
+        zeros = torch.randint(0, 2**bits, zeros.shape, generator=draw, dtype=torch.uint8)
+    scales = torch.rand((n, k // size), generator=draw) + 0.5
+    order = torch.arange(k)[torch.randperm(k, generator=draw)] // size if permuted else None
+    return QuantLinear.from_quantized(QuantizedWeight(codes, scales, zeros, bits, size, symmetric), None, g_idx=order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize(("bits", "symmetric", "permuted"), [(2, True, False), (3, False, True), (4, True, True),
+                                                             (4, False, False), (8, True, False)])  # fmt: skip
+def test_the_gradient_is_that_of_the_dequantized_weight(bits, symmetric, permuted, prepared, dtype):
+    """Against autograd in float64. Bound: sums of N float32 products, in any order, err by N * 2**-24 of the sum of
+    their magnitudes; in bfloat16 weight and result are each rounded, by 2**-8 of their size at most."""
+    layer = packed_layer(bits, symmetric, permuted)
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 5, 64, generator=draw).to(dtype)
+    grad = torch.randn(2, 5, 48, generator=draw).to(dtype)
+    weight = layer.dequantize(torch.float32).double()
+    if prepared:
+        layer.prepare_()
+    packed, dense = x.clone().requires_grad_(), x.double().requires_grad_()
+    layer(packed).backward(grad)
+    torch.nn.functional.linear(dense, weight).backward(grad.double())
+    error = 48 * 2.0**-24 + (0 if dtype == torch.float32 else 2 * 2.0**-8)
+    bound = error * (grad.double().abs() @ weight.abs())
+    assert packed.grad.dtype == dtype
+    assert bool(((packed.grad.double() - dense.grad).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_lowers_the_loss_and_leaves_the_base_alone(checkpoint, dtype):
+    model = adapted(checkpoint, dtype)
+    before = frozen(model)
+    assert {type(m).__name__ for n, m in model.named_modules() if n.endswith("_proj")} == {"LoraQuantLinear"}
+    losses = train(model, 6)
+    assert losses[-1] < 0.9 * losses[0]
+    after = frozen(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_checkpointed_blocks_give_the_same_gradients(checkpoint):
+    """Recomputation runs the same operations on the same numbers, so nothing may differ."""
+    found = []
+    for checkpointed in (False, True):
+        model = adapted(checkpoint, "float32", init_lora_weights=False)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        found.append(gradients(model))
+    assert len(found[0]) == 28  # A and B of 14 Linears
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+def test_a_model_with_an_adapter_has_the_gradients_of_its_dense_copy(checkpoint):
+    """Every adapter's gradient, in float32, against the model with Linears of the dequantized weights, in float64.
+    Tolerance: four times the error that the dense model itself has in float32."""
+    model, dense, exact = (adapted(checkpoint, "float32", init_lora_weights=False) for _ in range(3))
+    for layer in [*dense.modules(), *exact.modules()]:
+        if isinstance(getattr(layer, "base_layer", None), QuantLinear):
+            linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(layer.base_layer.dequantize(torch.float32), requires_grad=False)
+            layer.base_layer = linear
+    found, near, want = (gradients(each) for each in (model, dense, exact.double()))
+    for name, grad in want.items():
+        assert float((found[name] - grad).norm()) <= 4 * float((near[name] - grad).norm())
+
+
+def test_an_adapter_is_saved_and_loaded(checkpoint, adapter):
+    place, expected = adapter
+    again = adapters.load_adapter(ptq.load(checkpoint, device="cpu"), place)
+    assert torch.equal(logits(again, BATCH), expected)
+    fresh = next(m.layout for m in ptq.load(checkpoint, device="cpu").modules() if isinstance(m, QuantLinear))
+    assert {m.layout for m in again.modules() if isinstance(m, QuantLinear)} == {fresh}
+    assert not any(p.requires_grad for p in again.parameters())
+    assert set(json.loads((place / "adapter_config.json").read_text())["target_modules"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    further = adapters.load_adapter(ptq.load(checkpoint, device="cpu"), place, trainable=True)
+    losses = train(further, 3)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", FLOAT32_ERROR), ("bfloat16", BFLOAT16_ERROR)])
+def test_the_merged_copy_is_the_adapted_model(checkpoint, adapter, tmp_path, dtype, error):
+    """In plain transformers. Every Linear errs by its dtype's rounding in both models."""
+    from transformers import AutoModelForCausalLM
+
+    model = adapters.load_adapter(ptq.load(checkpoint, device="cpu", dtype=dtype), adapter[0])
+    out = adapters.merge(checkpoint, adapter[0], tmp_path / "merged", dtype=dtype)
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert merged.dtype == getattr(torch, dtype)
+    assert not any(isinstance(module, QuantLinear) for module in merged.modules())
+    found, want = logits(merged, BATCH), logits(model, BATCH)
+    base = logits(model.unload(), BATCH)
+    assert distance(found, want) < sensitivity(merged, BATCH, error)
+    assert distance(base, want) > 4 * sensitivity(merged, BATCH, error)  # the adapter does something
+    assert not (out / "quantize_config.json").exists()
+    assert (out / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(("name", "method_options"), [
+    ("gpt2", {"format": "gptq"}),  # Conv1D, biases, tied head
+    ("qwen2", {"format": "awq", "symmetric": False, "exclude": ["lm_head", "down_proj"]}),  # biases, float Linears
+    ("llama", {"format": "compressed-tensors", "exclude": []}),  # a packed head
+])  # fmt: skip
+def test_what_a_merge_writes_for_other_models(name, method_options, tmp_path):
+    """An adapter with arbitrary numbers on every Linear but the head, float ones included."""
+    from transformers import AutoModelForCausalLM
+
+    parent = save(build(name, torch.float32), tmp_path / "parent")
+    run(settings(parent, tmp_path / "packed", "rtn", **method_options))
+    model = adapted(tmp_path / "packed", init_lora_weights=False, lora_alpha=1)
+    model.save_pretrained(tmp_path / "adapter")
+    out = adapters.merge(tmp_path / "packed", tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    found, want = logits(merged, BATCH), logits(model.eval(), BATCH)
+    assert distance(found, want) < sensitivity(merged, BATCH, FLOAT32_ERROR)
+
+
+def test_merging_in_place_is_refused(checkpoint):
+    with pytest.raises(ConfigError, match="4 bits.*ptq merge"):
+        adapted(checkpoint).merge_and_unload()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"use_dora": True}, "use_dora must be False, found True"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights must be True or False or 'gaussian', found 'pissa'"),
+])  # fmt: skip
+def test_variants_that_need_dense_weights_are_refused(checkpoint, options, message):
+    with pytest.raises(ConfigError, match=message):
+        adapters.lora_config(ptq.load(checkpoint, device="cpu"), **options)
+
+
+def test_a_fused_model_is_refused(checkpoint):
+    with pytest.raises(ConfigError, match="fuse=True: load it without"):
+        adapters.lora_config(ptq.load(checkpoint, device="cpu", fuse=True))
+
+
+def test_an_adapter_of_another_type_is_refused(checkpoint, tmp_path):
+    peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="must be of type LORA; found IA3"):
+        adapters.load_adapter(ptq.load(checkpoint, device="cpu"), tmp_path)
+
+
+def test_no_adapter_there(checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match=r"with adapter_config\.json.*nowhere is not"):
+        adapters.merge(checkpoint, tmp_path / "nowhere", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_onto_the_checkpoint_is_refused(checkpoint, adapter):
+    with pytest.raises(ConfigError, match="another directory than the checkpoint's"):
+        adapters.merge(checkpoint, adapter[0], checkpoint, overwrite=True)
+
+
+def test_an_adapter_with_whole_modules_is_not_merged(checkpoint, tmp_path):
+    model = adapted(checkpoint, modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"has modules_to_save: \['lm_head'\]"):
+        adapters.merge(checkpoint, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_an_adapter_on_a_shared_weight_is_not_merged(tmp_path):
+    parent = save(build("qwen2", torch.float32), tmp_path / "parent")
+    run(settings(parent, tmp_path / "packed", "rtn"))
+    adapted(tmp_path / "packed", target_modules=["lm_head"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"lm_head\.weight is shared with another"):
+        adapters.merge(tmp_path / "packed", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_without_peft_there_is_a_sentence(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert cli.main(["merge", str(checkpoint), "adapter", "--out", str(tmp_path / "out")]) == 2
+    assert "pip install 'ptq[adapters]'" in capsys.readouterr().err
+
+
+def test_the_verb(checkpoint, adapter, tmp_path, capsys):
+    out = tmp_path / "merged"
+    arguments = ["merge", str(checkpoint), str(adapter[0]), "--out", str(out)]
+    assert cli.main([*arguments, "--dtype", "float32"]) == 0
+    assert str(out) in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    assert cli.main(arguments) == 2
+    assert "exists" in capsys.readouterr().err
+    assert cli.main([*arguments, "--overwrite"]) == 0
+    assert Path(out / "model.safetensors").stat().st_size > 0

@@ -1,0 +1,322 @@
+"""GGUF files as a whole: what another reader makes of them, and what is refused.
+
+Oracles: transformers' own GGUF reader (it undoes the order of rows and dequantizes), the gguf package's reader, and the
+values of the checkpoint that was exported. llama.cpp itself is in benchmarks/gguf.
+"""
+
+import io
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from gguf import quants
+from tiny_models import TEXT, build, divergence, held_out, logits, run, save, settings, tokens
+
+from ptq import cli, runtime
+from ptq.config import CalibrationConfig, DatasetConfig, RunConfig
+from ptq.errors import ConfigError, FormatError, NumericsError, UnsupportedModelError
+from ptq.export import Exported, export_gguf, show
+from ptq.gguf.blocks import values
+from ptq.gguf.file import gguf_file
+from ptq.gguf.layout import Target
+from ptq.gguf.rounding import round_blocks
+from ptq.models.structure import linears, set_weight, weight_of
+from ptq.progress import Progress
+
+ROWS = 288  # of the tiny models' embeddings
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The beginning of the calibration text: tokenizing all of it takes longer than solving."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def solving(text: str) -> RunConfig:
+    """Eight short sequences, on the CPU."""
+    source = DatasetConfig(files=(text,))
+    calibration = CalibrationConfig(dataset=source, samples=8, sequence_length=64, batch_size=4)
+    return RunConfig(model="", output="", method="gptq", device="cpu", calibration=calibration)
+
+
+def export(model: Path, type_name: str, out: Path, config: RunConfig | None = None, **options: Any) -> Exported:
+    return export_gguf(str(model), type_name, str(out), config, progress=Progress(io.StringIO()), **options)
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+
+def kinds(path: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+
+
+def dense(path: Path, name: str) -> torch.Tensor:
+    """A tensor's values, rows in the file's order."""
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
+    return torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+def read(path: Path) -> Any:
+    """The model as transformers reads the file."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models in bfloat16, whose weights float16 holds; Qwen2 has biases."""
+    folder = tmp_path_factory.mktemp("parents")
+    models: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}}
+    found = {name: save(build(name, torch.bfloat16, **changes), folder / name) for name, changes in models.items()}
+    # transformers takes a llama file whose name has "mistral" in it for another architecture, which it cannot read
+    found["mistral"] = found["mistral"].rename(folder / "cold-wind")
+    wide = build("llama", torch.bfloat16, **WIDE)
+    return {**found, "wide": save(wide, folder / "wide")}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_transformers_reads_the_parent_out_of_a_float_file(parents, tmp_path, name):
+    done = export(parents[name], "F16", tmp_path)
+    assert done.path == tmp_path / f"{parents[name].name}-F16.gguf"
+    parent = runtime.load(parents[name], device="cpu", dtype="float32")
+    batch = tokens(2, 24)
+    # the same float32 weights in the same model: nothing may differ but the order of sums over permuted rows
+    torch.testing.assert_close(logits(read(done.path), batch), logits(parent, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_qwen_stay_where_they_are(parents, tmp_path):
+    done = export(parents["qwen3"], "F16", tmp_path)
+    parent = runtime.load(parents["qwen3"], device="cpu", dtype="float32")
+    attention = parent.model.layers[1].self_attn
+    assert torch.equal(dense(done.path, "blk.1.attn_q.weight"), attention.q_proj.weight)
+    assert torch.equal(dense(done.path, "blk.1.attn_k_norm.weight"), attention.k_norm.weight)
+    assert fields(done.path)["qwen3.attention.key_length"] == 32
+
+
+def test_what_the_file_says_of_itself(parents, tmp_path, solving):
+    done = export(parents["qwen2"], "Q8_0", tmp_path, solving)
+    found = fields(done.path)
+    assert found["general.architecture"] == "qwen2"
+    assert found["general.name"] == "qwen2"
+    assert (found["general.file_type"], found["general.quantization_version"]) == (7, 2)
+    assert len(found["tokenizer.ggml.tokens"]) == len(found["tokenizer.ggml.token_type"]) == ROWS
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert "output.weight" not in kinds(done.path)  # tied
+    assert done.size == done.path.stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen2-Q8_0.gguf"]
+
+
+CARRIED = {
+    "Q4_0": {},
+    "Q4_1": {"symmetric": False, "format": "compressed-tensors"},
+    "Q8_0": {"bits": 8, "group_size": 64},
+}
+
+
+@pytest.mark.parametrize("type_name", CARRIED)
+def test_a_checkpoint_is_carried_over(parents, tmp_path, type_name):
+    checkpoint = tmp_path / "made"
+    run(settings(parents["llama"], checkpoint, method="rtn", **CARRIED[type_name]))
+    done = export(checkpoint, type_name, tmp_path)
+    assert Counter(kinds(done.path).values())[type_name] == done.carried == 14
+    assert "2 tensors stay in F16: token_embd.weight, output.weight" in done.notes
+    loaded, held = runtime.load(checkpoint, device="cpu"), read(done.path)
+    for name, module in loaded.named_modules():
+        if type(module).__name__ == "QuantLinear":
+            quantized = module.quantized()
+            step = quantized.scales.abs().repeat_interleave(quantized.group_size, 1)
+            off = (held.get_submodule(name).weight - quantized.dequantize()).abs() / step
+            # float32 sums of a minimum and a product round once
+            assert off.max() <= done.deviation + (16 * 2.0**-23 if type_name == "Q4_1" else 0)
+    assert (done.deviation > 0) == (type_name == "Q4_1")
+    assert "14 tensors carried over" in show(done)
+
+
+def test_text_lets_the_float_rest_of_a_checkpoint_be_solved(parents, tmp_path, solving):
+    checkpoint = tmp_path / "made"
+    run(settings(parents["llama"], checkpoint, method="rtn"))
+    done = export(checkpoint, "Q4_0", tmp_path, solving)
+    found = kinds(done.path)
+    # rows of 64 are no multiple of Q6_K's 256
+    assert (found["output.weight"], found["token_embd.weight"]) == ("Q8_0", "Q4_0")
+    assert done.carried == 14
+    assert done.loss is not None
+    assert done.loss < 1
+
+
+def test_k_quants_are_solved_better_than_rounded(parents, tmp_path, solving):
+    """The other file holds the same kinds, rounded with equal importance."""
+    done = export(parents["wide"], "Q4_K_M", tmp_path, solving)
+    found = kinds(done.path)
+    assert found["blk.0.attn_q.weight"] == "Q4_K"
+    assert found["output.weight"] == "Q6_K"
+    # rows of 384
+    assert (found["blk.0.ffn_down.weight"], found["blk.1.ffn_down.weight"]) == ("Q5_0", "Q8_0")
+    assert "1 tensors are Q5_0 instead of Q4_K, whose blocks do not fill rows of 384" in done.notes
+    assert done.loss is not None
+    assert done.loss < 0.8
+    assert f"on average {done.loss:.3f} of the loss of rounding" in show(done)
+    parent = runtime.load(parents["wide"], device="cpu", dtype="float32")
+    batch = held_out(4, 64)
+    reference, solved = logits(parent, batch), logits(read(done.path), batch)
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+    for path, module in linears(parent):
+        parts = path.split(".")
+        kind = found["output.weight"] if path == "lm_head" else found[f"blk.{parts[2]}.{names[parts[-1]]}.weight"]
+        weight = weight_of(module).float()
+        set_weight(module, values(round_blocks(kind, weight, torch.ones(weight.shape[1]))))
+    assert divergence(reference, solved) < divergence(reference, logits(parent, batch))
+
+
+def test_a_tied_embedding_is_rounded_for_its_work_as_a_head(parents, tmp_path, solving):
+    done = export(parents["qwen2"], "Q6_K", tmp_path, solving)
+    assert kinds(done.path)["token_embd.weight"] == "Q8_0"
+    weight = runtime.load(parents["qwen2"], device="cpu", dtype="float32").model.embed_tokens.weight
+    found = dense(done.path, "token_embd.weight")
+    assert not torch.equal(found, values(round_blocks("Q8_0", weight, torch.ones(64))))
+    # of the same order as rounding: within a step of the whole range
+    assert (found - weight).square().mean().sqrt() < weight.abs().max() / 127
+
+
+def test_llama3_scaling_is_a_tensor_and_biases_follow_their_rows(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    built = build("llama", torch.bfloat16, rope_parameters=rope, attention_bias=True)
+    done = export(save(built, tmp_path / "model"), "F16", tmp_path / "file.gguf")
+    factors = dense(done.path, "rope_freqs.weight")
+    assert factors.shape == (8,)
+    assert (factors[0], factors[-1]) == (1, 8)
+    attention = built.model.layers[0].self_attn
+    bias = attention.q_proj.bias.float().view(4, 2, 8)  # heads, halves of a head, pairs
+    assert torch.equal(dense(done.path, "blk.0.attn_q.bias").view(4, 8, 2), bias.transpose(1, 2))
+    assert torch.equal(dense(done.path, "blk.0.attn_v.bias"), attention.v_proj.bias.float())
+
+
+def test_a_run_that_fails_leaves_nothing(parents, tmp_path, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ptq.export._content", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export(parents["llama"], "F16", tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_kept_or_replaced(parents, tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"a\.gguf exists; pass --overwrite, or choose another --out"):
+        export(parents["llama"], "F16", path)
+    assert path.read_bytes() == b"mine"
+    export(parents["llama"], "F16", path, overwrite=True)
+    assert path.read_bytes()[:4] == b"GGUF"
+    with pytest.raises(ConfigError, match="cannot be created"):
+        export(parents["llama"], "F16", path / "below.gguf")
+
+
+def test_a_directory_is_no_file_to_replace(parents, tmp_path):
+    (tmp_path / "llama-F16.gguf").mkdir()
+    with pytest.raises(ConfigError, match="is a directory"):
+        export(parents["llama"], "F16", tmp_path, overwrite=True)
+
+
+def test_a_float_model_needs_text(parents, tmp_path):
+    with pytest.raises(ConfigError, match="solved for Q4_0 on text: pass --text FILE"):
+        export(parents["llama"], "Q4_0", tmp_path)
+
+
+def test_sequences_longer_than_the_context_are_refused(parents, tmp_path, text):
+    usual = CalibrationConfig(dataset=DatasetConfig(files=(text,)))
+    long = RunConfig(model="", output="", method="gptq", calibration=usual)
+    with pytest.raises(ConfigError, match="context of 128 tokens; found 2048: pass a shorter --length"):
+        export(parents["llama"], "Q4_0", tmp_path, long)
+
+
+@pytest.mark.parametrize(
+    ("changes", "type_name", "message"),
+    [
+        ({}, "Q4_K_M", r"4-bit symmetric, group_size 32\) does not fit (Q4_K|Q6_K); it fits Q4_0, "),
+        ({"bits": 8}, "Q4_0", r"8-bit symmetric, .* does not fit Q4_0; it fits Q8_0: choose another --type"),
+        ({"group_size": 16}, "Q8_0", "it fits no block format"),
+        ({}, "F16", "does not fit F16; it fits Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(parents, tmp_path, changes, type_name, message):
+    run(settings(parents["wide"], tmp_path / "made", method="rtn", **changes))
+    with pytest.raises(ConfigError, match=message):
+        export(tmp_path / "made", type_name, tmp_path)
+
+
+def test_other_architectures_are_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="the model is gpt2"):
+        export(save(build("gpt2"), tmp_path / "gpt2"), "F16", tmp_path)
+
+
+def test_values_beyond_float16_are_refused(tmp_path):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] = 1e6
+    with pytest.raises(NumericsError, match=r"embed_tokens\.weight must be finite in F16, .* value is 1e\+06"):
+        export(save(model, tmp_path / "model"), "F16", tmp_path)
+
+
+def test_the_package_is_named_where_it_is_missing(parents, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match=r"pip install 'ptq\[gguf\]'"):
+        export(parents["llama"], "F16", tmp_path)
+
+
+def test_tensors_come_in_the_announced_order(tmp_path):
+    targets = [Target(name, name, (4,), "F32", "F32", -1, 0) for name in "ab"]
+    with (
+        pytest.raises(FormatError, match="a of 16 bytes must be written next; found b of 16"),
+        gguf_file(tmp_path / "x.gguf", "llama", {"general.name": "x"}, targets, overwrite=False) as file,
+    ):
+        file.add(targets[1], torch.zeros(4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line(parents, tmp_path, capsys, text):
+    arguments = ["export", str(parents["llama"]), "--format", "gguf", "--type", "Q4_0", "--out", str(tmp_path)]
+    solve = ["--text", text, "--samples", "4", "--length", "64", "--device", "cpu"]
+    assert cli.main([*arguments, *solve]) == 0
+    printed = capsys.readouterr().out
+    for word in ("llama-Q4_0.gguf", "tensors: ", "15 Q4_0", "solved with the Hessian"):
+        assert word in printed
+    assert cli.main([*arguments, *solve]) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+
+
+def test_text_may_come_from_a_configuration(parents, tmp_path, capsys, text):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {parents['llama']}\noutput: unused\nmethod: gptq\ndevice: cpu\n"
+        f"calibration: {{samples: 4, sequence_length: 64, dataset: {{files: [{text}]}}}}\n"
+    )
+    arguments = ["export", str(parents["llama"]), "--type", "Q4_0", "--out", str(tmp_path), "--config", str(config)]
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "llama-Q4_0.gguf").is_file()
+    assert cli.main([*arguments, "--text", text]) == 2
+    assert "from --text or from --config, found both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [(["--type", "Q9"], "--type must be one of F16, Q4_0"),
+     (["--type", "Q4_0", "--text", str(TEXT), "--samples", "0"], "calibration.samples must be"),
+     (["--type", "Q4_0", "--text", "absent.txt", "--length", "32", "--device", "cpu"], "absent.txt")],
+)  # fmt: skip
+def test_wrong_arguments_are_sentences(parents, tmp_path, capsys, extra, message):
+    assert cli.main(["export", str(parents["llama"]), "--out", str(tmp_path), *extra]) in (1, 2)
+    assert message in capsys.readouterr().err

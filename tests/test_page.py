@@ -1,0 +1,213 @@
+"""Pages for people: what they say, that nothing breaks out of its place, and that a browser shows them.
+
+Oracles: an HTML parser that knows which elements close; arithmetic on the places of points; a real browser.
+"""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TEXT, build, run, save, settings
+
+from ptq import cli
+from ptq.config import BitBudget, EvaluationConfig
+from ptq.page import Series, chart, facts, folded, listing, page, paragraph, section, table
+from ptq.page_report import report_page
+from ptq.page_scale import TICKS, linear_scale, log_scale
+
+VOID = {"meta", "line", "polyline"}  # closed by themselves
+NASTY = "<script>alert(1)</script>&\"'"
+
+
+class Reader(HTMLParser):
+    """Collects text and elements; fails on what is not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check_self_contained(text: str) -> Reader:
+    """One file: no script, no reference to anything else."""
+    read = Reader(text)
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in read.elements}
+    assert not re.search(r"url\(|@import|https?://", text)
+    for _, attributes in read.elements:
+        assert not {"src", "href", "onload", "onclick"} & set(attributes)
+    return read
+
+
+def test_every_text_is_escaped() -> None:
+    parts = [
+        section(NASTY, paragraph(NASTY), facts({NASTY: NASTY}), table([NASTY, NASTY], [[NASTY, NASTY]])),
+        folded(NASTY, listing(NASTY)),
+        chart([Series(NASTY, [(0, 1), (1, 2)]), Series("b", [(0, 1)], False, NASTY)], x=NASTY, y=NASTY),
+    ]
+    read = check_self_contained(page(NASTY, NASTY, parts))
+    said = [text for text in read.text if NASTY in text]
+    # title, h1, lead, h2, paragraph, two facts, four cells, summary, listing, axes, label, two points' titles, legend
+    assert len(said) >= 16
+    assert {"style": "fill: var(--c0)"}.items() <= next(a for tag, a in read.elements if tag == "circle").items()
+
+
+def test_a_page_has_both_colour_schemes() -> None:
+    text = page("t", "l", [])
+    assert "prefers-color-scheme: dark" in text
+    assert ("meta", {"name": "color-scheme", "content": "light dark"}) in Reader(text).elements
+    light, _, dark = text.partition("prefers-color-scheme: dark")
+    for palette in (light, dark):
+        assert all(f"--c{i}: #" in palette for i in range(8))
+
+
+@pytest.mark.parametrize("values", [[3.0], [0.0], [-5.0, 5.0], [1e-9, 2e-9], [1.0, 1e6], [0.5, 0.50001]])
+def test_linear_axes(values: list[float]) -> None:
+    scale = linear_scale(values, 10, 110)
+    places = [scale(value) for value in values]
+    assert all(10 <= place <= 110 for place in places)
+    assert places == sorted(places)
+    assert 1 <= len(scale.ticks) <= TICKS + 1
+    for value, text in scale.ticks:
+        assert 10 - 1e-6 <= scale(value) <= 110 + 1e-6
+        assert float(text) == pytest.approx(value, abs=1e-6 * (scale.high - scale.low))
+
+
+@pytest.mark.parametrize("values", [[3.0], [1e-7, 2e-7], [1e-6, 3.0], [1e-30, 1e30], [0.9, 1.1]])
+def test_logarithmic_axes(values: list[float]) -> None:
+    scale = log_scale(values, 100, 0)
+    places = [scale(value) for value in values]
+    assert all(0 <= place <= 100 for place in places)
+    assert places == sorted(places, reverse=True)
+    assert len(scale.ticks) <= TICKS
+    middle = math.sqrt(scale.low * scale.high)
+    assert scale(middle) == pytest.approx(50)
+    assert all(float(text) == pytest.approx(value) for value, text in scale.ticks)
+
+
+def test_axes_that_count_have_whole_labels() -> None:
+    assert [text for _, text in linear_scale([0, 1], 0, 1, whole=True).ticks] == ["0", "1"]
+    assert all(float(text).is_integer() for _, text in linear_scale([0, 79], 0, 1, whole=True).ticks)
+
+
+def test_points_stand_where_the_axes_say() -> None:
+    read = Reader(chart([Series("a", [(0, 1.0), (1, 0.1), (2, 0.0)])], x="x", y="y", log=True, whole=True))
+    circles = [attributes for tag, attributes in read.elements if tag == "circle"]
+    assert len(circles) == 2  # 0 has no logarithm
+    grid = [a for tag, a in read.elements if tag == "line" and a["x1"] != a["x2"]]
+    labels = [text for text in read.text if re.fullmatch(r"[\d.]+", text.strip())]
+    heights = dict(zip(labels, [float(a["y1"]) for a in grid], strict=False))
+    assert float(circles[0]["cy"]) == pytest.approx(heights["1"], abs=0.1)
+    assert float(circles[1]["cy"]) == pytest.approx(heights["0.1"], abs=0.1)
+
+
+def test_nothing_to_draw_is_said() -> None:
+    assert "Nothing to draw" in chart([Series("a", [(0, 0.0)])], x="x", y="y", log=True)
+    assert "Nothing to draw" in chart([], x="x", y="y")
+
+
+def test_experts_are_one_line_and_named_in_short() -> None:
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in (0, 1) for expert in range(8)]
+    losses = {name: 0.5 ** (index % 8) for index, name in enumerate(names)}
+    document = {
+        "modules": {name: {"relative_loss": loss} for name, loss in losses.items()},
+        "budget": {
+            "budget": 3, "average_bits": 3.0, "widths": [3], "predicted_kl": 0.1,
+            "groups": [
+                {"modules": names[:8], "bits": 3, "predicted_kl": {"3": 0.1}, "predicted_relative_loss": losses}
+            ],
+        },
+    }  # fmt: skip
+    read = Reader(report_page("t", document))
+    assert sum(tag == "circle" for tag, _ in read.elements) == 2
+    mean = sum(0.5**i for i in range(8)) / 8
+    assert f"mlp.experts.*.up_proj: 1, {mean:.4g}" in read.text
+    assert any("experts.5.up_proj and 2 more" in text for text in read.text)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with a budget and an evaluation, so that its report has every section."""
+    root = tmp_path_factory.mktemp("page")
+    parent = save(build("llama", torch.bfloat16), root / "parent")
+    evaluation = EvaluationConfig(files=(str(TEXT),), tokens=96, window=32, stride=32)
+    config = settings(parent, root / "out", bits=BitBudget(3.5), format="compressed-tensors", evaluation=evaluation)
+    run(config)
+    return root / "out"
+
+
+def test_every_run_writes_its_page(made: Path) -> None:
+    report = json.loads((made / "report.json").read_text())
+    text = (made / "report.html").read_text()
+    assert text == report_page("out", report)
+    said = " ".join(check_self_contained(text).text)
+    for heading in ("Quality", "Loss by layer", "Bit budget", "Time and memory", "Linears", "Configuration"):
+        assert heading in said
+    result = report["evaluation"]["models"]["result"]
+    for figure in (f"{result['perplexity']:.3f}", f"{result['kl']:.5f}", f"{report['size']['bits_per_weight']:.3f}",
+                   report["versions"]["torch"], '"budget": 3.5', "model.layers.1.mlp.down_proj", "solve",
+                   "memory, peak of solve"):  # fmt: skip
+        assert figure in said
+
+
+def test_inspect_writes_a_page(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(made), "--html", str(tmp_path / "a.html")]) == 0
+    assert "14 Linears" in capsys.readouterr().out
+    assert (tmp_path / "a.html").read_text() == (made / "report.html").read_text()
+    bare = tmp_path / "bare"
+    shutil.copytree(made, bare, ignore=shutil.ignore_patterns("report.*"))
+    assert cli.main(["inspect", str(bare), "--html", str(tmp_path / "b.html")]) == 0
+    said = " ".join(check_self_contained((tmp_path / "b.html").read_text()).text)
+    assert "14 quantized Linears" in said
+    assert "In float: lm_head." in said
+    assert "Quality" not in said
+    assert cli.main(["inspect", str(made.parent / "parent"), "--html", str(tmp_path / "c.html")]) == 0
+    assert "quantized Linears" not in check_self_contained((tmp_path / "c.html").read_text()).text
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: install Debian's package chromium")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_browser_shows_the_page(made: Path, tmp_path: Path, dark: bool) -> None:
+    """The picture has the page's background in a corner, and ink; a log entry of the page would be an error."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+             "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,1400",
+             "--enable-logging=stderr", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]  # fmt: skip
+    assert BROWSER is not None
+    dump = [BROWSER, *flags, "--dump-dom", f"file://{made / 'report.html'}"]
+    done = subprocess.run(dump, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    assert done.stdout.count("<circle") == 14
+    shot = tmp_path / "page.png"
+    picture = [BROWSER, *flags, f"--screenshot={shot}", f"file://{made / 'report.html'}"]
+    subprocess.run(picture, capture_output=True, timeout=120, check=True)
+    image = pytest.importorskip("PIL.Image").open(shot).convert("RGB")
+    colours = {colour: count for count, colour in image.getcolors(900 * 1400)}
+    background = image.getpixel((2, 2))
+    assert background == ((22, 24, 27) if dark else (255, 255, 255))
+    assert 0.5 < colours[background] / (900 * 1400) < 0.99

@@ -1,0 +1,132 @@
+"""What a run is predicted to need. Oracle: the run's own peak, sizes on disk, and sums worked out by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from crashes import small_parent, small_run
+from tiny_models import run
+
+from ptq import cli
+from ptq.config import CalibrationConfig, RunConfig, scheme_for
+from ptq.formats import CODECS
+from ptq.models.loading import build_skeleton
+from ptq.models.names import SourceNames
+from ptq.models.structure import find_blocks, linears, weight_shape
+from ptq.plan import Plan, make_plan
+from ptq.predict import Rates, compared, describe_prediction, measure_rates, predict
+from ptq.report import PeakMemory, anonymous_bytes
+
+RATES = Rates(1e12, 1e9)
+LARGE = {  # hidden, intermediate, blocks, heads, key-value heads
+    "70B": (8192, 28672, 80, 64, 8),
+    "405B": (16384, 53248, 126, 128, 8),
+}
+
+
+class Headers:
+    """What a reader says of a checkpoint that holds a skeleton's parameters in bfloat16."""
+
+    def __init__(self, skeleton):
+        self._shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+
+    def names(self):
+        return tuple(self._shapes)
+
+    def spec(self, name):
+        return torch.bfloat16, self._shapes[name]
+
+    def files(self):
+        return {"model.safetensors": sum(2 * torch.Size(shape).numel() for shape in self._shapes.values())}
+
+
+def large_plan(size: str, device: str, **changes) -> Plan:
+    """A plan for a Llama of that size, without a file."""
+    from transformers import LlamaConfig
+
+    hidden, inner, depth, heads, kv = LARGE[size]
+    shape = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads,
+        num_key_value_heads=kv, vocab_size=128256, tie_word_embeddings=False,
+    )  # fmt: skip
+    skeleton = build_skeleton(shape, torch.bfloat16)
+    config = RunConfig(model="m", output="o", method="gptq", calibration=CalibrationConfig(batch_size=1), **changes)
+    found = dict(linears(skeleton))
+    headers = Headers(skeleton)
+    return Plan(
+        config, Path("m"), shape, skeleton, find_blocks(skeleton), {p: scheme_for(config, p) for p in found},
+        {p: weight_shape(m) for p, m in found.items()}, CODECS["gptq"], headers,
+        SourceNames(skeleton, headers.names()), torch.bfloat16, torch.device(device),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", LARGE)
+def test_large_models_on_a_gpu(size):
+    """Blocks, hidden states and files by hand; the rest is work space."""
+    hidden, inner, depth, heads, kv = LARGE[size]
+    found = predict(large_plan(size, "cuda"), RATES)
+    linear = hidden * hidden * (2 + 2 * kv / heads) + 3 * hidden * inner
+    block = 2 * int(linear + 2 * hidden)
+    assert found.memory["block"] == found.memory["float block"] == block
+    assert found.host["hidden states"] == 2 * 128 * 2048 * hidden * 2
+    assert found.memory["Hessians"] == 7 * 4 * inner**2
+    assert found.disk["output"] > depth * linear / 2  # four bits a weight
+    assert found.peak == sum(found.memory.values())
+    # A 70B model's widest Hessian alone leaves no room on a card of 24 GiB.
+    assert found.peak > 24 * 2**30
+    text = describe_prediction(found)
+    assert [line.split()[0] for line in text.splitlines()] == ["memory", "host", "disk", "time"]
+
+
+def test_rounding_needs_no_hidden_states():
+    plan = large_plan("70B", "cpu")
+    found = predict(plan._replace(config=RunConfig(model="m", output="o", method="rtn")), RATES)
+    assert "hidden states" not in found.memory
+    assert found.disk["journal of hidden states"] == 0
+    assert found.seconds["forward passes"] == 0
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+def test_predicted_against_actual(method, tmp_path):
+    """Of a small run most memory is the process's own, so 25 % says little; that the figures are there is tested."""
+    parent = small_parent(tmp_path / "parent")
+    config = small_run(parent, tmp_path / "out", method, exclude=("lm_head", "gate_proj", "up_proj", "down_proj"))
+    plan = make_plan(config)
+    found = predict(plan, RATES, anonymous_bytes())
+    document = run(config).document["prediction"]
+    assert document["memory"]["actual"] == pytest.approx(found.peak, rel=0.25)
+    assert document["seconds"]["predicted"] > 0
+    assert document["seconds"]["actual"] > 0
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert found.disk["output"] == pytest.approx(written, rel=0.25)  # headers weigh much in files of 12 KB
+
+
+def test_rates_are_positive_and_leave_nothing(tmp_path):
+    rates = measure_rates(torch.device("cpu"), tmp_path)
+    assert rates.operations > 1e6
+    assert rates.disk > 1e3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_peak_that_is_gone_again_is_seen():
+    with PeakMemory(period=0.001) as peak:
+        before = peak.bytes
+        block = torch.ones(2**24)  # 64 MiB, touched
+        torch.ones(2**22).cumsum(0)
+        del block
+    assert peak.bytes - before > 2**25
+
+
+def test_compared():
+    found = predict(large_plan("70B", "cpu"), RATES)
+    document = compared(found, 5, 2.5)
+    assert document["memory"] == {"predicted": found.peak, "actual": 5}
+    assert document["seconds"]["actual"] == 2.5
+
+
+def test_the_command(tmp_path, capsys):
+    assert cli.main(["plan", "--config", "demo.yaml", "--set", f"output={tmp_path / 'deep' / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("quantize     16 x 128 x 256", "memory ", "disk ", "time ", "hidden states 0.03 GB"):
+        assert word in printed
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,477 @@
+"""A run that is cut short goes on where it stopped.
+
+Oracle: the bytes of the same run left alone. Damage is done to a copy of an unfinished run, file by file: afterwards
+the bytes are the same or the run is refused with the damaged file named.
+"""
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import crashes
+import pytest
+import tiny_models
+import torch
+from crashes import checksums, small_parent, small_run
+from tiny_models import run
+
+from ptq import hidden, journal, walk
+from ptq.config import EvaluationConfig, SchemeOverride
+from ptq.errors import ConfigError, FormatError, NumericsError
+from ptq.formats.assembly import Part, assemble, damage, shards, write_part
+from ptq.formats.checkpoint import ShardWriter
+from ptq.formats.digest import CHUNK_BYTES, digest
+from ptq.formats.sealed import seal, unseal
+from ptq.journal import Journal
+from ptq.pipeline import quantize
+from ptq.progress import Progress
+
+BLOCKS = 3
+
+
+class Stopping(Progress):
+    """Interrupts a run once so many blocks are committed."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(io.StringIO())
+        self._after = after
+
+    def step(self, index, total, losses=(), seconds=0.0):
+        if index + 1 == self._after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    return small_parent(tmp_path_factory.mktemp("resume") / "parent")
+
+
+def stop(config, after):
+    with pytest.raises(KeyboardInterrupt):
+        quantize(config, progress=Stopping(after))
+    return unfinished(config)
+
+
+def unfinished(config):
+    output = Path(config.output)
+    return output.with_name(f".{output.name}.run")
+
+
+def whole(config):
+    """Checksums of the run left alone; its output is removed."""
+    run(config)
+    found = checksums(Path(config.output))
+    shutil.rmtree(config.output)
+    return found
+
+
+def offloaded(config):
+    return replace(config, calibration=replace(config.calibration, offload="disk"))
+
+
+CASES = {
+    "rtn": ("rtn", {}),
+    "gptq": ("gptq", {}),
+    "gptq, head": ("gptq", {"exclude": ("q_proj", "k_proj", "v_proj", "gate_proj"), "symmetric": True}),
+    "awq": ("awq", {"exclude": ("lm_head", "gate_proj", "up_proj", "down_proj")}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_interrupted_run_ends_with_the_same_bytes(case, parent, tmp_path):
+    method, changes = CASES[case]
+    config = small_run(parent, tmp_path / "out", method, **changes)
+    expected = whole(config)
+    for after in range(1, BLOCKS + 1):
+        stop(config, after)
+        assert not (tmp_path / "out").exists()
+        report = run(config)
+        assert report.document["resumed"]["blocks"] == after
+        assert report.document["resumed"]["notes"] == []
+        assert len({name.split(".")[2] for name in report.modules if "layers" in name}) == BLOCKS
+        assert checksums(tmp_path / "out") == expected
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_hidden_states_on_disk_change_nothing(parent, tmp_path):
+    """Not the weights; and either kind of run continues the other."""
+    config = small_run(parent, tmp_path / "out")
+    weights = {name: sums for name, sums in whole(config).items() if name.endswith((".safetensors", ".json"))}
+    for first, second in ((config, offloaded(config)), (offloaded(config), config), (offloaded(config),) * 2):
+        stop(first, 2)
+        run(second)
+        found = checksums(tmp_path / "out")
+        assert weights.items() <= found.items()
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_several_interruptions(parent, tmp_path):
+    config = small_run(parent, tmp_path / "out")
+    expected = whole(config)
+    for after in (1, 2, 3):
+        stop(config, after)
+    run(config)
+    assert checksums(tmp_path / "out") == expected
+
+
+CHANGES = {
+    "configuration.bits was 4 and is 8": {"bits": 8},
+    "configuration.gptq.damping was 0.01 and is 0.05": {"gptq": replace(crashes.FAST, damping=0.05)},
+    "configuration.exclude was": {"exclude": ("lm_head", "q_proj")},
+    "configuration.max_shard_size was 12KB and is 1GB": {"max_shard_size": "1GB"},
+    "configuration.overrides.o_proj.bits was absent and is 8": {"overrides": {"o_proj": SchemeOverride(bits=8)}},
+}
+
+
+@pytest.mark.parametrize("sentence", CHANGES)
+def test_a_changed_configuration_is_refused(sentence, parent, tmp_path):
+    config = small_run(parent, tmp_path / "out")
+    place = stop(config, 1)
+    before = sorted(path.name for path in place.rglob("*"))
+    with pytest.raises(ConfigError, match=f"can go on only as it began: .*{sentence}.* or start over with --fresh"):
+        run(small_run(parent, tmp_path / "out", **CHANGES[sentence]))
+    assert sorted(path.name for path in place.rglob("*")) == before
+    run(small_run(parent, tmp_path / "out", **CHANGES[sentence]), fresh=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_changed_model_or_text_is_refused(tmp_path, monkeypatch):
+    parent = small_parent(tmp_path / "parent")
+    config = small_run(parent, tmp_path / "out")
+    stop(config, 1)
+    for path, change, sentence in (
+        (parent / "model.safetensors", lambda data: flipped(data, -3), "model.model.safetensors was"),
+        (parent / "config.json", lambda data: data + b"\n", "model.config.json was"),
+        (parent / "tokenizer.json", lambda data: data + b"\n", "model.tokenizer.json was"),
+        (parent / "text" / "calibration.txt", lambda data: data.replace(b"e", b"E"), "calibration text was"),
+    ):
+        kept = path.read_bytes()
+        path.write_bytes(change(kept))
+        with pytest.raises(ConfigError, match=sentence):
+            run(config)
+        path.write_bytes(kept)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    with pytest.raises(ConfigError, match=r"machine.threads was \d+ and is 99"):
+        run(config)
+
+
+def test_large_weight_files_are_sampled(tmp_path):
+    from ptq.journal_signature import SAMPLE_BYTES, SAMPLES, _file
+
+    tensors = {"a": torch.zeros(SAMPLES * SAMPLE_BYTES), "b": torch.zeros(8)}
+    write_part(tmp_path / "a.safetensors", tensors)
+    write_part(tmp_path / "b.safetensors", {**tensors, "a": torch.ones(SAMPLES * SAMPLE_BYTES)})
+    write_part(tmp_path / "c.safetensors", {"b": tensors["b"], "c": tensors["a"]})
+    found = {_file(tmp_path / f"{name}.safetensors") for name in "abc"}
+    assert len(found) == 3
+
+
+def test_what_may_differ(parent, tmp_path):
+    """Where files are, and what is done after the weights are written."""
+    config = small_run(parent, tmp_path / "out")
+    expected = whole(config)
+    stop(config, 2)
+    moved = shutil.copytree(parent, tmp_path / "moved")
+    text = EvaluationConfig(files=(str(moved / "text" / "calibration.txt"),), tokens=64, window=32, stride=32)
+    run(replace(small_run(moved, tmp_path / "out"), evaluation=text))
+    found = checksums(tmp_path / "out")
+    assert {name for name in found if found[name] != expected[name]} == {"ptq_config.yaml"}
+
+
+def test_one_run_at_a_time(parent, tmp_path):
+    config = small_run(parent, tmp_path / "out")
+    place = stop(config, 1)
+    with open(place / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"written by one run at a time; another one is writing \S+out: wait"):
+            run(config)
+    run(config)
+
+
+def test_errors_that_would_come_again_leave_nothing(parent, tmp_path, monkeypatch):
+    config = small_run(parent, tmp_path / "out")
+    stop(config, 1)
+
+    def fail(*_):
+        raise NumericsError("always")
+
+    monkeypatch.setattr(walk, "quantize_block", fail)
+    with pytest.raises(NumericsError):
+        run(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    changed = bytearray(data)
+    changed[at] ^= 1
+    return bytes(changed)
+
+
+DAMAGES = {
+    "flipped": lambda path: path.write_bytes(flipped(path.read_bytes(), -10)),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def two_done(parent, tmp_path_factory):
+    """A run with two of three blocks finished, and the bytes it must end with."""
+    config = small_run(parent, tmp_path_factory.mktemp("damage") / "out")
+    expected = whole(config)
+    return config, expected, stop(config, 2)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_healed_or_named(kind, two_done, tmp_path):
+    """What the last block left can be computed again from what came before it; anything older is refused."""
+    config, expected, place = two_done
+    files = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file() and path.name != "lock")
+    assert {str(path) for path in files} == {
+        "run.json", "blocks/0000.json", "blocks/0000.safetensors", "blocks/0001.json", "blocks/0001.safetensors",
+        "hidden/0001-quantized", "hidden/0001-float", "hidden/0002-quantized", "hidden/0002-float",
+    }  # fmt: skip
+    unread = {"hidden/0001-quantized", "hidden/0001-float"}  # needed only if something else is damaged as well
+    healed = {"blocks/0001.json", "blocks/0001.safetensors", "hidden/0002-quantized", "hidden/0002-float"}
+    for file in files:
+        output = tmp_path / file.name / "out"
+        copy = shutil.copytree(place, unfinished(replace(config, output=str(output))))
+        DAMAGES[kind](copy / file)
+        mine = replace(config, output=str(output))
+        if str(file) in healed | unread:
+            report = run(mine)
+            notes = report.document["resumed"]["notes"]
+            named = any(str(copy / file) in note for note in notes)
+            # Without its last record a run looks like one that was cut short before it.
+            assert named == (str(file) in healed and (kind, str(file)) != ("deleted", "blocks/0001.json"))
+            found = checksums(output)
+            assert {name for name in found if found[name] != expected[name]} <= {"ptq_config.yaml"}
+            shutil.rmtree(output)
+        else:
+            with pytest.raises(FormatError, match=str(copy / file)):
+                run(mine)
+            assert copy.exists()
+            assert not output.exists()
+
+
+def test_two_damages_are_refused(two_done, tmp_path):
+    config, _, place = two_done
+    mine = replace(config, output=str(tmp_path / "out"))
+    copy = shutil.copytree(place, unfinished(mine))
+    for name in ("hidden/0001-float", "hidden/0002-float"):
+        DAMAGES["flipped"](copy / name)
+    with pytest.raises(FormatError, match="0002-float is damaged: its bytes are not .* cannot go on without it"):
+        run(mine)
+
+
+def test_a_record_of_another_run_is_refused(two_done, tmp_path):
+    config, _, place = two_done
+    mine = replace(config, output=str(tmp_path / "out"))
+    copy = shutil.copytree(place, unfinished(mine))
+    content, _ = unseal(copy / "blocks/0000.json")
+    seal(copy / "blocks/0000.json", {**content, "after": "another"})
+    with pytest.raises(FormatError, match="0000.json is not the record that followed in this run"):
+        run(mine)
+
+
+def test_commits_that_cost_too_much_are_put_off(parent, tmp_path, monkeypatch):
+    """Then a run goes on from the last one that was made."""
+    config = small_run(parent, tmp_path / "out")
+    expected = whole(config)
+    monkeypatch.setattr(journal, "SECONDS", 0.0)
+    monkeypatch.setattr(journal, "SHARE", 0.0)
+    for each in (config, offloaded(config)):
+        place = stop(each, 2)
+        assert [path.name for path in sorted((place / "blocks").glob("*.json"))] == ["0000.json"]
+        report = run(each)
+        assert report.document["resumed"]["blocks"] == 1
+        found = checksums(tmp_path / "out")
+        assert {name for name in found if found[name] != expected[name]} <= {"ptq_config.yaml"}
+        shutil.rmtree(tmp_path / "out")
+
+
+def interrupted(config, **options):
+    with pytest.raises(KeyboardInterrupt):
+        run(config, **options)
+
+
+def half_assembled(config, monkeypatch):
+    """A run that died with its second shard written."""
+    from ptq.formats import assembly
+
+    real, count = assembly._write_shard, []
+
+    def third(*arguments):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assembly, "_write_shard", third)
+        interrupted(config)
+    return unfinished(config)
+
+
+def test_damage_while_shards_are_put_together(parent, tmp_path, monkeypatch):
+    config = small_run(parent, tmp_path / "out")
+    expected = whole(config)
+    place = half_assembled(config, monkeypatch)
+    run(config)
+    assert checksums(tmp_path / "out") == expected
+    shutil.rmtree(tmp_path / "out")
+    for kind in ("flipped", "deleted"):
+        place = half_assembled(config, monkeypatch)
+        first = min((place / "checkpoint").glob("*.safetensors"))
+        assert not (place / "blocks" / "0000.safetensors").exists()
+        DAMAGES[kind](first)
+        with pytest.raises(FormatError, match=r"(is damaged|is missing).*cannot go on without it: start over"):
+            run(config)
+        shutil.rmtree(place)
+    place = half_assembled(config, monkeypatch)
+    DAMAGES["flipped"](place / "blocks" / "0003.safetensors")
+    with pytest.raises(FormatError, match="0003.safetensors is damaged: the bytes of .* start over with --fresh"):
+        run(config)
+
+
+def test_a_run_that_died_while_it_evaluated_evaluates(parent, tmp_path, monkeypatch):
+    text = EvaluationConfig(files=(str(tiny_models.TEXT),), tokens=64, window=32, stride=32)
+    config = replace(small_run(parent, tmp_path / "out"), evaluation=text)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ptq.pipeline.evaluate_run", killed)
+        interrupted(config)
+    assert unfinished(config).exists()
+    before = checksums(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "quantize_block", None)
+        report = run(config)
+    assert report.document["evaluation"]["tokens"] > 0
+    assert checksums(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with monkeypatch.context() as patch:
+        patch.setattr("ptq.pipeline.evaluate_run", killed)
+        interrupted(config, overwrite=True)
+    with pytest.raises(ConfigError, match="exists; choose another `output` or pass --overwrite"):
+        run(replace(config, bits=8))
+    run(replace(config, bits=8), overwrite=True)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["configuration"]["bits"] == 8
+
+
+def example_tensors():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [("a", torch.float32, (8, 4)), ("b", torch.int64, (3,)), ("c", torch.bfloat16, (5, 5)),
+              ("d", torch.uint8, (7,)), ("e", torch.float32, (0, 4)), ("f", torch.float16, ())]  # fmt: skip
+    return {name: torch.randint(0, 100, shape, generator=generator).to(dtype) for name, dtype, shape in shapes}
+
+
+@pytest.mark.parametrize("limit", [1, 60, 170, 1e9])
+def test_shards_hold_what_a_shard_writer_writes(limit, tmp_path):
+    tensors = example_tensors()
+    for name in ("parts", "one", "other"):
+        (tmp_path / name).mkdir()
+    items = list(tensors.items())
+    parts = [write_part(tmp_path / "parts" / f"{i}", dict(items[i : i + 2])) for i in (0, 2, 4)]
+    assemble(parts, tmp_path / "one", limit)
+    writer = ShardWriter(tmp_path / "other", limit)
+    writer.add(tensors)
+    writer.finish()
+    assert checksums(tmp_path / "one") == checksums(tmp_path / "other")
+    assert list((tmp_path / "parts").iterdir()) == []
+
+
+def test_a_part_must_hold_what_was_written(tmp_path):
+    part = write_part(tmp_path / "part", {"a": torch.ones(4)})
+    assert damage(*part) is None
+    with pytest.raises(FormatError, match="tensor b: dtype must be one of F64, .* found torch.complex64"):
+        write_part(tmp_path / "bad", {"b": torch.ones(1, dtype=torch.complex64)})
+    with pytest.raises(FormatError, match="tensor a of .*other was written already"):
+        shards([part, Part(tmp_path / "other", part.pieces)], 1e9)
+    other = write_part(tmp_path / "part", {"b": torch.ones(4)})
+    assert "its header is not the one that was written" in damage(other.path, part.pieces)
+
+
+def test_empty_tensors_alone(tmp_path):
+    part = write_part(tmp_path / "part", {"a": torch.ones(0, 3)})
+    assert damage(*part) is None
+
+
+def test_a_checksum_of_chunks_is_that_of_all_bytes_in_order():
+    data = bytes(CHUNK_BYTES) + b"1"
+    assert digest(data) == digest(bytes(data))
+    assert len({digest(data), digest(data[:-1]), digest(data[1:] + b"0"), digest(b"")}) == 4
+
+
+def test_hidden_states_come_back_as_maps(tmp_path):
+    """A change in place stays out of the file; the map outlives the name."""
+    batches = [torch.randn(2, 3, 5).bfloat16(), torch.randn(1, 3, 5).bfloat16()]
+    file = hidden.HiddenFile(tmp_path / "h")
+    maps = [file.keep(batch) for batch in batches]
+    described = hidden.described(batches)
+    assert hidden.damage(tmp_path / "h", described) is None
+    maps[0].zero_()
+    reread = hidden.opened(tmp_path / "h", described)
+    (tmp_path / "h").unlink()
+    assert all(torch.equal(one, other) for one, other in zip(reread, batches, strict=True))
+    assert maps[0].eq(0).all()
+
+
+def test_a_journal_without_its_beginning(tmp_path):
+    def opened(signature: Mapping[str, str]) -> Journal:
+        return Journal(tmp_path, signature, 2, mapped=False)
+
+    opened({"a": "1"}).add({}, {"t": torch.ones(2)}, {}, 0.0)
+    many = {f"key {i}": "1" for i in range(7)}
+    with pytest.raises(ConfigError, match="a was 1 and is absent; key 0 was absent and is 1; .*; and 3 more. Undo"):
+        opened(many)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(FormatError, match=r"run.json is missing, but the run has finished blocks; start over"):
+        opened({"a": "1"})
+
+
+def crash(mode: str, directory: Path, first: int, step: int):
+    """Outcomes of `crashes.main` in a process that has not used threads."""
+    root = Path(crashes.__file__).resolve().parent
+    paths = os.pathsep.join([str(root.parent), str(root.parent / "kernels"), str(root)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, crashes.__file__, mode, str(directory), str(first), str(step)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert {result["outcome"] for result in results} == {"identical"}, f"{results}\n{done.stderr}"
+    return results
+
+
+def test_sigkill_at_random_moments(tmp_path):
+    assert len(crash("random", tmp_path, 3, 0)) == 3
+
+
+def test_death_before_something_is_durable(tmp_path):
+    """Every 29th of the calls that make something durable; the slow test takes all of them."""
+    results = crash("points", tmp_path, 17, 29)
+    assert results[-1]["status"] == 0
+    assert len(results) > 3
+    assert sum(result["begun"] for result in results) > 1
+
+
+def test_a_full_disk(tmp_path):
+    results = crash("full", tmp_path, 9, 19)
+    assert [result["status"] for result in results][-1] == 0
+    assert len(results) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "first", "step"), [("random", 50, 1), ("points", 1, 1), ("full", 1, 1)])
+def test_every_death(mode, first, step, tmp_path):
+    crash(mode, tmp_path, first, step)
