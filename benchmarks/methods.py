@@ -18,11 +18,12 @@ from ptq.progress import Progress
 from ptq.report import versions
 
 ASYMMETRIC = ["symmetric=false", "format=compressed-tensors"]
+PAPER = ["gptq.scales=range", "gptq.candidates=1", "gptq.sweeps=0", "gptq.correct_inputs=0"]
 ROWS: dict[str, list[str]] = {
     "RTN, 4 bits": ["method=rtn"],
     "AWQ, 4 bits": ["method=awq"],
     "AWQ scales, GPTQ codes, 4 bits": ["method=awq", "awq.codes=gptq"],
-    "GPTQ as in the paper, 4 bits": ["gptq.scales=range", "gptq.sweeps=0", "gptq.correct_inputs=0"],
+    "GPTQ as in the paper, 4 bits": PAPER,
     "GPTQ, 4 bits": [],
     "RTN, 4 bits, asymmetric": ["method=rtn", *ASYMMETRIC],
     "AWQ, 4 bits, asymmetric": ["method=awq", *ASYMMETRIC],

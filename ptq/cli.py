@@ -6,10 +6,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ptq.cli_adapters import merge_arguments
 from ptq.cli_compare import compare_arguments, sweep_arguments
+from ptq.cli_push import lint_arguments, push_arguments
+from ptq.cli_tasks import run_tasks, task_arguments
 from ptq.errors import ConfigError, PtqError
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _sweep_arguments(verbs.add_parser("sweep", help="make and compare variants of one configuration"))
     _bench_arguments(verbs.add_parser("bench", help="time the packed matmul beside dense ones on this machine"))
     _tune_arguments(verbs.add_parser("tune", help="time the GPU kernels' configurations for a checkpoint's shapes"))
+    _lint_arguments(verbs.add_parser("lint", help="whether a checkpoint is sound, where it loads, how it can be split"))
+    _push_arguments(verbs.add_parser("push", help="a checkpoint and its model card to the hub, or to a folder"))
     _export_arguments(verbs.add_parser("export", help="write a model as a file for another runtime (GGUF)"))
     _merge_arguments(verbs.add_parser("merge", help="add a LoRA adapter to a checkpoint, as a dense copy"))
     return run(parser, arguments)
@@ -160,7 +164,7 @@ def _print_plan(config: "RunConfig") -> int:
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="model directory or hub name")
     parser.add_argument("--parent", help="the float model it came from: adds KL divergence and top-1 agreement")
-    parser.add_argument("--text", required=True, action="append", metavar="FILE", help=".txt, .jsonl or .parquet")
+    parser.add_argument("--text", action="append", default=[], metavar="FILE", help=".txt, .jsonl or .parquet")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
     parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")
@@ -170,18 +174,35 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
     gate = "exit with 1 if this holds, as in 'kl>0.05' (kl, perplexity, top1; >, >=, <, <=); may be given again"
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help=gate)
+    task_arguments(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     _debug_argument(parser)
     parser.set_defaults(action=_eval)
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from ptq.config import EvaluationConfig, check_evaluation
-    from ptq.evaluation import evaluate_checkpoint, show
     from ptq.gate import parse_condition, require_parent, require_passed
 
     conditions = [parse_condition(text) for text in options.fail_if]
     require_parent(conditions, options.parent)
+    document = run_tasks(options)
+    if options.text:
+        document |= _eval_text(options)
+    if options.json:
+        import json
+
+        from ptq.formats.checkpoint import atomic_write_text
+
+        atomic_write_text(Path(options.json), json.dumps(document, indent=1) + "\n")
+    if options.text:
+        require_passed(conditions, document["models"]["result"])
+    return 0
+
+
+def _eval_text(options: argparse.Namespace) -> dict[str, Any]:
+    from ptq.config import EvaluationConfig, check_evaluation
+    from ptq.evaluation import evaluate_checkpoint, show
+
     settings = EvaluationConfig(
         files=tuple(options.text), tokens=options.tokens, window=options.window,
         stride=options.window if options.stride is None else options.stride,
@@ -191,15 +212,8 @@ def _eval(options: argparse.Namespace) -> int:
         options.checkpoint, options.parent, settings, device=options.device, dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
-    if options.json:
-        import json
-
-        from ptq.formats.checkpoint import atomic_write_text
-
-        atomic_write_text(Path(options.json), json.dumps(document, indent=1) + "\n")
     print(show(document), flush=True)
-    require_passed(conditions, document["models"]["result"])
-    return 0
+    return document
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,6 +290,16 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     merge_arguments(parser)
+    _debug_argument(parser)
+
+
+def _lint_arguments(parser: argparse.ArgumentParser) -> None:
+    lint_arguments(parser)
+    _debug_argument(parser)
+
+
+def _push_arguments(parser: argparse.ArgumentParser) -> None:
+    push_arguments(parser)
     _debug_argument(parser)
 
 

@@ -47,7 +47,7 @@ def round_scales(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:
     """``[N, K]`` seen as ``[N, G, group_size]``."""
-    return weight.reshape(weight.shape[0], -1, group_size)
+    return weight.reshape(weight.shape[0], weight.shape[1] // group_size, group_size)
 
 
 def resolve_group_size(scheme: Scheme, in_features: int, name: str = "weight") -> int:

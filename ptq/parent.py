@@ -19,25 +19,18 @@ def parent_of(model: str, directory: Path) -> dict[str, Any]:
     """A run's parent, for its report.
 
     ``name`` is its hub name (None: a local directory), ``commit`` that of the hub's cache, ``card`` what its README's
-    front matter says of licence, language and task, ``texts`` the names of the licence files beside its weights.
+    front matter says of licence, language and task.
     """
     cached = _SNAPSHOT.search(directory.resolve().as_posix())
     name = f"{cached[1]}/{cached[2]}" if cached else None
     if name is None and not Path(model).expanduser().is_dir() and _HUB_NAME.fullmatch(model):
         name = model
     matter = front_matter(directory / "README.md")
-    texts = sorted(path.name for path in directory.glob("*") if path.is_file() and is_licence(path.name))
     return {
         "name": name,
         "commit": cached[3] if cached else None,
         "card": {key: matter[key] for key in CARRIED if key in matter},
-        "texts": texts,
     }
-
-
-def is_licence(file: str) -> bool:
-    """Whether a file holds terms that have to go along."""
-    return file.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
 
 
 def front_matter(readme: Path) -> Mapping[str, Any]:

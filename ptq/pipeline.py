@@ -24,6 +24,7 @@ from ptq.journal_signature import signature_of
 from ptq.models.experts import routers
 from ptq.nn.linear import kernels_in_use
 from ptq.page_report import report_page
+from ptq.parent import parent_of
 from ptq.plan import Plan, check_output, estimate_size, head_targets, make_plan
 from ptq.predict import compared, measure_rates, predict
 from ptq.prepared import Prepared
@@ -34,7 +35,7 @@ from ptq.walk import units, walk
 
 # Weights and what describes them are written anew; everything else beside them is the parent's.
 NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
-              "config.json", "quantize_config.json", "report.json", "report.html", ".*", "*.md", "LICENSE*",
+              "config.json", "quantize_config.json", "report.json", "report.html", ".*", "*.md",
               "original")  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def quantize(
         report = _finished_before(place, plan, overwrite, ranks)
         ranks.told(place.path if report is None else None)
         if report is None:
-            report = Report(Path(config.output), _described(plan))
+            report = Report(Path(config.output), _described(plan, ranks))
             plan, batches = _calibrate(plan, report.document, progress, prepared or Prepared(), ranks)
             _solve_and_write(plan, batches, place, report.document, progress, ranks)
             _write_report(report, place.checkpoint, progress, started)
@@ -125,8 +126,13 @@ def _finished_before(place: RunDirectory, plan: Plan, overwrite: bool, ranks: Ra
     return None
 
 
-def _described(plan: Plan) -> dict[str, Any]:
-    return {"versions": versions(), "hardware": hardware(plan.device), "configuration": asdict(plan.config)}
+def _described(plan: Plan, ranks: Ranks) -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "hardware": {**hardware(plan.device), "processes": ranks.size},
+        "configuration": asdict(plan.config),
+        "parent": parent_of(plan.config.model, plan.directory),
+    }
 
 
 def _rounded(progress: Progress) -> dict[str, float]:

@@ -130,8 +130,8 @@ def load(
     """A causal language model with packed weights, ready for ``generate``.
 
     Args:
-        path: directory or hub name; this project's checkpoints and other GPTQ, AWQ and compressed-tensors ones
-            without a run-time permutation; float checkpoints too.
+        path: directory or hub name; this project's checkpoints, GPTQ, AWQ, compressed-tensors and AutoRound ones of
+            others (docs/load.md says which); float checkpoints too.
         device: where to put it; default CUDA where there is one.
         impl: kernel to use (``auto``, ``reference``, ``triton``, ``cpu``); an explicit one that cannot run raises.
         activation: "int8" rounds the inputs of packed Linears to 8 bits, row by row, which is faster on CPUs with
@@ -149,7 +149,8 @@ def load(
         trust_remote_code: run Python code that comes with the model.
 
     Returns:
-        A ``PreTrainedModel`` in eval mode.
+        A ``PreTrainedModel`` in eval mode, as ``from_pretrained`` of transformers gives it after ``import ptq``;
+        ``save_pretrained`` writes the format that was read.
 
     Raises:
         ConfigError: no such model, an unknown implementation, or a head that `head_bits` cannot be for.

@@ -4,18 +4,31 @@ plain transformers on the merged copy.
 
 import json
 import sys
-from pathlib import Path
 
 import peft
 import pytest
 import torch
-from tiny_models import BFLOAT16_ERROR, FLOAT32_ERROR, build, distance, logits, run, save, sensitivity, settings, tokens
+from tiny_models import (
+    BFLOAT16_ERROR,
+    FLOAT32_ERROR,
+    GROUPED,
+    build,
+    distance,
+    logits,
+    randomize,
+    run,
+    save,
+    sensitivity,
+    settings,
+    tokens,
+)
 
 import ptq
 from ptq import adapters, cli
 from ptq.errors import ConfigError
 from ptq.formats.codec import QuantizedWeight
 from ptq.nn import QuantLinear
+from ptq.plan import make_plan
 
 BATCH = tokens(4, 24, 3)
 
@@ -36,6 +49,15 @@ def adapter(checkpoint, tmp_path_factory):
     place = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(place)
     return place, logits(model.eval(), BATCH)
+
+
+def mixtral():
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    config = MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    randomize(model)
+    return model
 
 
 def adapted(checkpoint, dtype="auto", **options):
@@ -179,12 +201,13 @@ def test_the_merged_copy_is_the_adapted_model(checkpoint, adapter, tmp_path, dty
     ("gpt2", {"format": "gptq"}),  # Conv1D, biases, tied head
     ("qwen2", {"format": "awq", "symmetric": False, "exclude": ["lm_head", "down_proj"]}),  # biases, float Linears
     ("llama", {"format": "compressed-tensors", "exclude": []}),  # a packed head
+    ("mixtral", {"format": "gptq"}),  # experts, which transformers keeps in one parameter
 ])  # fmt: skip
 def test_what_a_merge_writes_for_other_models(name, method_options, tmp_path):
     """An adapter with arbitrary numbers on every Linear but the head, float ones included."""
     from transformers import AutoModelForCausalLM
 
-    parent = save(build(name, torch.float32), tmp_path / "parent")
+    parent = save(mixtral() if name == "mixtral" else build(name, torch.float32), tmp_path / "parent")
     run(settings(parent, tmp_path / "packed", "rtn", **method_options))
     model = adapted(tmp_path / "packed", init_lora_weights=False, lora_alpha=1)
     model.save_pretrained(tmp_path / "adapter")
@@ -192,6 +215,42 @@ def test_what_a_merge_writes_for_other_models(name, method_options, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(out)
     found, want = logits(merged, BATCH), logits(model.eval(), BATCH)
     assert distance(found, want) < sensitivity(merged, BATCH, FLOAT32_ERROR)
+
+
+def test_an_adapter_is_switched_off_and_generates(checkpoint, adapter):
+    plain = ptq.load(checkpoint, device="cpu")
+    model = adapters.load_adapter(ptq.load(checkpoint, device="cpu"), adapter[0])
+    with model.disable_adapter():
+        assert torch.equal(logits(model, BATCH), logits(plain, BATCH))
+    start = BATCH[:1, :4]
+    first = model.generate(input_ids=start, max_new_tokens=1, do_sample=False)
+    assert int(first[0, -1]) == int(logits(model, start)[0, -1].argmax())
+
+
+@pytest.mark.parametrize("way", ["ptq", "transformers"])
+def test_a_trainer_trains_it(checkpoint, tmp_path, way):
+    """transformers' own loop, with blocks computed again in the backward pass; first loss: a plain forward pass."""
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    model = ptq.load(checkpoint, device="cpu") if way == "ptq" else AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = peft.get_peft_model(model, adapters.lora_config(model))
+    with torch.no_grad():
+        loss = float(model(input_ids=BATCH, labels=BATCH).loss)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, learning_rate=0.01, gradient_checkpointing=True, use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True, per_device_train_batch_size=4, logging_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in BATCH])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert float(losses[0]) == pytest.approx(loss, rel=2.0**-7)  # in bfloat16, and printed with four digits
+    assert float(losses[-1]) < 0.95 * float(losses[0])
+
+
+def test_a_configuration_of_pefts_own_is_refused_by_peft(checkpoint):
+    """As the page says."""
+    with pytest.raises(ValueError, match="Target module QuantLinear.* is not supported"):
+        peft.get_peft_model(ptq.load(checkpoint, device="cpu"), peft.LoraConfig(target_modules=["q_proj"]))
 
 
 def test_merging_in_place_is_refused(checkpoint):
@@ -260,4 +319,4 @@ def test_the_verb(checkpoint, adapter, tmp_path, capsys):
     assert cli.main(arguments) == 2
     assert "exists" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite"]) == 0
-    assert Path(out / "model.safetensors").stat().st_size > 0
+    assert len(make_plan(settings(out, tmp_path / "again", "rtn")).targets) == 14  # a parent like any other

@@ -45,8 +45,8 @@ def test_the_run_ends_with_a_table_and_a_report(tmp_path: Path, capsys: pytest.C
                  "4.250 bits a weight", str(output), "report.json"):  # fmt: skip
         assert word in printed
     report = json.loads((output / "report.json").read_text())
-    assert set(report) == {"versions", "hardware", "configuration", "calibration", "memory", "size", "modules",
-                           "kept_in_float", "kernels", "evaluation", "seconds", "prediction"}  # fmt: skip
+    assert set(report) == {"versions", "hardware", "configuration", "parent", "calibration", "memory", "size",
+                           "modules", "kept_in_float", "kernels", "evaluation", "seconds", "prediction"}  # fmt: skip
     assert len(report["modules"]) == 56
     assert report["calibration"]["tokens"] == 64
     assert report["configuration"]["calibration"]["samples"] == 2
@@ -239,5 +239,5 @@ def test_no_verb_is_a_usage_error() -> None:
 
 
 def test_unknown_public_name() -> None:
-    with pytest.raises(AttributeError, match="it offers load"):
+    with pytest.raises(AttributeError, match="it offers PtqConfig, load"):
         ptq.no_such_thing  # noqa: B018

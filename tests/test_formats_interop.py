@@ -92,8 +92,8 @@ def mixed(name):
 def load(directory, *, dequantize):
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **options).eval()
+    config = CompressedTensorsConfig(dequantize=dequantize)  # transformers' own reader, not the one ptq brings
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, quantization_config=config).eval()
 
 
 @pytest.mark.parametrize(

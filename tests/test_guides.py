@@ -1,7 +1,7 @@
 """The pages for a task (docs/quantize.md, adapters.md, tasks.md, bits.md) do what they say.
 
-Oracle: commands end with 0, Python runs as it stands, and the files that the text names are there. Each page starts from
-what the pages before it left.
+Oracle: commands end with 0, Python runs as it stands, and the files that the text names are there. Each page starts
+from what the pages before it left.
 """
 
 import re
@@ -37,7 +37,7 @@ def follow(text: str) -> int:
     count = 0
     for language, block in BLOCK.findall(text):
         if language == "python":
-            exec(compile(block, "page", "exec"), names)  # noqa: S102
+            exec(compile(block, "page", "exec"), names)
             count += 1
             continue
         for command in block.splitlines():
@@ -51,6 +51,7 @@ def follow(text: str) -> int:
 PAGES = {
     "quantize.md": (7, ["first/report.html", "first/model.safetensors", "rounded/config.json"]),
     "adapters.md": (4, ["adapter/adapter_model.safetensors", "merged/model.safetensors"]),
+    "tasks.md": (1, ["tasks.json"]),
     "bits.md": (2, []),
 }
 
@@ -58,6 +59,7 @@ PAGES = {
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_runs_as_it_stands(name, place, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place / "cache")
     count, written = PAGES[name]
     if name != "quantize.md" and not (place / "out/first").exists():
         follow(page("quantize.md"))
@@ -68,8 +70,14 @@ def test_a_page_runs_as_it_stands(name, place, monkeypatch):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
-    for target in re.findall(r"\]\(([^)#]+)\)", page(name)):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page(name)):
         assert (ROOT / "docs" / target).exists(), target
+
+
+def test_the_task_shown_is_the_one_in_the_file():
+    shown = re.findall(r"```yaml\n(.+?)```", page("tasks.md"), re.DOTALL)
+    assert len(shown) == 1
+    assert shown[0] in (ROOT / "examples/tasks/capitals.yaml").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,14 @@ def test_pipeline_and_generation(ours):
     assert write("Once", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith("Once")
 
 
+def test_shards_of_another_model_are_refused(tmp_path):
+    foreign_files.write(tmp_path, Kind("gptq", writer="ptq:0.1.0"))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"intermediate_size": 160}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"gate_proj must be a packed 160 x 64 weight; .* holds \(128, 64\)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_model_without_its_head(ours):
     loaded = AutoModel.from_pretrained(ours[0])
     assert len(packed(loaded)) == 14
@@ -241,6 +249,21 @@ def test_fused_experts_stay_packed(mixtral, tmp_path):
     names.append(set(CheckpointReader(tmp_path).names()))
     assert names[0] == names[1]
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(loaded))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4"])
+def test_experts_with_biases_and_other_layouts(name, tmp_path):
+    """Their parameters are stored otherwise than one tensor an expert; our files hold one for each projection."""
+    from test_moe import build
+
+    tiny_models.save(build(name), tmp_path / "parent")
+    tiny_models.run(tiny_models.settings(tmp_path / "parent", tmp_path / "ours", "rtn"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    expected = ptq.load(tmp_path / "ours", device="cpu")
+    assert packed(loaded) == packed(expected)
+    assert torch.equal(logits(loaded), logits(expected))
+    loaded.save_pretrained(tmp_path / "copy")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "copy")), logits(loaded))
 
 
 def test_a_packed_head_shares_nothing(tmp_path):

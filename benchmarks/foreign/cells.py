@@ -71,7 +71,7 @@ WRITTEN = (
     _round("auto_gptq, 4-bit sym", "auto_gptq", bits=4),
     _round("auto_gptq, 4-bit asym", "auto_gptq", bits=4, sym=False),
     _round("auto_awq, asym", "auto_awq", bits=4, sym=False),
-    _round("llm_compressor, sym", "llm_compressor", bits=4),
+    _round("auto_round:auto_gptq, 4-bit asym", "auto_round:auto_gptq", bits=4, sym=False),
 )  # fmt: skip
 
 
@@ -79,12 +79,16 @@ def _ours(label: str, **settings: Any) -> Cell:
     return Cell("ptq", label, str(settings["format"]), settings)
 
 
-# Who reads which of our checkpoints: the tool, and for llm-compressor the arguments of its configuration.
+# Who reads which of our checkpoints: the tool, and the settings of its driver.
 READ: tuple[tuple[Cell, str, Mapping[str, Any]], ...] = (
     (_ours("gptq 4-bit sym", format="gptq", bits=4, symmetric="true"), "GPTQModel", {}),
     (_ours("gptq 3-bit sym", format="gptq", bits=3, symmetric="true"), "GPTQModel", {}),
     (_ours("gptq_v2 4-bit asym", format="gptq_v2", bits=4, symmetric="false"), "GPTQModel", {}),
     (_ours("awq asym", format="awq", bits=4, symmetric="false"), "GPTQModel", {}),
+    (_ours("awq asym, transformers", format="awq", bits=4, symmetric="false"), "GPTQModel",
+     {"through": "transformers"}),
+    (_ours("gptq 4-bit sym", format="gptq", bits=4, symmetric="true"), "AutoRound", {"bits": 4}),
+    (_ours("awq asym", format="awq", bits=4, symmetric="false"), "AutoRound", {"bits": 4}),
     (_ours("ct 4-bit sym", format="compressed-tensors", bits=4, symmetric="true"), "llm-compressor", {}),
     (_ours("ct 3-bit sym", format="compressed-tensors", bits=3, symmetric="true"), "llm-compressor", {}),
     (_ours("ct 4-bit asym", format="compressed-tensors", bits=4, symmetric="false"), "llm-compressor",

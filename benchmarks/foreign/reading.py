@@ -14,15 +14,15 @@ from benchmarks.quality.decode import read_dense, read_tensors
 PROMPT = [[1, *range(7, 8000, 251)], [1, *range(3, 8000, 251)]]
 
 
-def neutral_logits(parent: Path, checkpoint: Path) -> Tensor:
-    """Float32 logits ``[B, T, V]`` of the parent with the weights that the neutral reader finds in a checkpoint."""
+def neutral_logits(parent: Path, checkpoint: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Logits ``[B, T, V]`` of the parent with the weights that the neutral reader finds in a checkpoint."""
     from transformers import AutoModelForCausalLM
 
     shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(parent).items()}
     dense = read_dense(checkpoint, shapes)
     model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32).eval()
     model.load_state_dict(dense.tensors, strict=False)
-    return _logits(model)
+    return _logits(model.to(dtype))
 
 
 def compare_theirs(parent: Path, checkpoint: Path) -> dict[str, Any]:
@@ -55,7 +55,11 @@ def compare_theirs(parent: Path, checkpoint: Path) -> dict[str, Any]:
 
 
 def compare_ours(parent: Path, cell: Cell, tool: str, settings: dict[str, Any], place: Path) -> dict[str, Any]:
-    """A peer's logits for one of our checkpoints against the neutral model's. Raises FailedError."""
+    """A peer's logits for one of our checkpoints against the neutral model's, and what computing in bfloat16 costs.
+
+    Raises:
+        FailedError: the peer or ptq failed.
+    """
     place.mkdir(parents=True, exist_ok=True)
     checkpoint = place / "checkpoint"
     if not checkpoint.is_dir():
@@ -69,8 +73,10 @@ def compare_ours(parent: Path, cell: Cell, tool: str, settings: dict[str, Any], 
         "logits": str(file),
     }
     versions = drive(tool, job, place)
-    difference = _share(load_file(file)["logits"], neutral_logits(parent, checkpoint))
-    return {"versions": versions, "differences": {"logits": difference}}
+    neutral = neutral_logits(parent, checkpoint)
+    rounded = neutral_logits(parent, checkpoint, torch.bfloat16)
+    found = {"logits": _share(load_file(file)["logits"], neutral), "of bfloat16": _share(rounded, neutral)}
+    return {"versions": versions, "differences": found}
 
 
 def _logits(model: Any) -> Tensor:

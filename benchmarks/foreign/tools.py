@@ -60,4 +60,5 @@ def _run(command: Sequence[str], place: Path, variables: Mapping[str, str]) -> N
             raise FailedError(f"ran longer than {LONGEST} s") from None
     if done.returncode:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in lines if not line.startswith("For further information")]
         raise FailedError(lines[-1][-300:] if lines else f"exit code {done.returncode}")

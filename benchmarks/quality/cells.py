@@ -51,6 +51,8 @@ ROWS = (
     Row(OURS, "RTN", "rtn", seeded=False),
     Row(OURS, "GPTQ", "gptq"),
     Row(OURS, "AWQ", "awq"),
+    Row(OURS, "AWQ+GPTQ", "awq", {"awq.codes": "gptq"}),
+    Row(OURS, "GPTQ, refined", "gptq", {"refine.steps": 60}, note="with the optional gradient stage"),
     Row("llm-compressor", "RTN", "rtn", seeded=False),
     Row("llm-compressor", "GPTQ", "gptq"),
     Row("llm-compressor", "GPTQ, MSE observer", "gptq", {"weights": {"observer": "memoryless_mse"}}),

@@ -19,6 +19,9 @@ from ptq.loss import quadratic_loss, rounding_loss
 from ptq.models.structure import weight_of
 from ptq.task import TINY, BlockTask, ModuleResult, Solved, counted, finish
 
+# GPTQ keeps scales only if they bring its loss below this share: less is within what another calibration text changes.
+WORTHWHILE = 0.9
+
 
 @torch.no_grad()
 def awq_block(
@@ -186,14 +189,14 @@ def _take_over(producer: nn.Module, scaled: nn.Module, skip: str) -> None:
 
 
 def _pays(scaled: nn.Module, fold: Fold, moment: Tensor, scales: Tensor, task: BlockTask) -> bool:
-    """Whether GPTQ loses less with the scales than without; they were chosen by what rounding loses."""
+    """Whether GPTQ loses clearly less with the scales than without; they were chosen by what rounding loses."""
     losses = []
     for s in (torch.ones_like(scales), scales):
         H = rescale(moment, s)
         factor = factor_of(H, fold.consumers[0], task)
         weights = {name: weight_of(scaled.get_submodule(name)) * s for name in fold.consumers}
         losses.append(sum(choose_codes(W, H, factor, task.schemes[name], task).loss for name, W in weights.items()))
-    return losses[1] < losses[0]
+    return losses[1] < WORTHWHILE * losses[0]
 
 
 def _clip_and_round(W: Tensor, moment: Tensor, scheme: Scheme, task: BlockTask) -> Choice:

@@ -44,7 +44,7 @@ def gptq_block(
     for stage in stages(groups):
         for group, (stats, drift) in zip(stage, _statistics(modules, stage, runs, task, where), strict=True):
             factor = factor_of(stats.hessian, group.members[0], task)
-            shift = None if drift is None else correction(drift, factor, task.config.gptq.correct_inputs)
+            shift = None if drift is None else _shift(drift, factor, task)
             for name in group.members:
                 W = weight_of(modules[name]).float() if weights is None else weights[name]
                 results[name] = _gptq_linear(modules[name], W, stats, factor, shift, task, task.schemes[name])
@@ -74,6 +74,12 @@ def _statistics(
     float_module = dict(linears(task.twin.block))[head]
     pairs = zip(runs, task.twin.runs, strict=True)
     return [collect_drift(modules[head], float_module, group.calls, pairs, where + head, task.ranks)]
+
+
+def _shift(drift: Tensor, factor: Factor, task: BlockTask) -> Tensor:
+    """`correction`, each process computing some of its rows."""
+    ranks, features = task.ranks, len(drift)
+    return ranks.stack(correction(drift[ranks.rows(features)], factor, task.config.gptq.correct_inputs), features)
 
 
 def factor_of(hessian: Tensor, member: str, task: BlockTask) -> Factor:

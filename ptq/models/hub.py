@@ -11,7 +11,8 @@ from ptq.errors import ConfigError, FormatError
 from ptq.formats.checks import DTYPES
 from ptq.formats.codec import TensorSpec
 
-DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+# What tells how a model is run, and under which licence.
+DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*", "NOTICE*")
 
 
 @contextmanager

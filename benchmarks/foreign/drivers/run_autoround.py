@@ -4,7 +4,7 @@ import torch
 from auto_round import AutoRound
 from foreign_job import Job, main, rows_of
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoRoundConfig, AutoTokenizer
 
 
 def write(job: Job) -> None:
@@ -25,7 +25,8 @@ def write(job: Job) -> None:
 
 def read(job: Job) -> None:
     """Logits of a checkpoint, through transformers and AutoRound's own kernels."""
-    model = AutoModelForCausalLM.from_pretrained(job.output, dtype="auto", device_map="cpu")
+    config = AutoRoundConfig(bits=job.settings["bits"])  # sends a GPTQ or AWQ checkpoint to AutoRound
+    model = AutoModelForCausalLM.from_pretrained(job.output, dtype="auto", device_map="cpu", quantization_config=config)
     with torch.no_grad():
         logits = model(torch.tensor(job.prompt)).logits
     save_file({"logits": logits.float().contiguous()}, job.logits)

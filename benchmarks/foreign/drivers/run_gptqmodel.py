@@ -5,6 +5,7 @@ from foreign_job import Job, main, rows_of
 from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.quantization.config import AWQConfig, GPTQConfig
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 CONFIGS = {"gptq": GPTQConfig, "awq": AWQConfig}
 
@@ -23,10 +24,13 @@ def write(job: Job) -> None:
 
 def read(job: Job) -> None:
     """Logits of a checkpoint."""
-    backend = BACKEND.AWQ_TORCH if job.method == "awq" else BACKEND.GPTQ_TORCH
-    model = GPTQModel.load(job.output, device="cpu", backend=backend)
+    if job.settings.get("through") == "transformers":
+        model = AutoModelForCausalLM.from_pretrained(job.output, dtype="auto", device_map="cpu")
+    else:
+        backend = BACKEND.AWQ_TORCH if job.method == "awq" else BACKEND.GPTQ_TORCH
+        model = GPTQModel.load(job.output, device="cpu", backend=backend).model
     with torch.no_grad():
-        logits = model.model(torch.tensor(job.prompt)).logits
+        logits = model(torch.tensor(job.prompt)).logits
     save_file({"logits": logits.float().contiguous()}, job.logits)
 
 

@@ -1,0 +1,42 @@
+"""What ``ptq eval`` has for tasks of lm-evaluation-harness."""
+
+import argparse
+from typing import Any
+
+from ptq.errors import ConfigError
+
+
+def task_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments."""
+    parser.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, separated by commas")
+    parser.add_argument("--include", metavar="DIR", help="directory with task files of your own")
+    parser.add_argument("--fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each task at most (default: all)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a task at a time (default %(default)s)")
+    parser.add_argument("--chat-template", action="store_true", help="put questions of tasks as a conversation")
+
+
+def run_tasks(options: argparse.Namespace) -> dict[str, Any]:
+    """The result, which is printed as well; nothing where no task was asked for.
+
+    Raises:
+        ConfigError: neither tasks nor a text, a condition without a text, and as `ptq.tasks.evaluate_tasks`.
+    """
+    if not options.text and (options.fail_if or not options.tasks):
+        wanted = "--fail-if needs --text FILE" if options.tasks else "eval needs --text FILE or --tasks NAMES"
+        raise ConfigError(f"{wanted}; found {'--tasks alone' if options.tasks else 'neither'}")
+    if not options.tasks:
+        return {}
+    from ptq.tasks import TaskSettings, evaluate_tasks, show
+
+    models = {"parent": options.parent} if options.parent else {}
+    settings = TaskSettings(
+        tuple(name for name in options.tasks.split(",") if name), options.include, options.fewshot, options.limit,
+        options.batch_size, options.chat_template,
+    )  # fmt: skip
+    document = evaluate_tasks(
+        {**models, "result": options.checkpoint}, settings, device=options.device, dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
+    print(show(document), flush=True)
+    return {"tasks": document}

@@ -1,0 +1,228 @@
+"""The quantizer that transformers calls for packed checkpoints, and its configuration."""
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ptq.errors import FormatError, PtqError
+from ptq.formats.checkpoint import CheckpointReader
+from ptq.formats.codec import Config
+from ptq.integration.slots import PackedSlot
+from ptq.models.experts import experts_of, unfuse_experts
+from ptq.models.loading import load_module
+from ptq.models.structure import find_blocks
+from ptq.nn.linear import QuantLinear
+from ptq.nn.swap import replace_module
+from ptq.packed import Packed, place_packed, read_packed, with_bias, written_tensors
+from ptq.runtime import warm_up
+
+METHOD = "ptq"
+# Packed tensors, which transformers sees in the files and finds no module for.
+PACKED = r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|shape|zero_point|g_idx))$"
+PACKED_EXPERT = re.compile(r"experts\.\d+\..*\.(qweight|weight_packed)$")
+
+
+class PtqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
+    """Asks ``from_pretrained`` to read a quantized checkpoint with this project's kernels.
+
+    Args:
+        impl: kernel, as for `ptq.load`.
+        activation: "int8" rounds the inputs of packed Linears, as for `ptq.load`.
+        warmup: make every kernel ready on a GPU, as for `ptq.load`.
+    """
+
+    def __init__(self, impl: str = "auto", activation: str | None = None, warmup: bool = True) -> None:
+        self.quant_method = METHOD
+        self.impl, self.activation, self.warmup = impl, activation, warmup
+        self.stored: Config = {}
+
+    def of_file(self, stored: Config) -> "PtqConfig":
+        """The same wishes for a checkpoint with this ``quantization_config``."""
+        config = PtqConfig(self.impl, self.activation, self.warmup)
+        config.stored = dict(stored)
+        return config
+
+    def to_dict(self) -> Config:
+        """What stands in config.json: the file's own configuration, so that any reader of its format reads the copy."""
+        return dict(self.stored) or {"quant_method": METHOD, "impl": self.impl, "activation": self.activation}
+
+
+class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
+    """Puts QuantLinears into a model while transformers loads the rest of it; see `HfQuantizer` for the methods."""
+
+    requires_calibration = False
+    packed: Packed
+    reader: CheckpointReader
+
+    def __init__(self, quantization_config: PtqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._conversions: list[Any] = []
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raise FormatError for a float checkpoint, and for a device map that puts weights on the disk."""
+        if not self.pre_quantized:
+            raise FormatError(
+                "PtqConfig is for reading quantized checkpoints, this one has no quantization_config in config.json; "
+                "leave the argument out, or quantize the model with `ptq quantize`"
+            )
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise FormatError(
+                "packed weights must be in memory, device_map has 'disk' for "
+                f"{next(key for key, value in device_map.items() if value == 'disk')!r}; use a device there"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise FormatError("packed weights are read from safetensors files; from_pretrained was given a state_dict")
+        self.reader = CheckpointReader(Path(checkpoint_files[0]).parent)
+        blocks = find_blocks(model)
+        if any(PACKED_EXPERT.search(name) for name in self.reader.names()):
+            _unfuse(model, blocks)
+        dtype: torch.dtype = getattr(model, "dtype")  # noqa: B009  (mypy sees a module)
+        slot = partial(PackedSlot, dtype=dtype)
+        self.packed = place_packed(model, self.reader, self.quantization_config.stored, slot)
+        self._require(model, blocks)
+        _expect_no_more(model, [*self.packed.schemes], [*experts_of(model)])
+
+    def _require(self, model: nn.Module, blocks: str) -> None:
+        """Raise FormatError if a decoder block lacks a tensor, which transformers would fill at random."""
+        lenient = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+        for name, _ in model.get_submodule(blocks).named_parameters(prefix=blocks):
+            if not self.packed.names.is_tied(name) and not any(re.search(pattern, name) for pattern in lenient):
+                self.packed.names.require(name)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        for path in experts_of(model):
+            self._load_experts(model, path)
+        layers: list[QuantLinear] = []
+        for name in self.packed.schemes:
+            layer = self._load(model, name)
+            layer.impl, layer.activation = config.impl, config.activation
+            layers.append(layer.prepare_())
+        if config.warmup:
+            warm_up(model, getattr(model, "dtype"))  # noqa: B009
+        # What is saved has the names of the file already.
+        self._conversions, model._weight_conversions = list(getattr(model, "_weight_conversions", None) or ()), []  # type: ignore[assignment]  # an attribute of transformers' own
+
+    def _load(self, model: nn.Module, name: str) -> QuantLinear:
+        slot = model.get_submodule(name)
+        assert isinstance(slot, PackedSlot)
+        device = slot.packed_bytes.device
+        if device.type == "meta":
+            raise FormatError(
+                f"packed weights must be in memory, the device map puts {name} on the disk; allow more memory "
+                "(max_memory) or choose the devices yourself"
+            )
+        layer = read_packed(self.packed, self.reader, name, (slot.out_features, slot.in_features))
+        layer = with_bias(layer.to(device), slot.bias)
+        replace_module(model, name, layer)
+        hook = getattr(slot, "_hf_hook", None)
+        if hook is not None:
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(layer, hook)
+        return layer
+
+    def _load_experts(self, model: nn.Module, path: str) -> None:
+        """What an experts module that was taken apart has in float: biases, Linears that were left alone, norms."""
+        inside = [slot for slot in model.get_submodule(path).modules() if isinstance(slot, PackedSlot)]
+        device = inside[0].packed_bytes.device if inside else next(model.parameters()).device
+        slots = tuple(f"{name}.packed_bytes" for name in self.packed.schemes)
+        load_module(
+            model, path, self.reader, self.packed.names, device=device,
+            dtype=getattr(model, "dtype"), skip=lambda name: name.endswith(slots),  # noqa: B009
+        )  # fmt: skip
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of a file like the one that was read.
+
+        Raises:
+            PtqError: packed layers were fused or replaced after loading.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        layers = [(name, _packed_at(model, name)) for name in self.packed.schemes]
+        stored, tensors = written_tensors(self.packed, layers)
+        self.quantization_config.stored = stored
+        experts = tuple(f"{path}." for path in experts_of(model))
+        packed = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        buffers = {f"{name}.{leaf}" for name in packed for leaf in ("qweight", "scales", "zeros", "perm")}
+        state = {name: value for name, value in model.state_dict().items() if name not in buffers}
+        by_us = {name: value for name, value in state.items() if name.startswith(experts)}
+        names = self.packed.names
+        tensors |= {names.written_as(name, experts_of(model)) or name: value for name, value in by_us.items()}
+        rest = {name: value for name, value in state.items() if name not in by_us}
+        model._weight_conversions = self._conversions  # type: ignore[assignment]  # an attribute of transformers' own
+        rest = revert_weight_conversion(model, rest)
+        model._weight_conversions = []  # type: ignore[assignment]  # an attribute of transformers' own
+        return {**rest, **tensors}, {}
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes a file like the one that was read."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through packed layers, so adapters beside them can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """A product is one operator, which torch.compile knows."""
+        return True
+
+
+def _packed_at(model: nn.Module, name: str) -> QuantLinear:
+    layer = model.get_submodule(name)
+    layer = getattr(layer, "base_layer", layer)  # below an adapter
+    if not isinstance(layer, QuantLinear):
+        raise PtqError(
+            f"a packed model can be saved as it was loaded; {name} is {type(layer).__name__} now: load the checkpoint "
+            "again without fusing or replacing layers"
+        )
+    return layer
+
+
+def _unfuse(model: nn.Module, blocks: str) -> None:
+    """Take experts apart on ``meta`` while transformers builds everything there, in the dtype of the model."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            unfuse_experts(model.get_submodule(blocks))
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _expect_no_more(model: Any, packed: Iterable[str], experts: Iterable[str]) -> None:
+    """Tell transformers what it need not load, and what it need not share."""
+    below = {rf"^{re.escape(path)}\." for path in experts}
+    missing = {r"\.packed_bytes$"} | below
+    model._keys_to_ignore_on_load_missing = set(model._keys_to_ignore_on_load_missing or ()) | missing
+    unexpected = {PACKED} | {rf"{re.escape(path)}\." for path in experts}
+    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | unexpected
+    for name in packed:  # a packed head shares nothing
+        model.all_tied_weights_keys.pop(f"{name}.weight", None)
+
+
+def attach(model: Any, packed: Packed, reader: CheckpointReader) -> None:
+    """Make a model of `ptq.load` one that ``save_pretrained`` can write."""
+    quantizer = PtqQuantizer(PtqConfig().of_file(packed.settings))
+    quantizer.packed, quantizer.reader = packed, reader
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(METHOD)(PtqQuantizer)

@@ -1,0 +1,31 @@
+"""What stands in a Linear's place while transformers loads everything that is not packed."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ptq.formats.codec import Scheme
+from ptq.models.structure import weight_shape
+
+
+class PackedSlot(nn.Module):
+    """As many bytes as the packed weight will take, under a name no file has, and the bias.
+
+    A device map is made from these sizes, and hooks for several devices are put on this module.
+    """
+
+    packed_bytes: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> None:
+        """For a Linear ``[N, K]`` of a model in ``dtype``; everything is on ``meta``."""
+        super().__init__()
+        self.out_features, self.in_features = n, k = weight_shape(linear)
+        groups = math.ceil(k / scheme.columns(k))
+        size = n * math.ceil(k * scheme.bits / 32) * 4 + n * groups * (2 if scheme.symmetric else 3)
+        self.register_buffer("packed_bytes", torch.empty(size, dtype=torch.uint8, device="meta"))
+        has_bias = getattr(linear, "bias", None) is not None
+        bias = nn.Parameter(torch.empty(n, dtype=dtype, device="meta"), requires_grad=False) if has_bias else None
+        self.register_parameter("bias", bias)
+        self._is_hf_initialized = True  # transformers must not initialize it

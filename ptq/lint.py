@@ -1,0 +1,275 @@
+"""``ptq lint``: whether a checkpoint's files are sound, where it loads, and over how many GPUs it can be split."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ptq.errors import ConfigError, FormatError
+from ptq.formats import codec_for_config, readable_config
+from ptq.formats.checkpoint import CheckpointReader, read_json
+from ptq.formats.checks import FLOATS
+from ptq.formats.codec import Codec, Config, Scheme
+from ptq.models.loading import build_skeleton, model_dtype, read_config
+from ptq.models.names import SourceNames, tied_names
+from ptq.models.structure import is_transposed, linears, weight_shape
+from ptq.readers import REFUSES, Facts, Verdict, split_problems, unknown_roles, verdicts
+
+PARTS = (2, 4, 8)  # GPUs of a tensor-parallel group
+_SHOWN = 3  # of many alike
+# Settings of which GPTQ files have two copies; readers take one or the other.
+_TWICE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic")
+_EXPERT = re.compile(r"\.experts\.\*\.(gate_proj|up_proj|down_proj)$")
+
+
+class Lint(NamedTuple):
+    """What was found; nothing is wrong with a checkpoint without `problems`."""
+
+    directory: Path
+    problems: list[str]
+    notes: list[str]
+    readers: list[Verdict]
+    parallel: dict[int, list[str]]  # for each number of GPUs, why the checkpoint cannot be split so
+
+    @property
+    def failure(self) -> str | None:
+        """Why the checkpoint should not be given to others, None where it may be."""
+        if self.problems:
+            return f"{self.directory} is damaged: {_some(self.problems)}"
+        if all(verdict.status == REFUSES for verdict in self.readers):
+            reasons = "; ".join(f"{verdict.reader}: {verdict.reason}" for verdict in self.readers)
+            return f"{self.directory} loads in none of transformers, vLLM and SGLang ({reasons})"
+        return None
+
+
+def lint(path: str | Path, *, trust_remote_code: bool = False) -> Lint:
+    """Check a quantized checkpoint directory. Headers, scales and column orders are read, codes are not.
+
+    Raises:
+        ConfigError: no checkpoint directory, or not a quantized one.
+        FormatError: the shards are damaged, truncated or incomplete.
+        UnsupportedModelError: transformers does not know the model.
+    """
+    directory = Path(path).expanduser()
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"a checkpoint must be a directory with config.json; there is none at {directory}")
+    hf_config = read_config(directory, trust_remote_code=trust_remote_code)
+    settings = read_json(directory / "config.json").get("quantization_config")
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"only quantized checkpoints are checked; {directory / 'config.json'} has no quantization_config"
+        )
+    if getattr(hf_config, "quantization_config", None) is not None:
+        del hf_config.quantization_config  # the float model is built
+    reader = CheckpointReader(directory)
+    dtype = model_dtype(hf_config, "auto")
+    model = build_skeleton(hf_config, dtype, trust_remote_code=trust_remote_code)
+    names = SourceNames(model, reader.names())
+    found = dict(linears(model))
+    try:
+        known = readable_config(settings)
+        codec = codec_for_config(known)
+        schemes = _schemes(codec, known, names, found, set(reader.names()))
+    except FormatError as error:
+        return Lint(directory, [f"quantization_config cannot be honoured: {error}"], [], [], {})
+    if not schemes:
+        return Lint(directory, ["quantization_config packs no Linear that this model has"], [], [], {})
+    problems, notes = _tensors(model, codec, schemes, names, reader)
+    problems += _second_copy(directory, settings)
+    permuted = False
+    if not problems:
+        problems, permuted = _values(codec, schemes, names, reader)
+    shapes = {name: weight_shape(found[name]) for name in schemes}
+    floats = tuple(name for name in found if name not in schemes and not _is_output(model, name))
+    facts = Facts(
+        codec.name, known, schemes, shapes, floats, permuted, _roles(model, schemes), _heads(hf_config),
+        transposed=any(is_transposed(found[name]) for name in schemes),
+    )  # fmt: skip
+    if settings.get("quant_method") != known.get("quant_method"):
+        notes.append(
+            f"quant_method is {settings.get('quant_method')!r}, for which readers have code of its own: what follows "
+            f"holds once config.json says {known.get('quant_method')!r}"
+        )
+    roleless = unknown_roles(facts)
+    if roleless:
+        notes.append(f"how engines split {_some(roleless)} is not said by the model's class: not checked")
+    parallel = {} if len(roleless) == len(schemes) else {parts: split_problems(facts, parts) for parts in PARTS}
+    return Lint(directory, problems, notes, verdicts(facts), parallel)
+
+
+def describe(result: Lint) -> str:
+    """The result as text: what is wrong, a line for each reader, a line for each number of GPUs."""
+    lines = [f"checkpoint    {result.directory}"]
+    lines += [f"damaged       {problem}" for problem in result.problems] or ["files         sound"]
+    lines += [f"note          {note}" for note in result.notes]
+    if result.readers:
+        lines.append("")
+        lines += [f"{v.reader:14}{v.status}{': ' if v.reason else ''}{v.reason}" for v in result.readers]
+        lines.append("")
+    for parts, problems in result.parallel.items():
+        said = f"no: {_some(problems)}" if problems else "yes"
+        lines.append(f"{parts} GPUs        {said}")
+    return "\n".join(lines)
+
+
+def _some(items: Iterable[str]) -> str:
+    """The first of many, and how many more there are."""
+    listed = list(items)
+    more = f" (and {len(listed) - _SHOWN} more)" if len(listed) > _SHOWN else ""
+    return "; ".join(listed[:_SHOWN]) + more
+
+
+def _schemes(
+    codec: Codec, settings: Config, names: SourceNames, found: Mapping[str, nn.Module], stored: set[str]
+) -> dict[str, Scheme]:
+    """Schemes of packed Linears; a configuration names modules as transformers or as the file does."""
+    own = codec.parse_config(settings, list(found))
+    filed = codec.parse_config(settings, [names.of_module(name) for name in found])
+    schemes = {}
+    for name in found:
+        spelled = names.of_module(name)
+        scheme = own[name] or filed[spelled]
+        packed = scheme is not None and any(tensor in stored for tensor in codec.tensor_names(spelled, scheme))
+        # Where there is a weight and nothing packed, the Linear was left in float.
+        if scheme is not None and (packed or f"{spelled}.weight" not in stored):
+            schemes[name] = scheme
+    return schemes
+
+
+def _tensors(
+    model: nn.Module, codec: Codec, schemes: Mapping[str, Scheme], names: SourceNames, reader: CheckpointReader
+) -> tuple[list[str], list[str]]:
+    """Missing and extra tensors, wrong dtypes and shapes; and what is odd but harmless."""
+    problems: list[str] = []
+    used: set[str] = set()
+    stored = set(reader.names())
+    for name, scheme in schemes.items():
+        used |= _packed_tensors(problems, codec, names.of_module(name), weight_shape(model.get_submodule(name)), scheme,
+                                reader)  # fmt: skip
+    packed_weights = {f"{name}.weight" for name in schemes}
+    persistent = set(model.state_dict())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in packed_weights:
+            continue
+        sources = names.sources(name)
+        used |= set(sources)
+        if not sources:
+            problems.append(f"{name} is missing")
+        elif names.find(name) is not None:
+            _compare(problems, reader, sources[0], FLOATS, tuple(parameter.shape))
+    for name, _ in model.named_buffers():
+        kept = names.find(name) if name in persistent else None
+        used |= {kept} if kept else set()
+    tied, notes = set(tied_names(model)), []
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
+    for tensor in sorted(stored - used - tied):
+        module = tensor.removesuffix(".bias")
+        if module != tensor and any(names.of_module(name) == module for name in schemes):
+            notes.append(f"{tensor} is a bias that the model has no place for; readers leave it out")
+        elif not any(re.search(pattern, tensor) for pattern in ignored):
+            problems.append(f"{tensor} is extra: the model has no place for it")
+    return problems, notes
+
+
+def _packed_tensors(
+    problems: list[str], codec: Codec, spelled: str, shape: tuple[int, int], scheme: Scheme, reader: CheckpointReader
+) -> set[str]:
+    """Compare the tensors of one packed Linear ``(N, K)`` with what its scheme asks for; which of them there are."""
+    n, k = shape
+    stored = set(reader.names())
+    present = stored.intersection(codec.tensor_names(spelled, scheme))
+    if k % scheme.columns(k):
+        problems.append(f"{spelled}: groups of {scheme.group_size} do not divide its {k} columns")
+        return present
+    order = codec.order_name(spelled)
+    for tensor, (dtype, expected) in codec.tensor_specs(spelled, n, k, scheme, torch.float16).items():
+        if tensor in stored:
+            dtypes: tuple[torch.dtype, ...] = FLOATS if dtype == torch.float16 else (dtype,)
+            if tensor.endswith(("g_idx", "weight_shape")):
+                dtypes = (torch.int32, torch.int64)
+            _compare(problems, reader, tensor, dtypes, expected)
+        elif tensor != order:
+            problems.append(f"{tensor} is missing")
+    if f"{spelled}.weight" in stored:
+        problems.append(f"{spelled} must be packed or in float: the file holds {spelled}.weight as well")
+        present.add(f"{spelled}.weight")
+    return present
+
+
+def _compare(
+    problems: list[str],
+    reader: CheckpointReader,
+    tensor: str,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+) -> None:
+    dtype, found = reader.spec(tensor)
+    if dtype not in dtypes:
+        wanted = " or ".join(str(each).removeprefix("torch.") for each in dtypes)
+        problems.append(f"{tensor} must be {wanted}, found {str(dtype).removeprefix('torch.')}")
+    if found != shape:
+        problems.append(f"{tensor} must have shape {list(shape)}, found {list(found)}")
+
+
+def _second_copy(directory: Path, settings: Config) -> list[str]:
+    """GPTQ's quantize_config.json is read first by some readers: two that differ are two models."""
+    path = directory / "quantize_config.json"
+    if not path.is_file():
+        return []
+    copy = read_json(path)
+    differing = [key for key in _TWICE if key in copy and key in settings and copy[key] != settings[key]]
+    return [
+        f"{key} is {settings[key]!r} in config.json and {copy[key]!r} in quantize_config.json: some readers take one, "
+        "some the other"
+        for key in differing
+    ]
+
+
+def _values(
+    codec: Codec, schemes: Mapping[str, Scheme], names: SourceNames, reader: CheckpointReader
+) -> tuple[list[str], bool]:
+    """Scales that no writer should write, and whether the groups of some Linear are not contiguous."""
+    problems, permuted = [], False
+    stored = set(reader.names())
+    for name, scheme in schemes.items():
+        spelled = names.of_module(name)
+        scales = reader.tensor(next(t for t in codec.tensor_names(spelled, scheme) if t.endswith(("scales", "_scale"))))
+        bad = int((~torch.isfinite(scales) | (scales == 0)).sum())
+        if bad:
+            problems.append(f"{spelled}: {bad} of {scales.numel()} scales are zero or not finite")
+        order = codec.order_name(spelled)
+        if order in stored:
+            groups = reader.tensor(order).long()
+            permuted |= not torch.equal(groups, torch.arange(len(groups)) // scheme.columns(len(groups)))
+    return problems, permuted
+
+
+def _is_output(model: nn.Module, name: str) -> bool:
+    ask: Any = getattr(model, "get_output_embeddings", lambda: None)
+    return model.get_submodule(name) is ask()
+
+
+def _roles(model: nn.Module, schemes: Iterable[str]) -> dict[str, str]:
+    """How engines split each Linear, where the model's own tensor-parallel plan says so; nothing is guessed."""
+    config: Any = model.config
+    text = config.get_text_config()
+    plan = {**(getattr(config, "base_model_tp_plan", None) or {}), **(getattr(text, "base_model_tp_plan", None) or {})}
+    roles = {}
+    for name in schemes:
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        # Experts have their own entries there, under the names of the stacked parameters.
+        merged = _EXPERT.sub(lambda m: f".experts.{'down' if m[1] == 'down_proj' else 'gate_up'}_proj", pattern)
+        kind = next((plan[key] for key in plan if f".{merged}".endswith(f".{key}")), "")
+        role = "row" if "row" in kind else "column" if "col" in kind else None
+        if role is not None:
+            roles[name] = role
+    return roles
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    text = config.get_text_config()
+    queries = getattr(text, "num_attention_heads", None) or 0
+    return queries, getattr(text, "num_key_value_heads", None) or queries

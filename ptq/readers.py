@@ -1,0 +1,296 @@
+"""Where a quantized checkpoint loads: what transformers, vLLM and SGLang accept, as rules on plain facts.
+
+Evidence of a rule, in brackets: [run] checked by running the reader, [source] read in its source, [thread] said in a
+public discussion. transformers 5.23 was run; vLLM and SGLang were read in mid-2026 and change: look again before
+relying on a row for another release.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from ptq.formats.capability import is_head
+from ptq.formats.codec import Config, Scheme
+from ptq.formats.gptq import EXPERTS, FUSED_LINEARS
+
+LOADS, SLOWER, UNKNOWN, REFUSES = "loads", "loads slower", "not known", "does not load"
+_WORSE = (LOADS, SLOWER, UNKNOWN, REFUSES)
+
+
+class Facts(NamedTuple):
+    """What decides where a checkpoint loads."""
+
+    codec: str  # key of `ptq.formats.CODECS`
+    settings: Config  # quantization_config
+    schemes: Mapping[str, Scheme]  # of packed Linears, by module
+    shapes: Mapping[str, tuple[int, int]]  # (N, K) of packed Linears
+    floats: tuple[str, ...]  # Linears that are not packed, but for heads
+    permuted: bool  # some columns' groups are not contiguous (act-order)
+    roles: Mapping[str, str]  # "column" or "row" parallel, for the Linears of which the model's class says so
+    heads: tuple[int, int]  # of queries, of keys and values
+    transposed: bool = False  # some packed Linears are transformers' Conv1D (GPT-2)
+
+    @property
+    def experts(self) -> bool:
+        """Whether packed Linears belong to experts."""
+        return any(EXPERTS.match(name) for name in self.schemes)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether packed Linears differ in their scheme."""
+        return len(set(self.schemes.values())) > 1
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is the middle code."""
+        return all(scheme.symmetric for scheme in self.schemes.values())
+
+    @property
+    def bits(self) -> set[int]:
+        """Widths."""
+        return {scheme.bits for scheme in self.schemes.values()}
+
+
+class Verdict(NamedTuple):
+    """What one reader does with a checkpoint."""
+
+    reader: str
+    status: str  # LOADS, SLOWER, UNKNOWN or REFUSES
+    reason: str
+
+
+Finding = tuple[str, str]  # status, reason
+
+
+def verdicts(facts: Facts) -> list[Verdict]:
+    """One verdict for each reader: its worst finding counts, and every reason of that kind is said."""
+    readers: dict[str, Callable[[Facts], Iterator[Finding]]] = {
+        "transformers": _transformers, "vLLM": _vllm, "SGLang": _sglang
+    }  # fmt: skip
+    found = []
+    for reader, rules in readers.items():
+        findings = list(rules(facts))
+        if facts.transposed:
+            findings.append((UNKNOWN, "GPT-2 keeps Linears as Conv1D, which no evidence covers"))
+        worst = max((status for status, _ in findings), key=_WORSE.index, default=LOADS)
+        reasons = [reason for status, reason in findings if status == worst]
+        found.append(Verdict(reader, worst, "; ".join(reasons)))
+    return found
+
+
+def _transformers(facts: Facts) -> Iterator[Finding]:
+    if facts.codec == "compressed-tensors":
+        yield from _transformers_compressed(facts)
+        return
+    # [source] transformers has no kernels of its own for these; its quantizers import gptqmodel (GPTQ: and optimum).
+    yield LOADS, f"needs gptqmodel{'' if facts.codec == 'awq' else ' and optimum'}"
+    if facts.experts:
+        # [source] optimum and gptqmodel replace Linears; transformers 5 keeps experts in stacked parameters.
+        yield REFUSES, "packed experts are read from compressed-tensors only"
+    if facts.codec == "awq":
+        # [run] the spellings of AutoAWQ are ignored without a word, and the defaults are 4 bits and groups of 128.
+        if "group_size" not in facts.settings and facts.settings.get("q_group_size", 128) != 128:
+            yield REFUSES, "q_group_size is ignored, groups of 128 are assumed; write group_size"
+        return
+    if facts.mixed or any(rule.startswith("-:") for rule in facts.settings.get("dynamic") or {}):
+        # [run] `dynamic` is dropped while the configuration is parsed; optimum then replaces every Linear alike.
+        yield REFUSES, "`dynamic` is dropped: every Linear of a block must have one scheme"
+    damping = facts.settings.get("damp_percent")
+    if damping is not None and not 0 < damping < 1:
+        yield REFUSES, f"damp_percent must be between 0 and 1, found {damping}"  # [run]
+    if facts.codec == "gptq" and not facts.symmetric and not _written_by_gptqmodel(facts.settings):
+        # [source] gptqmodel takes asymmetric v1 only from itself: the stored zero - 1 is ambiguous.
+        yield REFUSES, "asymmetric GPTQ v1 is taken from gptqmodel itself only; write gptq_v2"
+
+
+def _transformers_compressed(facts: Facts) -> Iterator[Finding]:
+    # [run] integer weights are expanded, when they are loaded or at the first forward pass; needs compressed-tensors.
+    yield SLOWER, "needs compressed-tensors; expanded to dense weights, so no memory is saved"
+    if _regroups(facts.settings):
+        yield REFUSES, "compressed-tensors 0.20 refuses actorder 'group'"  # [run]
+    if facts.symmetric:
+        return
+    if facts.experts:
+        yield REFUSES, "zero points of experts never reach what unpacks them"  # [run]
+    elif facts.mixed:
+        yield REFUSES, "asymmetric weights load with dequantize=True only, which takes one scheme for all"  # [run]
+    else:
+        yield SLOWER, "pass quantization_config=CompressedTensorsConfig(dequantize=True)"  # [run]
+
+
+def _vllm(facts: Facts) -> Iterator[Finding]:
+    yield from _engine(facts)
+    if facts.codec.startswith("gptq"):
+        # [source] gptq_marlin's table of types: (4, symmetric) and (8, symmetric). Other back ends: [thread] under way.
+        if not facts.symmetric:
+            yield REFUSES, "GPTQ must be symmetric"
+        if not facts.bits <= {4, 8}:
+            yield REFUSES, f"GPTQ must have 4 or 8 bits, found {_listed(facts.bits)}"
+        yield from _marlin(facts)
+    elif facts.codec == "awq":
+        if facts.settings.get("zero_point") is False:
+            yield SLOWER, "without zero_point Marlin is not used"  # [source] its 4-bit type without zeros is GPTQ's
+        yield from _marlin(facts)
+    else:
+        if _regroups(facts.settings):
+            yield UNKNOWN, "actorder 'group' is no longer written; which releases read it is not known"
+        asymmetric = {scheme.bits for scheme in facts.schemes.values() if not scheme.symmetric}
+        if not asymmetric <= {4, 8}:
+            # [thread] support of other widths was proposed when this was written.
+            yield REFUSES, f"asymmetric compressed-tensors must have 4 or 8 bits, found {_listed(asymmetric)}"
+        if asymmetric and facts.experts:
+            yield UNKNOWN, "asymmetric experts depend on the release"  # [thread]
+
+
+def _sglang(facts: Facts) -> Iterator[Finding]:
+    yield from _engine(facts)
+    yield from _named_floats(facts)
+    if facts.codec.startswith("gptq"):
+        # [source] Marlin takes what vLLM's does; the rest goes to the plain path: float16, Linears only.
+        if facts.codec == "gptq_v2" or not facts.symmetric or not facts.bits <= {4, 8}:
+            if facts.experts:
+                yield REFUSES, "without Marlin experts are not run: they must be GPTQ v1, symmetric, 4 or 8 bits"
+            yield SLOWER, "runs without Marlin, in float16 only (--dtype half)"
+        else:
+            yield from _marlin(facts)
+    elif facts.codec == "awq":
+        if facts.settings.get("zero_point") is False:
+            # [source] falls to kernels for float16, which have no experts.
+            yield (REFUSES if facts.experts else SLOWER), "without zero_point only float16 kernels without experts run"
+        yield from _marlin(facts)
+    elif _regroups(facts.settings):
+        yield UNKNOWN, "actorder 'group' is no longer written; which releases read it is not known"
+    elif not facts.bits <= {4, 8}:
+        yield REFUSES, f"compressed-tensors must have 4 or 8 bits, found {_listed(facts.bits)}"  # [source]
+    elif facts.symmetric:
+        yield LOADS, "on GPUs; not on CPUs"  # [source]
+
+
+def _engine(facts: Facts) -> Iterator[Finding]:
+    """What vLLM and SGLang have in common."""
+    for members in _fused(facts.schemes, facts.floats):
+        if len({facts.schemes.get(name) for name in members}) > 1:
+            # [source] both run these as one product, with one scheme; skip rules are looked up for all shards.
+            yield REFUSES, f"{members[0]} is fused with {members[1]} and must have its scheme"
+            break
+    if facts.codec.startswith("gptq"):
+        for key in ("desc_act", "sym"):
+            if key not in facts.settings:
+                yield REFUSES, f"quantization_config must have `{key}`"  # [source] from_config reads both
+    if facts.codec == "awq":
+        # [source] an entry counts wherever it is part of a module's name: "mlp.gate" also skips "mlp.gate_proj".
+        for entry in facts.settings.get("modules_to_not_convert") or ():
+            hit = next((name for name in facts.schemes if entry in name), None)
+            if hit is not None:
+                yield REFUSES, f"modules_to_not_convert has {entry!r}, which is part of the packed {hit}'s name"
+
+
+def _named_floats(facts: Facts) -> Iterator[Finding]:
+    """SGLang does not infer from dtypes which Linears are in float [source]; vLLM does where no list is given."""
+    if facts.codec == "awq":
+        entries = facts.settings.get("modules_to_not_convert") or ()
+        left = [name for name in facts.floats if not any(entry in name for entry in entries)]
+    elif facts.codec.startswith("gptq"):
+        rules = [rule.removeprefix("-:") for rule in facts.settings.get("dynamic") or {} if rule.startswith("-:")]
+        left = [name for name in facts.floats if not any(re.match(rule, name) for rule in rules)]
+    else:
+        left = []
+    if left:
+        yield REFUSES, f"{left[0]} is in float and quantization_config does not say so ({len(left)} such Linears)"
+
+
+def _marlin(facts: Facts) -> Iterator[Finding]:
+    """Shapes of the fast kernel [source]: groups of 32, 64, 128 or a row, 64 rows, 128 columns."""
+    groups = {scheme.group_size for scheme in facts.schemes.values()} - {-1, 32, 64, 128}
+    if groups:
+        yield UNKNOWN, f"Marlin has groups of 32, 64, 128 or a whole row, found {_listed(groups)}"
+    odd = [name for name, (n, k) in facts.shapes.items() if n % 64 or k % 128]
+    if odd:
+        n, k = facts.shapes[odd[0]]
+        shape = f"{odd[0]} is {n} x {k} ({len(odd)} such Linears)"
+        yield SLOWER, f"Marlin wants multiples of 64 rows and 128 columns; {shape}, which newer releases pad"
+
+
+def _fused(packed: Iterable[str], floats: Iterable[str]) -> Iterator[list[str]]:
+    """Linears that engines run as one: q, k, v; gate, up; all experts of a layer."""
+    names = [*packed, *floats]
+    known, experts = set(names), dict[str, list[str]]()
+    for name in names:
+        match = EXPERTS.match(name)
+        if match:
+            experts.setdefault(match[1], []).append(name)
+            continue
+        parent, _, leaf = name.rpartition(".")
+        for members in FUSED_LINEARS.values():
+            siblings = [f"{parent}.{member}" for member in members]
+            if leaf == members[0] and known.issuperset(siblings):
+                yield siblings
+    yield from (members for members in experts.values() if len(members) > 1)
+
+
+def _regroups(settings: Config) -> bool:
+    """Whether compressed-tensors weights come with an order of columns."""
+    groups = (settings.get("config_groups") or {}).values()
+    return any((group.get("weights") or {}).get("actorder") in ("group", "dynamic", True) for group in groups)
+
+
+def _written_by_gptqmodel(settings: Config) -> bool:
+    return "gptqmodel" in str((settings.get("meta") or {}).get("quantizer")).lower()
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(values)))
+
+
+def split_problems(facts: Facts, parts: int) -> list[str]:
+    """Why the packed Linears cannot be split over ``parts`` GPUs; empty where they can.
+
+    A column-parallel Linear gives each GPU N / parts rows, a row-parallel one K / parts columns: whole words and whole
+    groups [source: the loaders of vLLM and SGLang narrow the packed tensors]. Linears without a known role are left out
+    (`unknown_roles`).
+    """
+    found = []
+    queries, keys = facts.heads
+    if queries and queries % parts:
+        found.append(f"{queries} attention heads")
+    for name, role in facts.roles.items():
+        if name not in facts.schemes:
+            continue
+        scheme, (n, k) = facts.schemes[name], facts.shapes[name]
+        if role == "row":
+            problem = _row_problem(facts, scheme, k, parts)
+        else:
+            # [source] keys and values are repeated where there are fewer of their heads than GPUs.
+            repeated = name.endswith((".k_proj", ".v_proj")) and keys and parts % keys == 0
+            problem = _column_problem(facts, scheme, n, min(parts, keys) if repeated else parts)
+        if problem:
+            found.append(f"{name}: {problem}")
+    return found
+
+
+def _row_problem(facts: Facts, scheme: Scheme, columns: int, parts: int) -> str | None:
+    each, rest = divmod(columns, parts)
+    if rest:
+        return f"{columns} columns do not divide by {parts}"
+    if facts.permuted:
+        return "its groups are not contiguous (act-order), so a share of its columns needs all scales"
+    if scheme.group_size != -1 and each % scheme.group_size:
+        return f"{columns} / {parts} = {each} columns are no whole groups of {scheme.group_size}"
+    if facts.codec != "awq" and each * scheme.bits % 32:  # AWQ packs along N
+        return f"{columns} / {parts} = {each} columns of {scheme.bits} bits are no whole words"
+    return None
+
+
+def _column_problem(facts: Facts, scheme: Scheme, rows: int, parts: int) -> str | None:
+    each, rest = divmod(rows, parts)
+    if rest:
+        return f"{rows} rows do not divide by {parts}"
+    packed = facts.codec != "compressed-tensors" or not scheme.symmetric  # zeros are packed along N
+    if packed and each * scheme.bits % 32:
+        return f"{rows} / {parts} = {each} rows of {scheme.bits} bits are no whole words"
+    return None
+
+
+def unknown_roles(facts: Facts) -> list[str]:
+    """Packed Linears of which the model's class does not say how they are split."""
+    return [name for name in facts.schemes if name not in facts.roles and not is_head(name)]

@@ -1,0 +1,393 @@
+"""Linting. Oracle: checkpoints written here and damaged in one place; splits against codecs encoding the shares."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import foreign_files
+import pytest
+import torch
+from foreign_files import Kind
+from format_examples import random_weight
+from safetensors.torch import load_file, save_file
+from test_moe import build as build_experts
+from tiny_models import build, run, save, settings
+from torch import Tensor
+
+from ptq import cli
+from ptq.errors import ConfigError, UnsupportedModelError
+from ptq.formats import CODECS, Scheme
+from ptq.lint import describe, lint
+from ptq.readers import LOADS, REFUSES, SLOWER, UNKNOWN, Facts, split_problems, verdicts
+
+Tensors = dict[str, Tensor]
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(build("llama", torch.bfloat16), tmp_path_factory.mktemp("lint") / "parent")
+
+
+@pytest.fixture(scope="module")
+def made(parent: Path) -> Callable[..., Path]:
+    """Checkpoints of the parent, each made once."""
+    known: dict[str, Path] = {}
+
+    def make(codec: str = "gptq", **changes: Any) -> Path:
+        key = f"{codec}{changes}"
+        if key not in known:
+            known[key] = parent.parent / str(len(known))
+            run(settings(parent, known[key], "rtn", format=codec, **changes))
+        return known[key]
+
+    return make
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_ptq_writes_is_sound(made: Callable[..., Path], codec: str, symmetric: bool) -> None:
+    if codec == "gptq" and not symmetric:
+        return  # it cannot be written
+    result = lint(made(codec, symmetric=symmetric))
+    assert (result.problems, result.notes) == ([], [])
+    assert result.failure is None
+    # Groups of 32: o_proj's 64 columns make two shares, down_proj's 128 four; there are four heads.
+    assert [parts for parts, problems in result.parallel.items() if not problems] == [2]
+    assert any("4 attention heads" in problem for problem in result.parallel[8])
+
+
+FOREIGN = [Kind("gptq", 4, ordered=True), Kind("gptq", 4, symmetric=False), Kind("awq", 4, symmetric=False),
+           Kind("compressed-tensors", 4, ordered=True), Kind("gptq", 4, auto_round=True),
+           Kind("compressed-tensors", 8, -1, symmetric=False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN, ids=str)
+def test_what_others_write_is_sound(tmp_path: Path, kind: Kind) -> None:
+    foreign_files.write(tmp_path, kind)
+    result = lint(tmp_path)
+    assert result.problems == []
+    assert ["auto-round" in note for note in result.notes] == [True] * kind.auto_round
+    assert any("act-order" in problem for problem in result.parallel[2]) == kind.ordered
+    statuses = [verdict.status for verdict in result.readers]
+    assert (statuses == [REFUSES, UNKNOWN, UNKNOWN]) == (kind.ordered and kind.layout == "compressed-tensors")
+
+
+def damaged(source: Path, target: Path, change: Callable[[Tensors], None]) -> Path:
+    shutil.copytree(source, target)
+    shard = target / "model.safetensors"
+    tensors = load_file(shard)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, shard, metadata={"format": "pt"})
+    return target
+
+
+def put(name: str, make: Callable[[Tensor], Tensor], target: str | None = None) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[target or name] = make(tensors[name])
+
+    return change
+
+
+def drop(name: str) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.__delitem__(name)
+
+
+def first_zero(scales: Tensor) -> Tensor:
+    scales[0, 0] = 0
+    return scales
+
+
+DAMAGE: dict[str, tuple[Callable[[Tensors], None], str]] = {
+    "missing packed": (drop(f"{Q}.qweight"), f"{Q}.qweight is missing"),
+    "missing zeros": (drop(f"{DOWN}.qzeros"), f"{DOWN}.qzeros is missing"),
+    "missing float": (drop("model.norm.weight"), "model.norm.weight is missing"),
+    "extra": (put("model.norm.weight", Tensor.clone, "model.norm.w2"), "model.norm.w2 is extra"),
+    "extra layer": (
+        put("model.norm.weight", Tensor.clone, "model.layers.7.input_layernorm.weight"),
+        "model.layers.7.input_layernorm.weight is extra",
+    ),
+    "codes of another dtype": (put(f"{Q}.qweight", Tensor.long), f"{Q}.qweight must be int32, found int64"),
+    "integer scales": (put(f"{Q}.scales", Tensor.int), f"{Q}.scales must be float16 or bfloat16 or float32"),
+    "float of another dtype": (put("model.norm.weight", Tensor.int), "model.norm.weight must be float16"),
+    "codes of another shape": (put(f"{Q}.qweight", lambda t: t[:4]), f"{Q}.qweight must have shape [8, 64], found [4,"),
+    "scales of another shape": (put(f"{Q}.scales", lambda t: t[:1]), f"{Q}.scales must have shape [2, 64]"),
+    "float of another shape": (put("lm_head.weight", lambda t: t[:9]), "lm_head.weight must have shape [288, 64]"),
+    "zero scale": (put(f"{Q}.scales", first_zero), f"{Q}: 1 of 128 scales are zero or not finite"),
+    "not a number": (put(f"{Q}.scales", lambda t: t * torch.nan), f"{Q}: 128 of 128 scales are zero or not finite"),
+    "packed and float": (
+        put("lm_head.weight", lambda t: t[:64].clone(), f"{Q}.weight"),
+        f"{Q} must be packed or in float",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named(made: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    change, message = DAMAGE[kind]
+    result = lint(damaged(made(), tmp_path / "x", change))
+    assert len(result.problems) == 1
+    assert message in result.problems[0]
+    assert message in (result.failure or "")
+    assert message in describe(result)
+
+
+def test_experts_are_checked_one_by_one(tmp_path: Path) -> None:
+    """Their Linears have the names of the file; the roles come from the plan's stacked parameters."""
+    run(settings(save(build_experts("mixtral"), tmp_path / "parent"), tmp_path / "whole", "rtn"))
+    whole = lint(tmp_path / "whole")
+    assert whole.failure is None
+    assert any(".experts.0.down_proj: 64 / 4 = 16 columns" in problem for problem in whole.parallel[4])
+    names = load_file(tmp_path / "whole/model.safetensors")
+    lost = next(name for name in names if ".experts.1." in name and name.endswith(".qweight"))
+    broken = lint(damaged(tmp_path / "whole", tmp_path / "broken", drop(lost)))
+    assert broken.problems == [f"{lost} is missing"]
+
+
+def test_a_bias_without_a_place_is_no_damage(made: Callable[..., Path], tmp_path: Path) -> None:
+    result = lint(damaged(made(), tmp_path / "x", put(f"{Q}.scales", lambda t: t[0].clone(), f"{Q}.bias")))
+    assert result.failure is None
+    assert result.notes == [f"{Q}.bias is a bias that the model has no place for; readers leave it out"]
+
+
+def test_columns_out_of_order_cannot_be_split_by_rows(made: Callable[..., Path], tmp_path: Path) -> None:
+    result = lint(damaged(made(), tmp_path / "x", put(f"{DOWN}.g_idx", lambda t: t.flip(0))))
+    assert result.failure is None
+    assert any("act-order" in problem for problem in result.parallel[2])
+
+
+def edited(source: Path, target: Path, file: str = "config.json", **changes: Any) -> Path:
+    """A copy with other quantization settings."""
+    shutil.copytree(source, target)
+    document = json.loads((target / file).read_text())
+    (document["quantization_config"] if file == "config.json" else document).update(changes)
+    (target / file).write_text(json.dumps(document))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quant_method": "fp8"}, "cannot be honoured: quant_method must name a format"),
+        ({"bits": 5}, "cannot be honoured: this format holds 2, 3, 4, 8 bits, the config says 5"),
+        ({"checkpoint_format": "marlin"}, "cannot be honoured: the layout"),
+        ({"dynamic": {"-:.*": {}}}, "packs no Linear"),
+        ({"bits": 8}, ".qweight must have shape [16, 64], found [8, 64]"),
+        ({"group_size": 48}, "groups of 48 do not divide its 64 columns"),
+        ({"desc_act": True}, "desc_act is True in config.json and False in quantize_config.json"),
+    ],
+)
+def test_a_configuration_of_other_weights_is_damage(
+    made: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    assert message in (lint(edited(made(), tmp_path / "x", **changes)).failure or "")
+
+
+def test_a_checkpoint_that_nobody_loads_fails(made: Callable[..., Path], tmp_path: Path) -> None:
+    """Asymmetric mixed widths: transformers takes one scheme, vLLM and SGLang want 4 or 8 bits."""
+    mixed = made("compressed-tensors", symmetric=False, bits=3)
+    result = lint(mixed)
+    assert [verdict.status for verdict in result.readers] == [SLOWER, REFUSES, REFUSES]
+    every = result._replace(readers=[verdict._replace(status=REFUSES) for verdict in result.readers])
+    assert "loads in none of transformers, vLLM and SGLang" in (every.failure or "")
+
+
+def test_what_is_no_quantized_checkpoint_is_a_sentence(parent: Path, made: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be a directory with config.json"):
+        lint(tmp_path)
+    with pytest.raises(ConfigError, match="only quantized checkpoints are checked"):
+        lint(parent)
+    strange = Path(shutil.copytree(made(), tmp_path / "x"))
+    (strange / "config.json").write_text(json.dumps({"model_type": "nobody-knows"}))
+    with pytest.raises(UnsupportedModelError):
+        lint(strange)
+
+
+def test_the_command_says_it_and_exits(
+    made: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["lint", str(made())]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1] == "files         sound"
+    assert [line.split()[0] for line in out[3:6]] == ["transformers", "vLLM", "SGLang"]
+    assert out[7] == "2 GPUs        yes"
+    assert out[8].startswith("4 GPUs        no: model.layers.0.self_attn.o_proj: 64 / 4 = 16 columns")
+    assert cli.main(["lint", str(damaged(made(), tmp_path / "x", drop("model.norm.weight")))]) == 1
+    assert "damaged       model.norm.weight is missing" in capsys.readouterr().out
+
+
+def test_a_class_without_a_plan_is_not_guessed(tmp_path: Path) -> None:
+    run(settings(save(build("opt", torch.float16), tmp_path / "parent"), tmp_path / "x", "rtn"))
+    result = lint(tmp_path / "x")
+    assert result.failure is None
+    assert result.parallel == {}
+    assert "is not said by the model's class: not checked" in result.notes[0]
+
+
+S4, A4 = Scheme(4, 128, True), Scheme(4, 128, False)
+LINEARS = [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                                 "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]  # fmt: skip
+EXPERTS = [f"model.layers.0.mlp.experts.{index}.{name}" for index in range(2) for name in ("up_proj", "down_proj")]
+
+
+def facts(codec: str, scheme: Scheme, **changes: Any) -> Facts:
+    names = changes.pop("names", LINEARS)
+    schemes = {**dict.fromkeys(names, scheme), **changes.pop("others", {})}
+    settings_ = CODECS[codec].quantization_config({**schemes, "lm_head": None}, damping=None, version="0")
+    settings_ = {key: value for key, value in (settings_ | changes.pop("set", {})).items() if value != "absent"}
+    shapes = dict.fromkeys(schemes, changes.pop("shape", (256, 256)))
+    found = Facts(codec, settings_, schemes, shapes, (), False, {}, (8, 4))
+    return found._replace(**changes)
+
+
+# Facts, and (status, part of the reason) of transformers, vLLM, SGLang: the table in ptq/readers.py, case by case.
+OK, MARLIN = (LOADS, ""), (REFUSES, "4 or 8 bits")
+GPTQMODEL, DENSE, PLAIN = (LOADS, "gptqmodel"), (SLOWER, "expanded to dense"), (SLOWER, "float16 only")
+CASES: dict[str, tuple[Facts, tuple[str, str], tuple[str, str], tuple[str, str]]] = {
+    "gptq": (facts("gptq", S4), GPTQMODEL, OK, OK),
+    "gptq 3 bits": (facts("gptq", Scheme(3, 128, True)), GPTQMODEL, MARLIN, PLAIN),
+    "gptq v2": (facts("gptq_v2", A4), GPTQMODEL, (REFUSES, "must be symmetric"), PLAIN),
+    "gptq v1 asymmetric": (
+        facts("gptq", S4)._replace(schemes=dict.fromkeys(LINEARS, A4)), (REFUSES, "gptqmodel itself"),
+        (REFUSES, "must be symmetric"), PLAIN,
+    ),
+    "gptq v1 asymmetric of gptqmodel": (
+        facts("gptq", S4, set={"meta": {"quantizer": ["gptqmodel:7"]}})._replace(schemes=dict.fromkeys(LINEARS, A4)),
+        GPTQMODEL, (REFUSES, "must be symmetric"), PLAIN,
+    ),
+    "gptq mixed": (
+        facts("gptq", S4, others={"model.layers.0.mlp.down_proj": Scheme(8, 128, True)}),
+        (REFUSES, "`dynamic` is dropped"), OK, OK,
+    ),
+    "gptq with a silent float": (
+        facts("gptq", S4, floats=("model.layers.0.extra",)), GPTQMODEL, OK, (REFUSES, "does not say so (1 such"),
+    ),
+    "gptq with a skipped float": (
+        facts("gptq", S4, floats=("model.layers.0.extra",), set={"dynamic": {r"-:.*extra": {}}}),
+        (REFUSES, "`dynamic` is dropped"), OK, OK,
+    ),
+    "gptq experts": (facts("gptq", S4, names=EXPERTS), (REFUSES, "packed experts"), OK, OK),
+    "gptq experts of 3 bits": (
+        facts("gptq", Scheme(3, 128, True), names=EXPERTS), (REFUSES, "packed experts"), MARLIN,
+        (REFUSES, "without Marlin experts"),
+    ),
+    "gptq without sym": (
+        facts("gptq", S4, set={"sym": "absent"}), GPTQMODEL, (REFUSES, "must have `sym`"), (REFUSES, "must have `sym`"),
+    ),
+    "gptq with strange damping": (facts("gptq", S4, set={"damp_percent": 1.5}), (REFUSES, "between 0 and 1"), OK, OK),
+    "gptq in groups of 16": (
+        facts("gptq", Scheme(4, 16, True)), GPTQMODEL, (UNKNOWN, "found 16"), (UNKNOWN, "found 16"),
+    ),
+    "gptq in odd shapes": (
+        facts("gptq", S4, shape=(96, 256)), GPTQMODEL, (SLOWER, "96 x 256 (6 such"), (SLOWER, "96 x 256"),
+    ),
+    "one of three differs": (
+        facts("compressed-tensors", S4, others={LINEARS[1]: Scheme(8, 128, True)}), DENSE,
+        (REFUSES, "q_proj is fused with"), (REFUSES, "q_proj is fused with"),
+    ),
+    "one expert differs": (
+        facts("compressed-tensors", S4, names=EXPERTS, others={EXPERTS[3]: Scheme(8, 128, True)}), DENSE,
+        (REFUSES, "fused with"), (REFUSES, "fused with"),
+    ),
+    "awq": (facts("awq", A4), GPTQMODEL, OK, OK),
+    "awq without zeros": (
+        facts("awq", S4, set={"zero_point": False}), GPTQMODEL, (SLOWER, "Marlin is not used"), (SLOWER, "float16"),
+    ),
+    "awq experts without zeros": (
+        facts("awq", S4, names=EXPERTS, set={"zero_point": False}), (REFUSES, "packed experts"), (SLOWER, "Marlin"),
+        (REFUSES, "without experts"),
+    ),
+    "awq that skips a fragment": (
+        facts("awq", A4, set={"modules_to_not_convert": ["gate"]}), GPTQMODEL, (REFUSES, "has 'gate'"),
+        (REFUSES, "has 'gate'"),
+    ),
+    "awq with a silent float": (
+        facts("awq", A4, floats=("model.layers.0.extra",)), GPTQMODEL, OK, (REFUSES, "does not say so"),
+    ),
+    "awq as AutoAWQ spells it": (
+        facts("awq", Scheme(4, 64, False), set={"group_size": "absent", "q_group_size": 64}),
+        (REFUSES, "q_group_size is ignored"), OK, OK,
+    ),
+    "compressed-tensors": (facts("compressed-tensors", S4), DENSE, OK, (LOADS, "not on CPUs")),
+    "gpt2": (facts("compressed-tensors", S4, transposed=True), (UNKNOWN, "Conv1D"), (UNKNOWN, ""), (UNKNOWN, "")),
+    "compressed-tensors 3 bits": (facts("compressed-tensors", Scheme(3, 128, True)), DENSE, OK, MARLIN),
+    "compressed-tensors asymmetric": (facts("compressed-tensors", A4), (SLOWER, "dequantize=True"), OK, OK),
+    "compressed-tensors asymmetric 3 bits": (
+        facts("compressed-tensors", Scheme(3, 128, False)), (SLOWER, "dequantize=True"), MARLIN, MARLIN,
+    ),
+    "compressed-tensors asymmetric mixed": (
+        facts("compressed-tensors", A4, others={LINEARS[5]: Scheme(8, 128, False)}),
+        (REFUSES, "takes one scheme"), OK, OK,
+    ),
+    "compressed-tensors asymmetric experts": (
+        facts("compressed-tensors", A4, names=EXPERTS), (REFUSES, "zero points of experts"),
+        (UNKNOWN, "asymmetric experts"), OK,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_readers(case: str) -> None:
+    given, *expected = CASES[case]
+    for verdict, (status, reason) in zip(verdicts(given), expected, strict=True):
+        assert (verdict.status, reason in verdict.reason) == (status, True), verdict
+
+
+SPLITS = [("gptq", S4), ("gptq", Scheme(3, 32, True)), ("gptq_v2", Scheme(8, 32, False)), ("awq", Scheme(4, 32, False)),
+          ("compressed-tensors", Scheme(3, 32, True)), ("compressed-tensors", Scheme(4, 64, False)),
+          ("compressed-tensors", Scheme(5, -1, False))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("codec", "scheme"), SPLITS)
+@pytest.mark.parametrize("role", ["column", "row"])
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_split_is_a_cut_through_the_packed_tensors(codec: str, scheme: Scheme, role: str, parts: int) -> None:
+    """A share encoded for itself must be what cutting the whole's tensors gives, wherever no problem is named."""
+    n, k = 256, 256  # encoders of GPTQ want shares of 32 rows at least
+    given = facts(codec, scheme, names=["x"], shape=(n, k), roles={"x": role}, heads=(8, 8))
+    whole = random_weight(n, k, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+    packed = CODECS[codec].encode("x", whole, torch.float32)
+    if split_problems(given, parts):
+        return
+    if role == "column":
+        share = whole._replace(codes=whole.codes[: n // parts], scales=whole.scales[: n // parts],
+                               zeros=whole.zeros[: n // parts])  # fmt: skip
+    else:
+        groups = max(1, whole.scales.shape[1] // parts)
+        size = (k // parts) // groups
+        share = whole._replace(codes=whole.codes[:, : k // parts], scales=whole.scales[:, :groups],
+                               zeros=whole.zeros[:, :groups], group_size=size)  # fmt: skip
+    for name, tensor in CODECS[codec].encode("x", share, torch.float32).items():
+        if name.endswith(("g_idx", "weight_shape")):
+            continue  # counted, not cut
+        assert torch.equal(tensor, packed[name][tuple(slice(0, size) for size in tensor.shape)]), name
+        cut = [have // want for have, want in zip(packed[name].shape, tensor.shape, strict=True)]
+        assert set(cut) <= {1, parts}, name
+
+
+@pytest.mark.parametrize(
+    ("codec", "scheme", "role", "shape", "parts", "problem"),
+    [
+        ("gptq", S4, "row", (256, 768), 4, "768 / 4 = 192 columns are no whole groups of 128"),
+        ("gptq", S4, "row", (256, 769), 2, "769 columns do not divide by 2"),
+        ("gptq", Scheme(3, 16, True), "row", (256, 64), 4, "64 / 4 = 16 columns of 3 bits are no whole words"),
+        ("gptq", S4, "column", (257, 256), 2, "257 rows do not divide by 2"),
+        ("awq", A4, "column", (24, 256), 8, "24 / 8 = 3 rows of 4 bits are no whole words"),
+        ("compressed-tensors", S4, "column", (24, 256), 8, None),
+        ("compressed-tensors", A4, "column", (24, 256), 8, "24 / 8 = 3 rows of 4 bits"),
+        ("gptq", Scheme(4, -1, True), "row", (256, 768), 4, None),
+    ],
+)
+def test_splits(codec: str, scheme: Scheme, role: str, shape: tuple[int, int], parts: int, problem: str | None) -> None:
+    found = split_problems(facts(codec, scheme, names=["x"], shape=shape, roles={"x": role}, heads=(8, 8)), parts)
+    assert found == [] if problem is None else problem in found[0]
+
+
+def test_few_keys_are_repeated() -> None:
+    """Two heads of keys on eight GPUs: each holds one whole head, 16 rows, though 32 / 8 rows are no word."""
+    name = "model.layers.0.self_attn.k_proj"
+    given = facts("gptq", Scheme(4, 32, True), names=[name], shape=(32, 256), roles={name: "column"}, heads=(8, 2))
+    assert split_problems(given, 8) == []
+    assert split_problems(given._replace(heads=(8, 8)), 8) == [f"{name}: 32 / 8 = 4 rows of 4 bits are no whole words"]
