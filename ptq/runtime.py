@@ -177,7 +177,7 @@ def load(
     if checkpoint.packed is not None:
         from ptq.integration.quantizer import attach
 
-        attach(model, checkpoint.packed, checkpoint.reader)
+        attach(model, checkpoint.packed)
     return model
 
 

@@ -110,6 +110,7 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             layer = self._load(model, name)
             layer.impl, layer.activation = config.impl, config.activation
             layers.append(layer.prepare_())
+        del self.reader  # a model with open files can neither be copied nor pickled
         if config.warmup:
             warm_up(model, getattr(model, "dtype"))  # noqa: B009
         # What is saved has the names of the file already.
@@ -216,10 +217,10 @@ def _expect_no_more(model: Any, packed: Iterable[str], experts: Iterable[str]) -
         model.all_tied_weights_keys.pop(f"{name}.weight", None)
 
 
-def attach(model: Any, packed: Packed, reader: CheckpointReader) -> None:
+def attach(model: Any, packed: Packed) -> None:
     """Make a model of `ptq.load` one that ``save_pretrained`` can write."""
     quantizer = PtqQuantizer(PtqConfig().of_file(packed.settings))
-    quantizer.packed, quantizer.reader = packed, reader
+    quantizer.packed = packed
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
 

@@ -33,7 +33,8 @@ def by_library(name: str) -> Callable[[Tensor, PackedWeight, Tensor | None], Ten
     """The product by the library of one instruction set; a weight in another layout is converted on every call."""
 
     def run(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        return strips.Product(convert(weight, "strips"), bias, library.get(name))(x)
+        converted = convert(weight, "strips")  # has to outlive the product
+        return strips.Product(converted, bias, library.get(name))(x)
 
     return run
 
