@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ptq.gptq.candidates import CHUNK_WEIGHTS
 from ptq.journal import KEPT
 from ptq.models.structure import linears
 from ptq.plan import Plan, estimate_size
@@ -23,6 +24,7 @@ FLOAT = 4  # bytes of float32
 # Matrices [K, K] alive while one Hessian is factorised and its correction applied: H, drift, permuted, flipped, factor,
 # its inverse, correction.
 SQUARES = 7
+COPIES = 4  # of the weights that several candidates are solved for together: stacked, in order, their values, codes
 WEIGHTS = 7  # float32 matrices [N, K] alive while one weight is solved for: the weight, target, errors, candidates
 # Share of the rate of a large matrix product that a stage reaches.
 FORWARD, HESSIAN, FACTOR, COLUMNS = 0.6, 0.8, 0.25, 0.05
@@ -125,7 +127,7 @@ def compared(prediction: Prediction, memory: int, seconds: float) -> dict[str, d
     """Predicted against actual, for the report."""
     return {
         "memory": {"predicted": prediction.peak, "actual": memory},
-        "seconds": {"predicted": round(sum(prediction.seconds.values()), 2), "actual": round(seconds, 2)},
+        "seconds": {"predicted": float(f"{sum(prediction.seconds.values()):.3g}"), "actual": round(seconds, 2)},
     }
 
 
@@ -151,7 +153,7 @@ def _outer_bytes(plan: Plan) -> int:
 
 
 def _twin(plan: Plan) -> bool:
-    return plan.config.method == "gptq" and plan.config.gptq.correct_inputs > 0
+    return plan.config.follows_float
 
 
 def _tokens(plan: Plan) -> int:
@@ -172,7 +174,10 @@ def _work_bytes(plan: Plan, block: _Block) -> dict[str, int]:
     if not block.weights:
         return {}
     widest = max(k for _, k in block.weights)
-    weight = WEIGHTS * FLOAT * max(n * k for n, k in block.weights)
+    largest = max(n * k for n, k in block.weights)
+    weight = WEIGHTS * FLOAT * largest
+    if plan.config.method == "gptq":
+        weight += COPIES * FLOAT * min(plan.config.gptq.candidates * largest, CHUNK_WEIGHTS)
     if plan.config.method == "rtn":
         return {"solver": weight}
     calibration = plan.config.calibration
@@ -196,7 +201,10 @@ def _seconds(plan: Plan, block: _Block, rates: Rates, disk: Mapping[str, int]) -
     hessian = sum(2 * tokens * k * k * streams for k in block.groups)
     factor = sum(k**3 * (2 / 3 + (4 if _twin(plan) else 0)) for k in block.groups) if method == "gptq" else 0.0
     solving = method == "gptq" or (method == "awq" and plan.config.awq.codes == "gptq")
-    rounds = 1 + 2 * plan.config.gptq.sweeps if solving else (plan.config.awq.grid if method == "awq" else 0)
+    if solving:
+        rounds = plan.config.gptq.candidates + 2 * plan.config.gptq.sweeps
+    else:
+        rounds = plan.config.awq.grid if method == "awq" else 0
     columns = sum(n * k * k for n, k in block.weights) * rounds
     search = sum(n * k for n, k in block.weights) * SEARCH * CANDIDATES
     operations = rates.operations
