@@ -92,7 +92,9 @@ def test_matches_float64(isa: str, shape: tuple[int, int, int], bits: int) -> No
 @given(data=st.data())
 def test_any_shape_matches_float64(isa: str, data: st.DataObject) -> None:
     bits, dtype = data.draw(st.sampled_from([2, 3, 4, 8])), data.draw(st.sampled_from(FLOATS))
-    group = data.draw(st.one_of(st.sampled_from([32, 64, 128]), st.integers(22, 160)))
+    # a group that padding to a multiple of 32 makes half as long again stays canonical
+    sizes = st.integers(22, 160).filter(lambda size: -(-size // 32) * 32 <= 1.5 * size)
+    group = data.draw(st.one_of(st.sampled_from([32, 64, 128]), sizes))
     groups, n = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 130))
     rows = data.draw(st.integers(1, 70))
     scales = data.draw(st.sampled_from(FLOATS))
