@@ -5,35 +5,29 @@ Oracles: the fused module of transformers; the model's own logits; a dense copy 
 
 import json
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_experts import CONFIGS, EXPERTS, USUAL, build
 from tiny_models import (
     FLOAT32_ERROR,
-    GROUPED,
     distance,
     divergence,
     held_out,
     logits,
-    randomize,
     run,
     save,
     sensitivity,
     settings,
     tokens,
 )
-from torch import nn
 
 import ptq
-from ptq.calibration.capture import InputGroup, collect, trace_groups
 from ptq.config import AWQConfig, SchemeOverride
-from ptq.errors import ConfigError, FormatError, UnsupportedModelError
+from ptq.errors import ConfigError, FormatError
 from ptq.evaluate import streamed
 from ptq.formats.checkpoint import CheckpointReader
-from ptq.gptq.block import stages
-from ptq.models.conversion import Conversions, put_together
-from ptq.models.experts import UnfusedExperts, experts_of, routers, unfuse_experts
+from ptq.models.experts import experts_of, routers, unfuse_experts
 from ptq.models.structure import linears, set_weight
 from ptq.nn import QuantLinear
 from ptq.plan import estimate_size, make_plan
@@ -41,65 +35,12 @@ from ptq.runtime import open_checkpoint, open_stream
 
 CPU = torch.device("cpu")
 BATCH = tokens(4, 48, 9)
-EXPERTS = 4
-USUAL = {**GROUPED, "intermediate_size": 64, "num_experts_per_tok": 2}
-MLA = {
-    **USUAL,
-    "num_key_value_heads": 4,
-    "n_routed_experts": EXPERTS,
-    "moe_intermediate_size": 32,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "first_k_dense_replace": 1,
-}
-CONFIGS = {
-    "mixtral": ("MixtralConfig", {**USUAL, "num_local_experts": EXPERTS}),
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        {**USUAL, "num_experts": EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
-    ),
-    "qwen3_moe": ("Qwen3MoeConfig", {**USUAL, "num_experts": EXPERTS, "moe_intermediate_size": 32, "head_dim": 16}),
-    "deepseek_v2": ("DeepseekV2Config", MLA),
-    "deepseek_v3": ("DeepseekV3Config", {**MLA, "n_group": 2, "topk_group": 1}),
-    "gpt_oss": ("GptOssConfig", {**USUAL, "num_local_experts": EXPERTS, "head_dim": 16}),
-    "llama4": (
-        "Llama4TextConfig",
-        {**USUAL, "num_local_experts": EXPERTS, "intermediate_size_mlp": 64, "head_dim": 16},
-    ),
-}  # fmt: skip
 NAMED = {  # the tensor of an expert's up projection as a checkpoint spells it
     "mixtral": "model.layers.1.block_sparse_moe.experts.3.w3",
     "qwen3_moe": "model.layers.1.mlp.experts.3.up_proj",
     "deepseek_v3": "model.layers.1.mlp.experts.3.up_proj",
     "gpt_oss": "model.layers.1.mlp.experts.3.up_proj",
 }
-
-
-def build(name, **changes):
-    import transformers
-
-    config, options = CONFIGS[name]
-    made = getattr(transformers, config)(**{**options, **changes}, dtype=torch.float32)
-    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(1)
-        flat = {}
-        for key, parameter in model.named_parameters():
-            if parameter.dim() == 3 or key.endswith("proj_bias"):  # not what `randomize` knows
-                scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 3 else 0.1
-                flat[key] = torch.randn(parameter.shape, generator=generator) * scale
-        randomize(without(model, flat))
-        model.load_state_dict(flat, strict=False)
-    return model
-
-
-def without(model, names):
-    """The same parameters but some, as something that has named_parameters and get_submodule."""
-    rest = [(key, p) for key, p in model.named_parameters() if key not in names]
-    return SimpleNamespace(named_parameters=lambda: rest, get_submodule=model.get_submodule)
 
 
 @pytest.fixture(scope="module")
@@ -229,60 +170,6 @@ def test_awq_scales_the_router_with_the_experts(name, made):
         torch.testing.assert_close(scales, scales[:1].expand_as(scales), rtol=1e-5, atol=0)
 
 
-def mixture():
-    """The experts of a Mixtral of 8 and who gets what: expert 0 half of the tokens, 1 three, 2 none, the others one."""
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-    module = MixtralExperts(MixtralConfig(hidden_size=32, intermediate_size=16, num_local_experts=4))
-    module.config._experts_implementation = "eager"
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        parameter.data.normal_(generator=generator)
-    x = torch.randn(40, 32, generator=generator)
-    index = torch.tensor([0] * 20 + [1] * 3 + [3] * 17)[:, None]
-    return module, x, index, torch.ones(40, 1)
-
-
-def test_starved_experts_learn_from_all_tokens():
-    """Oracle: second moments in float64, blended as ``(n H + K/4 H_all) / (n + K/4)``."""
-    module, *given = mixture()
-    x = given[0].double()
-    unfuse_experts(module)
-    linear = dict(linears(module))
-    runs = [lambda: module(*given)]
-    groups = trace_groups(linear, runs[0])
-    assert [group.members for group in groups] == [
-        members for e in range(4) for members in ((f"{e}.up_proj", f"{e}.gate_proj"), (f"{e}.down_proj",))
-    ]
-    assert {group.pool for group in groups} == {0}
-    assert [len(stage) for stage in stages(groups)] == [4, 4]
-    stats = {group.members[0]: each for group, each in zip(groups, collect(linear, groups, runs), strict=True)}
-    assert [stats[f"{e}.up_proj"].routed for e in range(4)] == [20, 3, 0, 17]
-    assert [stats[f"{e}.up_proj"].tokens for e in range(4)] == [20, 40, 40, 17]
-    moment = {"all": x.T @ x / 40, 0: x[:20].T @ x[:20] / 20, 1: x[20:23].T @ x[20:23] / 3}
-    expected = {0: moment[0], 1: (3 * moment[1] + 8 * moment["all"]) / 11, 2: moment["all"]}
-    for index, want in expected.items():
-        # float32 sums of 40 products
-        torch.testing.assert_close(stats[f"{index}.up_proj"].hessian.double(), want, rtol=1e-4, atol=1e-5)
-    # the inner size is 16: three tokens are enough for a Linear of 16 inputs, none are not
-    assert [stats[f"{e}.down_proj"].routed for e in range(4)] == [20, 3, 0, 17]
-    assert [stats[f"{e}.down_proj"].tokens for e in range(4)] == [20, 3, 40, 17]
-    inner = module.act_fn(linear["2.gate_proj"](given[0])) * linear["2.up_proj"](given[0])
-    want = inner.double().T @ inner.double() / 40
-    torch.testing.assert_close(stats["2.down_proj"].hessian.double(), want, rtol=1e-4, atol=1e-4)
-
-
-def test_other_linears_are_calibrated_one_group_at_a_time():
-    groups = [
-        InputGroup(("a",)),
-        InputGroup(("0.up", "0.gate"), 1, 0),
-        InputGroup(("1.up", "1.gate"), 1, 0),
-        InputGroup(("b",)),
-    ]
-    assert stages(groups) == [[groups[0]], groups[1:3], [groups[3]]]
-
-
 def test_starved_experts_are_counted_in_the_report(tmp_path):
     """A router that looks at nothing sends every token to the first two experts."""
     model = build("mixtral", num_hidden_layers=1)
@@ -299,49 +186,6 @@ def test_starved_experts_are_counted_in_the_report(tmp_path):
 
 def routers_of(model):
     return [layer.mlp.gate for layer in model.model.layers]
-
-
-class Odd(nn.Module):
-    """Stacks of weights that nobody knows how to use."""
-
-    def __init__(self, gate_up=(4, 32, 16), down=(4, 16, 16)):
-        super().__init__()
-        self.gate_up_proj, self.down_proj = nn.Parameter(torch.ones(gate_up)), nn.Parameter(torch.ones(down))
-        self.act_fn = nn.SiLU()
-
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        return hidden_states
-
-
-class Failing(Odd):
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        raise RuntimeError
-
-
-class Two(Odd):
-    def forward(self, hidden_states, top_k_index):
-        return hidden_states
-
-
-class Nameless(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(4, 16, 16))
-
-
-@pytest.mark.parametrize(
-    "module", [Odd(), Failing(), Two(), Nameless(), Odd((4, 20, 16))], ids=lambda m: type(m).__name__
-)
-def test_an_unknown_layout_is_an_error(module):
-    model = nn.ModuleDict({"experts": module})
-    with pytest.raises(UnsupportedModelError, match=f"{type(module).__name__} at experts holds .* in another one"):
-        unfuse_experts(model)
-
-
-def test_a_convolution_is_no_stack_of_experts():
-    model = nn.Sequential(nn.Conv1d(16, 16, 16))
-    unfuse_experts(model)
-    assert not isinstance(model[0], UnfusedExperts)
 
 
 def test_overrides_cannot_reach_a_router(made, tmp_path):
@@ -390,41 +234,6 @@ def test_the_size_is_known_before(name, made, tmp_path):
     size = estimate_size(make_plan(settings(made(name), tmp_path / "out", "rtn"))).after
     reader = CheckpointReader(made(name, "rtn"))
     assert size == sum(reader.tensor(key).nbytes for key in reader.names())
-
-
-def stacking():
-    """Two tensors an expert, stacked and put one after the other: the pieces of ``layer.z``, as transformers says."""
-    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
-
-    converter = WeightConverter(
-        ["layer.*.x", "layer.*.y"], "layer.z", operations=[MergeModulelist(dim=0), Concatenate(dim=1)]
-    )
-    conversions = Conversions(nn.Module())
-    conversions._converters = [converter]
-    stored = [f"layer.{e}.{leaf}" for e in range(11) for leaf in "yx"]
-    return [conversions.piece(name, name) for name in stored]
-
-
-def test_parameters_are_put_together_as_transformers_does():
-    pieces = stacking()
-    assert {(piece.targets, piece.part, piece.expert) for piece in pieces} == {
-        (("layer.z",), part, expert) for part in (0, 1) for expert in range(11)
-    }
-    tensors = {piece.stored: torch.randn(2, 3) for piece in pieces}
-    found = put_together(nn.Module(), "model.layer.z", pieces, tensors.__getitem__)
-    x, y = (torch.stack([tensors[f"layer.{e}.{leaf}"] for e in range(11)]) for leaf in "xy")
-    assert torch.equal(found, torch.cat((x, y), 1))
-
-
-def test_tensors_that_cannot_be_put_together():
-    pieces = stacking()
-    sizes = {piece.stored: index for index, piece in enumerate(pieces)}
-    with pytest.raises(
-        FormatError, match=r"layer.z must be made of 22 tensors such as layer.0.y; transformers could not"
-    ):
-        put_together(nn.Module(), "layer.z", pieces, lambda name: torch.ones(2, 1 + sizes[name]))
-    with pytest.raises(FormatError, match=r"other must come out of layer.0.y; transformers made layer.z of it"):
-        put_together(nn.Module(), "other", pieces, lambda name: torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

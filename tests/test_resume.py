@@ -7,11 +7,7 @@ the bytes are the same or the run is refused with the damaged file named.
 import fcntl
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +18,11 @@ import torch
 from crashes import checksums, small_parent, small_run
 from tiny_models import run
 
-from ptq import hidden, journal, walk
+from ptq import journal, walk
 from ptq.config import EvaluationConfig, SchemeOverride
 from ptq.errors import ConfigError, FormatError, NumericsError
-from ptq.formats.assembly import Part, assemble, damage, shards, write_part
-from ptq.formats.checkpoint import ShardWriter
-from ptq.formats.digest import CHUNK_BYTES, digest
+from ptq.formats.assembly import write_part
 from ptq.formats.sealed import seal, unseal
-from ptq.journal import Journal
 from ptq.pipeline import quantize
 from ptq.progress import Progress
 
@@ -367,111 +360,3 @@ def test_a_run_that_died_while_it_evaluated_evaluates(parent, tmp_path, monkeypa
         run(replace(config, bits=8))
     run(replace(config, bits=8), overwrite=True)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["configuration"]["bits"] == 8
-
-
-def example_tensors():
-    generator = torch.Generator().manual_seed(0)
-    shapes = [("a", torch.float32, (8, 4)), ("b", torch.int64, (3,)), ("c", torch.bfloat16, (5, 5)),
-              ("d", torch.uint8, (7,)), ("e", torch.float32, (0, 4)), ("f", torch.float16, ())]  # fmt: skip
-    return {name: torch.randint(0, 100, shape, generator=generator).to(dtype) for name, dtype, shape in shapes}
-
-
-@pytest.mark.parametrize("limit", [1, 60, 170, 1e9])
-def test_shards_hold_what_a_shard_writer_writes(limit, tmp_path):
-    tensors = example_tensors()
-    for name in ("parts", "one", "other"):
-        (tmp_path / name).mkdir()
-    items = list(tensors.items())
-    parts = [write_part(tmp_path / "parts" / f"{i}", dict(items[i : i + 2])) for i in (0, 2, 4)]
-    assemble(parts, tmp_path / "one", limit)
-    writer = ShardWriter(tmp_path / "other", limit)
-    writer.add(tensors)
-    writer.finish()
-    assert checksums(tmp_path / "one") == checksums(tmp_path / "other")
-    assert list((tmp_path / "parts").iterdir()) == []
-
-
-def test_a_part_must_hold_what_was_written(tmp_path):
-    part = write_part(tmp_path / "part", {"a": torch.ones(4)})
-    assert damage(*part) is None
-    with pytest.raises(FormatError, match="tensor b: dtype must be one of F64, .* found torch.complex64"):
-        write_part(tmp_path / "bad", {"b": torch.ones(1, dtype=torch.complex64)})
-    with pytest.raises(FormatError, match="tensor a of .*other was written already"):
-        shards([part, Part(tmp_path / "other", part.pieces)], 1e9)
-    other = write_part(tmp_path / "part", {"b": torch.ones(4)})
-    assert "its header is not the one that was written" in damage(other.path, part.pieces)
-
-
-def test_empty_tensors_alone(tmp_path):
-    part = write_part(tmp_path / "part", {"a": torch.ones(0, 3)})
-    assert damage(*part) is None
-
-
-def test_a_checksum_of_chunks_is_that_of_all_bytes_in_order():
-    data = bytes(CHUNK_BYTES) + b"1"
-    assert digest(data) == digest(bytes(data))
-    assert len({digest(data), digest(data[:-1]), digest(data[1:] + b"0"), digest(b"")}) == 4
-
-
-def test_hidden_states_come_back_as_maps(tmp_path):
-    """A change in place stays out of the file; the map outlives the name."""
-    batches = [torch.randn(2, 3, 5).bfloat16(), torch.randn(1, 3, 5).bfloat16()]
-    file = hidden.HiddenFile(tmp_path / "h")
-    maps = [file.keep(batch) for batch in batches]
-    described = hidden.described(batches)
-    assert hidden.damage(tmp_path / "h", described) is None
-    maps[0].zero_()
-    reread = hidden.opened(tmp_path / "h", described)
-    (tmp_path / "h").unlink()
-    assert all(torch.equal(one, other) for one, other in zip(reread, batches, strict=True))
-    assert maps[0].eq(0).all()
-
-
-def test_a_journal_without_its_beginning(tmp_path):
-    def opened(signature: Mapping[str, str]) -> Journal:
-        return Journal(tmp_path, signature, 2, mapped=False)
-
-    opened({"a": "1"}).add({}, {"t": torch.ones(2)}, {}, 0.0)
-    many = {f"key {i}": "1" for i in range(7)}
-    with pytest.raises(ConfigError, match="a was 1 and is absent; key 0 was absent and is 1; .*; and 3 more. Undo"):
-        opened(many)
-    (tmp_path / "run.json").unlink()
-    with pytest.raises(FormatError, match=r"run.json is missing, but the run has finished blocks; start over"):
-        opened({"a": "1"})
-
-
-def crash(mode: str, directory: Path, first: int, step: int):
-    """Outcomes of `crashes.main` in a process that has not used threads."""
-    root = Path(crashes.__file__).resolve().parent
-    paths = os.pathsep.join([str(root.parent), str(root.parent / "kernels"), str(root)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, crashes.__file__, mode, str(directory), str(first), str(step)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
-    assert {result["outcome"] for result in results} == {"identical"}, f"{results}\n{done.stderr}"
-    return results
-
-
-def test_sigkill_at_random_moments(tmp_path):
-    assert len(crash("random", tmp_path, 3, 0)) == 3
-
-
-def test_death_before_something_is_durable(tmp_path):
-    """Every 29th of the calls that make something durable; the slow test takes all of them."""
-    results = crash("points", tmp_path, 17, 29)
-    assert results[-1]["status"] == 0
-    assert len(results) > 3
-    assert sum(result["begun"] for result in results) > 1
-
-
-def test_a_full_disk(tmp_path):
-    results = crash("full", tmp_path, 9, 19)
-    assert [result["status"] for result in results][-1] == 0
-    assert len(results) > 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "first", "step"), [("random", 50, 1), ("points", 1, 1), ("full", 1, 1)])
-def test_every_death(mode, first, step, tmp_path):
-    crash(mode, tmp_path, first, step)
