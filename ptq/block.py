@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ptq.awq.block import awq_block
-from ptq.calibration.capture import Run, trace_groups
+from ptq.calibration.capture import trace_groups
+from ptq.calibration.held import Run, let_go
 from ptq.gptq.block import gptq_block
 from ptq.models.structure import linears, set_weight, weight_of
 from ptq.refine import float_block, refine_block
@@ -31,7 +32,9 @@ def quantize_block(block: nn.Module, runs: Sequence[Run], task: BlockTask) -> di
     if not task.config.refine.steps:
         return _solve(block, runs, task)
     reference = float_block(block, runs, task)
-    return refine_block(block, runs, reference, _solve(block, runs, task), task)
+    results = _solve(block, runs, task)
+    let_go(runs)
+    return refine_block(block, runs, reference, results, task)
 
 
 def _solve(block: nn.Module, runs: Sequence[Run], task: BlockTask) -> dict[str, ModuleResult]:

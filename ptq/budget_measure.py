@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq.budget import Item, allocate, widths_for
-from ptq.calibration.capture import InputGroup, InputStats, Run, collect, trace_groups
+from ptq.calibration.capture import InputGroup, InputStats, collect, trace_groups
+from ptq.calibration.held import Run
 from ptq.config import WIDTHS, BitBudget, RunConfig
 from ptq.formats.codec import Scheme
 from ptq.gptq.solver import Factor, factorize

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptq.calibration.capture import Run, collect, trace_groups
+from ptq.calibration.capture import collect, trace_groups
 from ptq.calibration.data import calibration_batches
+from ptq.calibration.held import Run
 from ptq.config import GPTQConfig, RunConfig
 from ptq.errors import ConfigError, NumericsError
 from ptq.formats.capability import describe

@@ -19,8 +19,9 @@ SHRINKS = tuple(1 - 0.05 * i for i in range(12))
 # Enough to rank channel scales by, at a fifth of the price.
 COARSE = (1.0, 0.9, 0.8, 0.7, 0.6)
 REFITS = 2
-# Weights looked at together: bounds the temporaries.
-CHUNK_WEIGHTS = 1 << 22
+# Weights looked at together: on a CPU so few that the temporaries stay in its caches, elsewhere this many times more.
+CHUNK_WEIGHTS = 1 << 16
+WITHOUT_CACHES = 64
 
 # Multiplies [n, G, g] by the Hessian of each group.
 Weigh = Callable[[Tensor], Tensor]
@@ -51,7 +52,7 @@ def search_grid(
     check_finite(weight, "weight")
     group_size = resolve_group_size(scheme, weight.shape[1])
     weigh = _weigher(importance.to(weight.dtype), group_size)
-    rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
+    rows = max(1, CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else WITHOUT_CACHES) // weight.shape[1])
     parts = [_search(chunk, weigh, scheme, scale_dtype, shrinks) for chunk in torch.split(weight, rows)]
     scales, zeros = torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])
     return Grid(scales, zeros, scheme.bits, group_size, scheme.symmetric)

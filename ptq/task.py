@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptq.calibration.capture import InputStats, Run
+from ptq.calibration.capture import InputStats
+from ptq.calibration.held import Run
 from ptq.config import RunConfig
 from ptq.distributed import ALONE, Ranks
 from ptq.formats.codec import QuantizedWeight, Scheme

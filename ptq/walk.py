@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ptq.block import quantize_block
-from ptq.calibration.capture import Run
+from ptq.calibration.held import Run, held
 from ptq.config import RefineConfig
 from ptq.distributed import ALONE, Ranks
 from ptq.formats.codec import Scheme
@@ -21,6 +21,9 @@ from ptq.models.streamed import StreamedModel
 from ptq.plan import Plan, head_targets, parent_stream, replaced_tensors, taken_apart
 from ptq.progress import Progress
 from ptq.task import BlockTask, FloatTwin, ModuleResult
+
+# What the passes that wait may hold, of the quantized model and of the float model each.
+HELD_BYTES = 1 << 29
 
 
 class Finished(NamedTuple):
@@ -102,7 +105,7 @@ def _quantize(state: Walk, index: int, journal: Journal) -> Finished:
         twin = _twin(state, index, block) if state.floating else None
         probe = _probe(stream, index, hidden)
         task = BlockTask(path, _below(path, plan.targets), plan.config, plan.dtype, probe, twin, state.ranks)
-        runs = [_runner(stream, index, i, hidden) for i in range(len(hidden))]
+        runs = _waiting([_runner(stream, index, i, hidden) for i in range(len(hidden))], plan, path, hidden)
         found = quantize_block(block, runs, task) if task.schemes else {}
         if twin is not None and index + 2 < units(plan):
             _advance(state.floating, twin.runs, journal.keeper(index + 1, "float"))
@@ -142,8 +145,16 @@ def _probe(stream: StreamedModel, index: int, hidden: list[Tensor]) -> Callable[
 
 
 def _twin(state: Walk, index: int, block: nn.Module) -> FloatTwin:
-    twin = copy.deepcopy(block)
-    return FloatTwin(twin, [_twin_runner(state, index, twin, i) for i in range(len(state.floating))])
+    twin, floating = copy.deepcopy(block), state.floating
+    runs = [_twin_runner(state, index, twin, i) for i in range(len(floating))]
+    return FloatTwin(twin, _waiting(runs, state.plan, state.stream.block_path(index), floating))
+
+
+def _waiting(runs: Sequence[Run], plan: Plan, path: str, hidden: Sequence[Tensor]) -> list[Run]:
+    """The runs of a block, of which as many wait for its Linears as memory is set aside for."""
+    widest = max((plan.shapes[name][1] for name in plan.targets if name.startswith(path + ".")), default=0)
+    sizes = [h.shape[:-1].numel() * (h.shape[-1] + widest) * h.dtype.itemsize for h in hidden]
+    return held(runs, sizes, HELD_BYTES)
 
 
 def _block_tensors(plan: Plan, path: str, block: nn.Module, results: Mapping[str, ModuleResult]) -> dict[str, Tensor]:

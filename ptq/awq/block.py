@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ptq.awq.fold import UNCHANGED, Fold, apply_fold, difference, find_folds, with_all_experts
 from ptq.awq.solver import rescale, search_clip, search_scales
-from ptq.calibration.capture import InputGroup, InputStats, Run, collect
+from ptq.calibration.capture import InputGroup, InputStats, collect
+from ptq.calibration.held import Run, let_go
 from ptq.distributed import Ranks
 from ptq.errors import NumericsError
 from ptq.formats.codec import Scheme
@@ -116,8 +117,9 @@ def _solve_folded(
     try:
         results = gptq_block(modules, groups, runs, task, weights)
     finally:
-        if twin is not None:
-            _copy_parameters(twin, before)
+        if task.twin is not None:
+            let_go(task.twin.runs)
+            _copy_parameters(task.twin.block, before)
     for result in results.values():
         if result.row["solver"] == "gptq":
             result.row["solver"] = "awq+gptq"

@@ -1,12 +1,14 @@
 """Statistics of what reaches each Linear while calibration data runs through a module."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ptq.calibration.held import Run, StopForward, first_input, rows_of
 from ptq.distributed import ALONE, Ranks
 from ptq.errors import NumericsError, UnsupportedModelError
 from ptq.grid import check_finite
@@ -17,8 +19,6 @@ CHUNK_ROWS = 8192
 # An expert with fewer than 1/STARVED tokens an input channel is short of them; all tokens then weigh 1/PRIOR a channel.
 STARVED = 8
 PRIOR = 4
-
-Run = Callable[[], Any]
 
 
 class InputGroup(NamedTuple):
@@ -33,13 +33,9 @@ class InputStats(NamedTuple):
     """Second moment and mean magnitude of the inputs of one group."""
 
     hessian: Tensor  # float32 [K, K], X^T X / T
-    magnitude: Tensor  # float32 [K], mean |x|
+    magnitude: Tensor  # float32 [K], mean |x|; empty where nothing asks for it
     tokens: int
     routed: int | None = None  # of experts: how many of the tokens a router sent there
-
-
-class StopForward(Exception):  # noqa: N818  (control flow, not an error)
-    """Raised by a hook once everything wanted has been seen."""
 
 
 @contextmanager
@@ -48,7 +44,7 @@ def input_hooks(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor], 
 
     def hook(name: str) -> Callable[..., None]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen(name, args[0] if args else next(iter(kwargs.values())))
+            seen(name, first_input(args, kwargs))
 
         return before
 
@@ -220,9 +216,12 @@ def collect_drift(
     drift: Tensor | None = None
     paired = True
     for run, float_run in runs:
-        rows, float_rows = _rows(module, calls, run), _rows(float_module, calls, float_run)
+        rows, float_rows = rows_of(module, calls, run), rows_of(float_module, calls, float_run)
+        if rows is None or float_rows is None:
+            paired = paired and rows is float_rows
+            continue
         if total is None:
-            total = _Sum(rows.shape[-1], rows.device)
+            total = _Sum(rows.shape[-1], rows.device, with_magnitude=False)
             drift = torch.zeros_like(total.hessian)
         assert drift is not None
         paired = paired and rows.shape == float_rows.shape
@@ -230,8 +229,9 @@ def collect_drift(
         total.add(rows, name)
         if paired and total.tokens:
             drift.mul_(before / total.tokens)
-            for x, x_float in zip(torch.split(rows, CHUNK_ROWS), torch.split(float_rows, CHUNK_ROWS), strict=True):
-                drift.addmm_((x_float.float() - x.float()).t(), x.float(), alpha=1 / total.tokens)
+            with exact_products(rows):
+                for x, x_float in zip(rows.split(CHUNK_ROWS), float_rows.split(CHUNK_ROWS), strict=True):
+                    drift.addmm_((x_float - x).float().t(), x.float(), alpha=1 / total.tokens)
     if total is not None and drift is not None and ranks.size > 1:
         found = ranks.gather((total.tokens, paired))
         tokens, paired = sum(n for n, _ in found), all(each for _, each in found)
@@ -239,20 +239,6 @@ def collect_drift(
         total.join(ranks, tokens)
     stats = _finished(total, name)
     return stats, drift if paired else None
-
-
-def _rows(module: nn.Module, calls: int, run: Run) -> Tensor:
-    """Everything a module reads in its first ``calls`` calls of a run, ``[T, K]``."""
-    inputs: list[Tensor] = []
-
-    def seen(_name: str, x: Tensor) -> None:
-        inputs.append(x.reshape(-1, x.shape[-1]))
-        if len(inputs) == calls:
-            raise StopForward
-
-    with input_hooks({"": module}, seen), suppress(StopForward):
-        run()
-    return torch.cat(inputs) if len(inputs) > 1 else inputs[0]
 
 
 def _finished(total: "_Sum | None", name: str) -> InputStats:
@@ -264,25 +250,51 @@ def _finished(total: "_Sum | None", name: str) -> InputStats:
     return InputStats(total.hessian, total.magnitude, total.tokens)
 
 
+@contextmanager
+def exact_products(x: Tensor) -> Iterator[None]:
+    """Let float32 products of x's values use the matrix units for shorter types, where these hold every value of x.
+
+    bfloat16 values are exact in bfloat16 units, float16 and bfloat16 values in TF32 units; both add up in float32, so
+    only the order of the sums differs.
+    """
+    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
+        backend: Any = torch.backends.cuda.matmul
+        precision = "tf32"
+    elif x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        backend, precision = getattr(torch.backends.mkldnn, "matmul"), "bf16"  # noqa: B009  (unknown to its stubs)
+    else:
+        yield
+        return
+    before = backend.fp32_precision
+    backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
 class _Sum:
     """Running second moment of one input."""
 
-    def __init__(self, features: int, device: torch.device) -> None:
+    def __init__(self, features: int, device: torch.device, *, with_magnitude: bool = True) -> None:
         self.hessian = torch.zeros(features, features, device=device)
-        self.magnitude = torch.zeros(features, device=device)
+        self.magnitude = torch.zeros(features if with_magnitude else 0, device=device)
         self.tokens = 0
 
     def add(self, rows: Tensor, name: str) -> None:
-        if not bool(torch.isfinite(rows).all()):
-            raise NumericsError(
-                f"activations must be finite; the input of {name} holds NaN or infinity: check the checkpoint, or run "
-                "in bfloat16 or float32 where float16 overflows"
-            )
         for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
             x = chunk.float()
+            # A sum is the cheapest look at every number; where it is finite so are they.
+            if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
+                raise NumericsError(
+                    f"activations must be finite; the input of {name} holds NaN or infinity: check the checkpoint, or "
+                    "run in bfloat16 or float32 where float16 overflows"
+                )
             total = self.tokens + len(x)
-            self.hessian.mul_(self.tokens / total).addmm_(x.t(), x, alpha=1 / total)
-            self.magnitude.mul_(self.tokens / total).add_(x.abs().sum(0), alpha=1 / total)
+            with exact_products(chunk):
+                self.hessian.addmm_(x.t(), x, beta=self.tokens / total, alpha=1 / total)
+            if len(self.magnitude):
+                self.magnitude.mul_(self.tokens / total).add_(x.abs().sum(0), alpha=1 / total)
             self.tokens = total
 
     def join(self, ranks: Ranks, tokens: int) -> None:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptq.calibration.capture import InputGroup, InputStats, Run, collect, collect_drift, trace_groups
+from ptq.calibration.capture import InputGroup, InputStats, collect, collect_drift, trace_groups
+from ptq.calibration.held import Run
 from ptq.config import GPTQConfig
 from ptq.gguf.blocks import values
 from ptq.gguf.solver import SolvedBlocks, solve_blocks

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptq.calibration.capture import InputGroup, InputStats, Run, collect, collect_drift
+from ptq.calibration.capture import InputGroup, InputStats, collect, collect_drift
+from ptq.calibration.held import Run
 from ptq.distributed import Ranks
 from ptq.formats.codec import Scheme
 from ptq.gptq.candidates import solve_candidates

@@ -8,7 +8,7 @@ Pure functions; letters as in `ptq.gptq.solver`.
 import torch
 from torch import Tensor
 
-from ptq.gptq.solver import Factor
+from ptq.gptq.solver import STRIP, Factor
 from ptq.grid import Grid, values
 
 
@@ -32,7 +32,7 @@ def descend(
     order = factor.order_K
     Hd = H_KK[order][:, order]
     Hd.diagonal().add_(factor.lam)
-    group_of = (order // grid.group_size).tolist()
+    group_of, diagonal = (order // grid.group_size).tolist(), Hd.diagonal().tolist()
     scales, zeros = grid.scales.t().contiguous().to(W_NK.dtype), grid.zeros.t().contiguous().to(W_NK.dtype)
     # Transposed and in order, so that a column is contiguous.
     Q = values(codes, grid).to(W_NK.dtype).t()[order].contiguous()
@@ -41,15 +41,19 @@ def descend(
     for _ in range(sweeps):
         for start in range(0, len(order), block_size):
             end = min(start + block_size, len(order))
-            H_block = Hd[start:end, start:end]
+            # Of what M becomes only the columns still to come in this block are looked at before all of it is updated.
             local, moved = M[start:end].clone(), torch.empty_like(Q[start:end])
-            for j in range(end - start):
-                s, z = scales[group_of[start + j]], zeros[group_of[start + j]]
-                best = Q[start + j] + local[j] / H_block[j, j]
-                code = torch.round(best / s).add_(z).clamp_(0, grid.top)
-                torch.sub((code - z).mul_(s), Q[start + j], out=moved[j])
-                found[start + j] = code
-                local.addr_(H_block[j], moved[j], alpha=-1)
+            for first in range(start, end, STRIP):
+                last = min(first + STRIP, end)
+                for j in range(first, last):
+                    s, z, step = scales[group_of[j]], zeros[group_of[j]], moved[j - start]
+                    best = torch.add(Q[j], local[j - start], alpha=1 / diagonal[j])
+                    code = best.div_(s).round_().add_(z).clamp_(0, grid.top)
+                    found[j] = code
+                    torch.sub(code.sub_(z).mul_(s), Q[j], out=step)
+                    local[j + 1 - start : last - start].addr_(Hd[j, j + 1 : last], step, alpha=-1)
+                rest = local[last - start :]
+                rest.addmm_(Hd[first:last, last:end].t(), moved[first - start : last - start], alpha=-1)
             Q[start:end] += moved
             M.addmm_(Hd[:, start:end], moved, alpha=-1)
     result = torch.empty_like(codes, memory_format=torch.contiguous_format)

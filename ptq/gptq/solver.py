@@ -15,6 +15,9 @@ from ptq.grid import Grid, check_finite, values
 
 ActivationOrder = Literal["static", "none"]
 
+# Columns whose errors are pushed on one by one; from there to the end of a block they go as a matrix product.
+STRIP = 16
+
 
 class Factor(NamedTuple):
     """What GPTQ needs of a Hessian; shared by every Linear that reads the same input."""
@@ -117,21 +120,22 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
     K = len(order)
     # Transposed, so that a column of W is contiguous.
     W = W_NK.t()[order].contiguous()
-    group_of = (order // grid.group_size).tolist()
+    group_of, diagonal = (order // grid.group_size).tolist(), U.diagonal().tolist()
     scales, zeros = grid.scales.t().contiguous().to(W.dtype), grid.zeros.t().contiguous().to(W.dtype)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     squared = torch.zeros(W.shape[1], dtype=torch.float64, device=W.device)
     for start in range(0, K, block_size):
         end = min(start + block_size, K)
-        block, U_block = W[start:end], U[start:end, start:end]
-        errors = torch.empty_like(block)
-        for j in range(end - start):
-            w, s, z = block[j], scales[group_of[start + j]], zeros[group_of[start + j]]
-            code = torch.round(w / s).add_(z).clamp_(0, top)
-            error = w - (code - z) * s
-            codes[start + j] = code
-            torch.div(error, U_block[j, j], out=errors[j])
-            block[j + 1 :].addr_(U_block[j, j + 1 :], errors[j], alpha=-1)
+        errors = torch.empty_like(W[start:end])
+        for first in range(start, end, STRIP):
+            last = min(first + STRIP, end)
+            for j in range(first, last):
+                w, s, z, e = W[j], scales[group_of[j]], zeros[group_of[j]], errors[j - start]
+                code = torch.round(w / s).add_(z).clamp_(0, top)
+                codes[j] = code
+                torch.sub(w, code.sub_(z).mul_(s), out=e).div_(diagonal[j])
+                W[j + 1 : last].addr_(U[j, j + 1 : last], e, alpha=-1)
+            W[last:end].addmm_(U[first:last, last:end].t(), errors[first - start : last - start], alpha=-1)
         W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
         squared += errors.square().sum(0)
     codes_NK = torch.empty_like(W_NK, dtype=torch.uint8, memory_format=torch.contiguous_format)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ptq.calibration.capture import Run
+from ptq.calibration.held import Run
 from ptq.errors import ConfigError, NumericsError, UnsupportedModelError
 from ptq.models.structure import is_transposed, linears, set_weight, weight_of
 from ptq.refine.call import call_of, floating

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ptq.calibration.capture import Run, StopForward
+from ptq.calibration.held import Run, StopForward
 
 
 class Call(NamedTuple):
