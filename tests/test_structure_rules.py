@@ -32,8 +32,8 @@ LAYERS = [
         mutual=True,
     ),
     Layer(  # solvers and codecs: tensors in, tensors out; and what a run is
-        "ptq.config ptq.rtn ptq.gptq ptq.gptq.solver ptq.gptq.candidates ptq.gptq.descent ptq.awq.solver "
-        "ptq.gguf.blocks ptq.gguf.rounding ptq.gguf.carry ptq.gguf.mix "
+        "ptq.config ptq.rtn ptq.gptq ptq.gptq.solver ptq.gptq.inverse ptq.gptq.candidates ptq.gptq.descent "
+        "ptq.awq.solver ptq.gguf.blocks ptq.gguf.rounding ptq.gguf.carry ptq.gguf.mix "
         "ptq.formats.gptq ptq.formats.awq ptq.formats.compressed_tensors ptq.formats.auto_round",
         mutual=False,
     ),
@@ -63,7 +63,7 @@ LAYERS = [
 ]
 PURE = [  # tensors in, tensors out: no files, no progress bars, no models
     *("ptq.grid", "ptq.grid_search", "ptq.loss", "ptq.rtn", "ptq.gptq.solver"),
-    *("ptq.gptq.candidates", "ptq.gptq.descent", "ptq.awq.solver", "ptq.formats.codec"),
+    *("ptq.gptq.inverse", "ptq.gptq.candidates", "ptq.gptq.descent", "ptq.awq.solver", "ptq.formats.codec"),
     *("ptq.formats.bitpack", "ptq.formats.gptq", "ptq.formats.awq", "ptq.formats.compressed_tensors"),
     *("ptq.gguf.blocks", "ptq.gguf.rounding", "ptq.gguf.carry", "ptq.gguf.mix", "ptq.gguf.solver"),
 ]

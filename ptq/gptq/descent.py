@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ptq.gptq.solver import Factor
 from ptq.grid import Grid, values
+from ptq.loss import times
 
 
 def descend(
@@ -29,19 +30,21 @@ def descend(
     Returns:
         ``uint8 [N, K]`` whose damped loss is at most that of ``codes``, up to rounding.
     """
-    order = factor.order_K
-    Hd = H_KK[order][:, order]
-    Hd.diagonal().add_(factor.lam)
+    order = factor.order_K.to(W_NK.device)
     group_of = (order // grid.group_size).tolist()
     scales, zeros = grid.scales.t().contiguous().to(W_NK.dtype), grid.zeros.t().contiguous().to(W_NK.dtype)
     # Transposed and in order, so that a column is contiguous.
     Q = values(codes, grid).to(W_NK.dtype).t()[order].contiguous()
     found = codes.t()[order].contiguous()
-    M = Hd @ (W_NK.t()[order] - Q)
+    D = W_NK - values(codes, grid).to(W_NK.dtype)
+    M = times(D, H_KK).add_(D, alpha=factor.lam).t()[order].contiguous()
     for _ in range(sweeps):
         for start in range(0, len(order), block_size):
             end = min(start + block_size, len(order))
-            H_block = Hd[start:end, start:end]
+            # Rows of the damped Hessian in order; to permute all of it at once would take a copy.
+            rows = H_KK[factor.order_K[start:end]].to(W_NK.device)[:, order]
+            H_block = rows[:, start:end]
+            H_block.diagonal().add_(factor.lam)
             local, moved = M[start:end].clone(), torch.empty_like(Q[start:end])
             for j in range(end - start):
                 s, z = scales[group_of[start + j]], zeros[group_of[start + j]]
@@ -51,7 +54,7 @@ def descend(
                 found[start + j] = code
                 local.addr_(H_block[j], moved[j], alpha=-1)
             Q[start:end] += moved
-            M.addmm_(Hd[:, start:end], moved, alpha=-1)
+            M.addmm_(rows.t(), moved, alpha=-1)
     result = torch.empty_like(codes, memory_format=torch.contiguous_format)
     result[:, order] = found.t()
     return result
