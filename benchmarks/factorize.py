@@ -1,9 +1,9 @@
 """How fast a Hessian is factorised and coded with, against the machine's rate of float32 matrix products.
 
 ``python benchmarks/factorize.py [--sizes 1024 4096 14336] [--threads 2] [--repeats 3] [--json FILE]``: Cholesky and the
-inversion of the factor (K^3/3 operations each, multiply and add counted as two: 2/3 K^3 in all), LAPACK's two calls for
-the same, and the update of the columns still to come by a block of 128 finished ones. The product of two K x K matrices is
-timed before and after every step, and the faster of the two is the rate it is measured by.
+inversion of the factor (K^3/3 operations each, a multiply and an add being two), LAPACK's two calls for the same, and
+the update of the columns still to come by a block of 128 finished ones. A product of two K x K matrices is timed before
+and after every step; the faster one is what the step is held against.
 """
 
 import argparse

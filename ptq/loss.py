@@ -4,20 +4,12 @@ import torch
 from torch import Tensor
 
 from ptq.grid import Grid, nearest_codes, values
-
-PANEL = 1024  # columns of a Hessian that travel at a time
+from ptq.squares import times
 
 
 def quadratic_loss(D_NK: Tensor, H_KK: Tensor) -> float:
     """``trace(D H D^T)``: mean squared output error a token of a weight error D, summed over the N outputs."""
     return float(times(D_NK, H_KK).mul_(D_NK).sum(dtype=torch.float64))
-
-
-def times(D_NK: Tensor, H_KK: Tensor) -> Tensor:
-    """``D H`` where D lies; an H that lies elsewhere comes there panel by panel."""
-    if H_KK.device == D_NK.device:
-        return D_NK @ H_KK
-    return torch.cat([D_NK @ panel.to(D_NK.device) for panel in H_KK.split(PANEL, 1)], 1)
 
 
 def rounding_loss(W_NK: Tensor, H_KK: Tensor, grid: Grid) -> float:

@@ -11,6 +11,7 @@ from ptq.distributed import ALONE, Ranks
 from ptq.errors import NumericsError, UnsupportedModelError
 from ptq.grid import check_finite
 from ptq.routing import visiting
+from ptq.squares import add_product
 
 # Rows of x multiplied at a time: bounds the float32 copy of the activations.
 CHUNK_ROWS = 8192
@@ -102,24 +103,25 @@ def collect(
     runs: Iterable[Run],
     where: str = "",
     ranks: Ranks = ALONE,
+    home: torch.device | None = None,
 ) -> list[InputStats]:
     """Accumulate the statistics of each group over all runs; a run stops once all groups have been fed.
 
     ``H <- H n/n' + X^T X / n'`` keeps magnitudes bounded; float32 whatever the activations' dtype. An expert that fewer
     than K/8 tokens were sent to is fed all tokens in another pass; that counts as K/4 tokens beside its own. Of several
-    processes each gets the statistics of all.
+    processes each gets the statistics of all. Second moments lie on ``home``, by default where the activations are.
 
     Raises:
         NumericsError: an activation is NaN or infinite, or so large that its square is.
         UnsupportedModelError: a group was never fed.
     """
     runs = list(runs)
-    sums = _joined(_sums(modules, groups, runs, where), modules, groups, ranks)
+    sums = _joined(_sums(modules, groups, runs, where, home), modules, groups, ranks)
     starved = [i for i, group in enumerate(groups) if group.pool is not None and _is_starved(sums[i])]
     stats = []
     with visiting():
         few = [groups[i] for i in starved]
-        whole = dict(zip(starved, _joined(_sums(modules, few, runs, where), modules, few, ranks), strict=True))
+        whole = dict(zip(starved, _joined(_sums(modules, few, runs, where, home), modules, few, ranks), strict=True))
     for i, (group, total) in enumerate(zip(groups, sums, strict=True)):
         name = f"{where}{group.members[0]}"
         if i in whole:
@@ -131,7 +133,11 @@ def collect(
 
 
 def _sums(
-    modules: Mapping[str, nn.Module], groups: Sequence[InputGroup], runs: Sequence[Run], where: str
+    modules: Mapping[str, nn.Module],
+    groups: Sequence[InputGroup],
+    runs: Sequence[Run],
+    where: str,
+    home: torch.device | None,
 ) -> "list[_Sum | None]":
     heads = {group.members[0]: i for i, group in enumerate(groups)}
     sums: list[_Sum | None] = [None] * len(groups)
@@ -142,7 +148,7 @@ def _sums(
         rows = x.reshape(-1, x.shape[-1])
         current = sums[index]
         if current is None:
-            sums[index] = current = _Sum(rows.shape[-1], rows.device)
+            sums[index] = current = _Sum(rows.shape[-1], home or rows.device)
         current.add(rows, f"{where}{name}")
         left[name] -= 1
         if max(left.values()) <= 0:
@@ -197,6 +203,7 @@ def collect_drift(
     runs: Iterable[tuple[Run, Run]],
     name: str,
     ranks: Ranks = ALONE,
+    home: torch.device | None = None,
 ) -> tuple[InputStats, Tensor | None]:
     """Statistics of one input X, and ``(X_float - X)^T X / T``: how far it is from what the float model has there.
 
@@ -207,6 +214,7 @@ def collect_drift(
         runs: pairs of runs on the same batch, of the quantized and of the float model.
         name: for messages.
         ranks: processes that share the run; each has runs of its own and gets the statistics of all.
+        home: where second moment and drift lie; by default where the activations are.
 
     Returns:
         The statistics and the drift, float32 ``[K, K]``; None for the drift where the two models did not feed the same
@@ -222,7 +230,7 @@ def collect_drift(
     for run, float_run in runs:
         rows, float_rows = _rows(module, calls, run), _rows(float_module, calls, float_run)
         if total is None:
-            total = _Sum(rows.shape[-1], rows.device)
+            total = _Sum(rows.shape[-1], home or rows.device)
             drift = torch.zeros_like(total.hessian)
         assert drift is not None
         paired = paired and rows.shape == float_rows.shape
@@ -231,7 +239,7 @@ def collect_drift(
         if paired and total.tokens:
             drift.mul_(before / total.tokens)
             for x, x_float in zip(torch.split(rows, CHUNK_ROWS), torch.split(float_rows, CHUNK_ROWS), strict=True):
-                drift.addmm_((x_float.float() - x.float()).t(), x.float(), alpha=1 / total.tokens)
+                add_product(drift, x_float.float() - x.float(), x.float(), 1 / total.tokens)
     if total is not None and drift is not None and ranks.size > 1:
         found = ranks.gather((total.tokens, paired))
         tokens, paired = sum(n for n, _ in found), all(each for _, each in found)
@@ -281,8 +289,8 @@ class _Sum:
         for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
             x = chunk.float()
             total = self.tokens + len(x)
-            self.hessian.mul_(self.tokens / total).addmm_(x.t(), x, alpha=1 / total)
-            self.magnitude.mul_(self.tokens / total).add_(x.abs().sum(0), alpha=1 / total)
+            add_product(self.hessian.mul_(self.tokens / total), x, x, 1 / total)
+            self.magnitude.mul_(self.tokens / total).add_(x.abs().sum(0).to(self.magnitude.device), alpha=1 / total)
             self.tokens = total
 
     def join(self, ranks: Ranks, tokens: int) -> None:

@@ -15,12 +15,10 @@ from ptq.gptq.descent import descend
 from ptq.gptq.solver import Factor, correction, factorize, require_no_rescue
 from ptq.grid import Grid, min_max_grid, nearest_codes, values
 from ptq.grid_search import search_grid
-from ptq.loss import quadratic_loss, times
+from ptq.loss import quadratic_loss
 from ptq.models.structure import linears, weight_of
-from ptq.task import TINY, BlockTask, ModuleResult, Solved, counted, finish
-
-# Weights of one Linear worked on at a time: bounds the temporaries.
-CHUNK_WEIGHTS = 1 << 24
+from ptq.squares import times
+from ptq.task import CHUNK_WEIGHTS, TINY, BlockTask, ModuleResult, Solved, counted, finish
 
 
 class Choice(NamedTuple):
@@ -69,8 +67,10 @@ def _solve_group(
     task: BlockTask,
 ) -> dict[str, ModuleResult]:
     """The Linears that read one input; Hessian and factor end with it."""
-    factor = factor_of(stats.hessian, next(iter(modules)), task)
-    shift = None if drift is None else _shift(drift, factor, task)
+    name, module = next(iter(modules.items()))
+    device = weight_of(module).device
+    factor = factor_of(stats.hessian, name, task, device)
+    shift = None if drift is None else _shift(drift, factor, task, device)
     return {
         name: _gptq_linear(module, name, parts[name], stats, factor, shift, task) for name, module in modules.items()
     }
@@ -99,11 +99,13 @@ def _statistics(
     """
     group = stage[0]
     if task.twin is None or group.pool is not None:
-        return [(stats, None) for stats in collect(modules, stage, runs, where, task.ranks)]
+        return [(stats, None) for stats in collect(modules, stage, runs, where, task.ranks, task.home)]
     head = group.members[0]
     float_module = dict(linears(task.twin.block))[head]
     pairs = zip(runs, task.twin.runs, strict=True)
-    stats, drift = collect_drift(modules[head], float_module, group.calls, pairs, where + head, task.ranks)
+    stats, drift = collect_drift(
+        modules[head], float_module, group.calls, pairs, where + head, task.ranks, task.home
+    )  # fmt: skip
     if drift is None:
         return [(stats, None)]
     # A wide C ends here, before there is a factor beside the Hessian.
@@ -113,33 +115,37 @@ def _statistics(
 
 
 def _times_drift(W_NK: Tensor, drift_KK: Tensor) -> Tensor:
-    return torch.cat([times(rows.float(), drift_KK) for rows in W_NK.split(_rows_at_once(W_NK))])
+    parts = [times(rows.float(), drift_KK).to(drift_KK.device) for rows in W_NK.split(_rows_at_once(W_NK))]
+    return torch.cat(parts)
 
 
 def _rows_at_once(W_NK: Tensor) -> int:
     return max(1, CHUNK_WEIGHTS // W_NK.shape[1])
 
 
-def _shift(drift: Drift, factor: Factor, task: BlockTask) -> Drift:
+def _shift(drift: Drift, factor: Factor, task: BlockTask, device: torch.device) -> Drift:
     """What to add to the weights, in the place of the drift: all of C shared out between the processes."""
     ranks, strength = task.ranks, task.config.gptq.correct_inputs
     if drift.whole is None:
-        return Drift(None, {name: correction(product, factor, strength) for name, product in drift.of.items()})
+        return Drift(None, {name: correction(product, factor, strength, device) for name, product in drift.of.items()})
     features = len(drift.whole)
-    return Drift(ranks.stack(correction(drift.whole[ranks.rows(features)], factor, strength), features), {})
+    part = correction(drift.whole[ranks.rows(features)], factor, strength, device)
+    return Drift(ranks.stack(part, features), {})
 
 
 def _target(W_NK: Tensor, name: str, shift: Drift | None, rows: slice) -> Tensor:
     """What the codes should give on the inputs they will see."""
     if shift is None:
         return W_NK
-    return W_NK + (shift.of[name][rows] if shift.whole is None else times(W_NK, shift.whole))
+    return W_NK + (shift.of[name][rows].to(W_NK.device) if shift.whole is None else times(W_NK, shift.whole))
 
 
-def factor_of(hessian: Tensor, member: str, task: BlockTask) -> Factor:
-    """Factorise a Hessian as configured; under ``strict`` a rescue is an error."""
+def factor_of(hessian: Tensor, member: str, task: BlockTask, device: torch.device | None = None) -> Factor:
+    """Factorise a Hessian as configured, on ``device``; under ``strict`` a rescue is an error."""
     settings = task.config.gptq
-    factor = factorize(hessian, damping=settings.damping, activation_order=settings.activation_order)
+    factor = factorize(
+        hessian, damping=settings.damping, activation_order=settings.activation_order, device=device
+    )  # fmt: skip
     if task.config.strict:
         require_no_rescue(factor, task.full(member))
     return factor

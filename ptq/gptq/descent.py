@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ptq.gptq.solver import Factor
 from ptq.grid import Grid, values
-from ptq.loss import times
+from ptq.squares import times
 
 
 def descend(

@@ -145,7 +145,7 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
     return SolveResult(codes_NK, squared.sub_(moved, alpha=factor.lam).clamp_(min=0))
 
 
-def correction(X_RK: Tensor, factor: Factor, strength: float) -> Tensor:
+def correction(X_RK: Tensor, factor: Factor, strength: float, device: torch.device | None = None) -> Tensor:
     """``strength * X inv(H)``, in X's place: with X the drift, what turns W into the weight to solve for.
 
     With X what a Linear will read and X_f what it read in the float model, the least-squares target of
@@ -156,12 +156,13 @@ def correction(X_RK: Tensor, factor: Factor, strength: float) -> Tensor:
         X_RK: C or W C; rows do not depend on each other.
         factor: of the Hessian; its damping applies.
         strength: share of the correction, 0 to 1: all of it follows the calibration text too closely.
+        device: where the products run; by default where X lies.
     """
     order = factor.order_K.to(X_RK.device)
     for rows in X_RK.split(ROWS):
-        ordered = rows[:, order]
+        ordered = rows[:, order].to(X_RK.device if device is None else device)
         multiply_by_inverse(ordered, factor.U_KK)
-        rows[:, order] = ordered.mul_(strength)
+        rows[:, order] = ordered.mul_(strength).to(X_RK.device)
     return X_RK
 
 
