@@ -1,9 +1,9 @@
 """A large model on a small machine: ``python -m ptq.gptq`` on a random checkpoint, watched from outside.
 
 ``python benchmarks/random_model.py MODEL && python benchmarks/big.py MODEL OUTPUT [--samples 8] [--length 256]
-[--json FILE]``: default settings. Anonymous memory is read every 20 ms, and processor time at every line the run prints,
-for on a shared machine only that says what a stage costs. Then the output is loaded and generates. A run that was
-cut short goes on; then memory and times are those of its last part.
+[--json FILE]``: default settings. Anonymous memory is read every 20 ms, and processor time at every line the run
+prints, for on a shared machine only that says what a stage costs. Then the output is loaded and generates. A run that
+was cut short goes on; then memory and times are those of its last part.
 """
 
 import argparse
