@@ -6,6 +6,7 @@ large matrices reach a share of that rate only.
 """
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -48,14 +49,14 @@ class Prediction(NamedTuple):
 
 
 def measure_rates(device: torch.device, directory: Path) -> Rates:
-    """Time a matrix product and a write of 8 MiB; ``directory`` must exist."""
+    """Time a matrix product and a write of 8 MiB, or of half of what is free; ``directory`` must exist."""
     a = torch.randn(1024, 1024, device=device)
     done, started = 0, time.perf_counter()
     while done < 2 or time.perf_counter() - started < 0.05:
         float((a @ a)[0, 0])
         done += 1
     operations = done * 2 * 1024**3 / (time.perf_counter() - started)
-    data = bytes(8 * 1024**2)
+    data = bytes(max(1, min(8 * 1024**2, shutil.disk_usage(directory).free // 2)))
     started = time.perf_counter()
     with tempfile.TemporaryFile(dir=directory) as file:
         file.write(data)
