@@ -3,9 +3,9 @@
 ``python crashes.py points DIRECTORY FIRST STEP`` kills a run just before its FIRST call that makes something durable
 (fsync, rename, unlink, mkdir), then before every STEP-th after it; ``random DIRECTORY COUNT SEED`` sends SIGKILL at
 random moments; ``full DIRECTORY FIRST STEP`` lets an fsync fail because the disk is full; ``small DIRECTORY FIRST
-STEP`` runs in a file system of FIRST KiB, then of STEP more until one is large enough (root may mount one). Each time the same
-run is made again, with room, and its files are compared with those of a run that was left alone. Prints one JSON list of
-outcomes.
+STEP`` runs in a file system of FIRST KiB, then of STEP more until one is large enough (root may mount one). Each time
+the same run is made again, with room, and its files are compared with those of a run that was left alone. Prints one
+JSON list of outcomes.
 """
 
 import hashlib
