@@ -2,8 +2,8 @@
 
 ``python benchmarks/factorize.py [--sizes 1024 4096 14336] [--threads 2] [--repeats 3] [--json FILE]``: Cholesky and the
 inversion of the factor (K^3/3 operations each, a multiply and an add being two), LAPACK's two calls for the same, and
-the update of the columns still to come by a block of 128 finished ones. A product of two K x K matrices is timed before
-and after every step; the faster one is what the step is held against.
+the update of the columns still to come by a block of 128 finished ones. A product of a K x K matrix with (at most) 2048
+columns is timed before and after every step; the faster one is what the step is held against.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch import Tensor
 from ptq.gptq.inverse import invert_to_factor
 
 BLOCK = 128
+COLUMNS = 2048  # of a product
 
 
 def seconds(action: Callable[[], object], prepare: Callable[[], object], repeats: int) -> float:
@@ -40,15 +41,14 @@ def lapack(H: Tensor) -> Tensor:
 
 def measured(size: int, repeats: int, with_lapack: bool) -> dict[str, Any]:
     """A row of figures."""
-    H = torch.randn(size, size)
-    H.addmm_(torch.randn(size, size), torch.randn(size, size))
-    H = torch.mm(H, H.t()).div_(float(size) ** 2)
+    X = torch.randn(size, min(size, COLUMNS))
+    H = torch.mm(X, X.t())
     H.diagonal().add_(0.01 * float(H.diagonal().mean()))
-    U, other = H.clone(), torch.empty_like(H)
+    U, other = H.clone(), torch.empty_like(X)
     errors, weight = torch.randn(BLOCK, size), torch.randn(size, size)
 
     def product() -> float:
-        return 2 * size**3 / seconds(lambda: torch.mm(H, H, out=other), lambda: None, repeats)
+        return 2 * size**2 * X.shape[1] / seconds(lambda: torch.mm(H, X, out=other), lambda: None, repeats)
 
     def against(action: Callable[[], object], operations: float) -> tuple[float, float]:
         before = product()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptq.allocator import give_back, separate_large_tensors
 from ptq.block import quantize_block
 from ptq.calibration.capture import Run
 from ptq.config import RefineConfig
@@ -70,6 +71,7 @@ def walk(
     Of several processes that share a run each has ``batches`` of its own. Second moments lie on ``home``, by default
     the plan's device.
     """
+    separate_large_tensors()
     total = units(plan) - 1
     first = len(journal.records)
     if first > total:
@@ -81,6 +83,7 @@ def walk(
         finished = _quantize(state, index, journal)
         journal.add(finished.rows, finished.tensors, state.streams() if _read_after(plan, index) else {},
                     time.perf_counter() - started)  # fmt: skip
+        give_back()
         rows = [result.row.get("loss_to_rounding") for result in finished.results.values()]
         losses = [loss for loss in rows if isinstance(loss, float)]
         progress.step(index, total, losses, time.perf_counter() - started)

@@ -8,6 +8,7 @@ from crashes import small_parent, small_run
 from tiny_models import run
 
 from ptq import cli
+from ptq.allocator import give_back, separate_large_tensors
 from ptq.config import CalibrationConfig, RunConfig, scheme_for
 from ptq.formats import CODECS
 from ptq.models.loading import build_skeleton
@@ -126,6 +127,15 @@ def test_a_peak_that_is_gone_again_is_seen():
         torch.ones(2**22).cumsum(0)
         del block
     assert peak.bytes - before > 2**25
+
+
+def test_what_is_freed_between_kept_tensors_goes_back():
+    separate_large_tensors()
+    tensors = [torch.ones(2**19) for _ in range(32)]  # 2 MiB each
+    before = anonymous_bytes()
+    del tensors[::2]
+    give_back()
+    assert before - anonymous_bytes() > 15 * 2**21
 
 
 def test_compared():
