@@ -26,7 +26,7 @@ from ptq.nn.linear import kernels_in_use
 from ptq.page_report import report_page
 from ptq.parent import parent_of
 from ptq.plan import Plan, check_output, estimate_size, head_targets, make_plan
-from ptq.predict import compared, measure_rates, predict
+from ptq.predict import compared, home_of, measure_rates, predict
 from ptq.prepared import Prepared
 from ptq.progress import Progress
 from ptq.report import PeakMemory, Report, anonymous_bytes, hardware, resident_bytes, start_counting_peak, versions
@@ -99,7 +99,7 @@ def _follow(config: RunConfig, ranks: Ranks) -> Report:
         plan, batches = _calibrate(plan, report.document, silent, Prepared(), ranks)
         mapped = config.calibration.offload == "disk"
         journal = Journal(place, {}, units(plan), mapped=mapped, ranks=ranks)
-        walk(plan, ranks.share(batches), journal, silent, ranks)
+        walk(plan, ranks.share(batches), journal, silent, ranks, home_of(plan))
     return report
 
 
@@ -183,10 +183,11 @@ def _solve_and_write(
         progress.say(note)
     start_counting_peak()
     before = resident_bytes()
-    prediction = predict(plan, measure_rates(plan.device, place.path), anonymous_bytes())
+    home = home_of(plan)
+    prediction = predict(plan, measure_rates(plan.device, place.path), anonymous_bytes(), home)
     started = time.perf_counter()
     with PeakMemory() as peak, progress.stage("solve", max(0, units(plan) - 1 - resumed)):
-        walk(plan, ranks.share(batches), journal, progress, ranks)
+        walk(plan, ranks.share(batches), journal, progress, ranks, home)
     with progress.stage("write"):
         journal.assemble(config.max_shard_bytes)
         _write_description(plan, place.checkpoint)
@@ -196,6 +197,7 @@ def _solve_and_write(
     size = estimate_size(plan)
     document["memory"] = {"before_solve": before, "peak_of_solve": resident_bytes(peak=True)}
     if plan.device.type == "cuda":
+        document["memory"]["second_moments"] = str(home)
         document["memory"]["peak_on_gpu"] = torch.cuda.max_memory_allocated(plan.device)
     document["size"] = {
         "before": size.before,

@@ -13,10 +13,12 @@ from ptq.config import RunConfig
 from ptq.distributed import ALONE, Ranks
 from ptq.formats.codec import QuantizedWeight, Scheme
 from ptq.grid import Grid, pack_result
-from ptq.models.structure import set_weight
+from ptq.models.structure import weight_of
 
 # Keeps the relative loss of an all-zero weight defined.
 TINY = 1e-30
+# Weights of one Linear worked on at a time: bounds the temporaries.
+CHUNK_WEIGHTS = 1 << 24
 
 
 class ModuleResult(NamedTuple):
@@ -45,6 +47,7 @@ class BlockTask(NamedTuple):
     # Without it there is no correction for what the quantized blocks before this one changed.
     twin: FloatTwin | None = None
     ranks: Ranks = ALONE
+    home: torch.device | None = None  # where second moments lie; None: where the block runs
 
     def full(self, member: str) -> str:
         """Dotted path of a Linear in the model."""
@@ -63,7 +66,13 @@ class Solved(NamedTuple):
 def finish(module: nn.Module, solved: Solved, row: dict[str, object], started: float) -> ModuleResult:
     """Put the codes' values into the module and complete its row of the report."""
     quantized = pack_result(solved.codes, solved.grid)
-    set_weight(module, quantized.dequantize())
+    rows = max(1, CHUNK_WEIGHTS // quantized.codes.shape[1])
+    for start in range(0, len(quantized.codes), rows):
+        part = slice(start, start + rows)
+        values = quantized._replace(
+            codes=quantized.codes[part], scales=quantized.scales[part], zeros=quantized.zeros[part]
+        ).dequantize()
+        weight_of(module)[part].copy_(values)
     losses = {
         "relative_loss": solved.loss,
         "relative_rounding_loss": solved.rounding,

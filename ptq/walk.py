@@ -7,8 +7,10 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ptq.allocator import give_back, separate_large_tensors
 from ptq.block import quantize_block
 from ptq.calibration.held import Run, held
 from ptq.config import RefineConfig
@@ -47,6 +49,7 @@ class Walk(NamedTuple):
     hidden: list[Tensor]  # what the next block reads, [B, T, C] a batch; empty where nothing is calibrated
     floating: list[Tensor]  # the same in the float model; followed only where the solver corrects for the difference
     ranks: Ranks
+    home: torch.device  # of second moments
 
     def streams(self) -> Streams:
         """The hidden states by name."""
@@ -58,22 +61,32 @@ def units(plan: Plan) -> int:
     return len(plan.skeleton.get_submodule(plan.blocks)._modules) + 1
 
 
-def walk(plan: Plan, batches: Sequence[Tensor], journal: Journal, progress: Progress, ranks: Ranks = ALONE) -> None:
+def walk(
+    plan: Plan,
+    batches: Sequence[Tensor],
+    journal: Journal,
+    progress: Progress,
+    ranks: Ranks = ALONE,
+    home: torch.device | None = None,
+) -> None:
     """Finish every unit of a run that the journal does not hold yet.
 
-    Of several processes that share a run each has ``batches`` of its own.
+    Of several processes that share a run each has ``batches`` of its own. Second moments lie on ``home``, by default
+    the plan's device.
     """
+    separate_large_tensors()
     total = units(plan) - 1
     first = len(journal.records)
     if first > total:
         return
-    state = _enter(plan, batches, journal, ranks)
+    state = _enter(plan, batches, journal, ranks)._replace(home=home or plan.device)
     for index in range(first, total):
         started = time.perf_counter()
         progress.module(state.stream.block_path(index))
         finished = _quantize(state, index, journal)
         journal.add(finished.rows, finished.tensors, state.streams() if _read_after(plan, index) else {},
                     time.perf_counter() - started)  # fmt: skip
+        give_back()
         rows = [result.row.get("loss_to_rounding") for result in finished.results.values()]
         losses = [loss for loss in rows if isinstance(loss, float)]
         progress.step(index, total, losses, time.perf_counter() - started)
@@ -86,14 +99,14 @@ def _enter(plan: Plan, batches: Sequence[Tensor], journal: Journal, ranks: Ranks
     """At the first block, or where an earlier process left off: there the hidden states are those it wrote."""
     stream = parent_stream(plan)
     if not batches:
-        return Walk(plan, stream, batches, [], [], ranks)
+        return Walk(plan, stream, batches, [], [], ranks, plan.device)
     follow = plan.config.follows_float
     if not journal.records:
         hidden = stream.enter(batches, journal.keeper(0, "quantized"))
-        return Walk(plan, stream, batches, hidden, list(hidden) if follow else [], ranks)
+        return Walk(plan, stream, batches, hidden, list(hidden) if follow else [], ranks, plan.device)
     stream.enter(batches, lambda first: first.new_empty(0))  # what every block is called with
     kept = journal.restore()
-    return Walk(plan, stream, batches, kept.get("quantized", []), kept.get("float", []), ranks)
+    return Walk(plan, stream, batches, kept.get("quantized", []), kept.get("float", []), ranks, plan.device)
 
 
 def _quantize(state: Walk, index: int, journal: Journal) -> Finished:
@@ -103,8 +116,8 @@ def _quantize(state: Walk, index: int, journal: Journal) -> Finished:
     with stream.block(index) as block:
         _check_weights(block, path)
         twin = _twin(state, index, block) if state.floating else None
-        probe = _probe(stream, index, hidden)
-        task = BlockTask(path, _below(path, plan.targets), plan.config, plan.dtype, probe, twin, state.ranks)
+        probe, schemes = _probe(stream, index, hidden), _below(path, plan.targets)
+        task = BlockTask(path, schemes, plan.config, plan.dtype, probe, twin, state.ranks, state.home)
         runs = _waiting([_runner(stream, index, i, hidden) for i in range(len(hidden))], plan, path, hidden)
         found = quantize_block(block, runs, task) if task.schemes else {}
         if twin is not None and index + 2 < units(plan):
@@ -188,7 +201,7 @@ def _outer(state: Walk) -> Finished:
                 _check_weights(stream.model.get_submodule(name), name)
             runs = [partial(stream.logits, batch, h) for batch, h in zip(state.batches, state.hidden, strict=True)]
             config = replace(plan.config, refine=RefineConfig())  # a head alone is what its solver optimizes already
-            task = BlockTask("", targets, config, plan.dtype, ranks=state.ranks)
+            task = BlockTask("", targets, config, plan.dtype, ranks=state.ranks, home=state.home)
             results = quantize_block(stream.model, runs, task)
     if not state.ranks.first:
         return Finished(results, {})

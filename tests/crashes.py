@@ -2,8 +2,10 @@
 
 ``python crashes.py points DIRECTORY FIRST STEP`` kills a run just before its FIRST call that makes something durable
 (fsync, rename, unlink, mkdir), then before every STEP-th after it; ``random DIRECTORY COUNT SEED`` sends SIGKILL at
-random moments; ``full DIRECTORY FIRST STEP`` lets an fsync fail because the disk is full. Each time the same run is
-made again and its files are compared with those of a run that was left alone. Prints one JSON list of outcomes.
+random moments; ``full DIRECTORY FIRST STEP`` lets an fsync fail because the disk is full; ``small DIRECTORY FIRST
+STEP`` runs in a file system of FIRST KiB, then of STEP more until one is large enough (root may mount one). Each time
+the same run is made again, with room, and its files are compared with those of a run that was left alone. Prints one
+JSON list of outcomes.
 """
 
 import hashlib
@@ -13,9 +15,11 @@ import random
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from tiny_models import build, save, settings
 from ptq.config import DatasetConfig, GPTQConfig, RunConfig
 
 FAST = GPTQConfig(scales="range", sweeps=0)
+ROOMY = 1 << 16  # KiB
 DURABLE = ("fsync", "rename", "replace", "unlink", "mkdir")
 
 
@@ -119,6 +124,17 @@ def fail_at(call: int) -> None:
     os.fsync = wrapper
 
 
+@contextmanager
+def small_disk(directory: Path, kibibytes: int) -> Iterator[None]:
+    """A file system of that size at a directory."""
+    directory.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "none", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
 def outcome(config: RunConfig, expected: dict[str, str]) -> str:
     """Of making the same run again."""
     status = forked(lambda: tiny_models.run(config))
@@ -146,10 +162,31 @@ def _begun(output: Path) -> bool:
     return (output.with_name(f".{output.name}.run") / "run.json").exists()
 
 
+def on_small_disks(config: RunConfig, size: int, step: int) -> list[dict[str, Any]]:
+    """Runs on larger and larger file systems, each made again with room."""
+    disk, results = Path(config.output).parent, []
+    with small_disk(disk, ROOMY):
+        tiny_models.run(config)
+        expected = checksums(Path(config.output))
+    while not results or results[-1]["status"] != 0:
+        with small_disk(disk, size):
+
+            def filled() -> int:
+                status = forked(lambda: tiny_models.run(config))
+                subprocess.run(["mount", "-o", f"remount,size={ROOMY}k", disk], check=True)
+                return status
+
+            results.append({"kibibytes": size, **again(config, expected, filled)})
+        size += step
+    return results
+
+
 def main(mode: str, directory: Path, first: int, step: int) -> list[dict[str, Any]]:
     """All outcomes of one mode."""
     torch.set_num_threads(1)
     parent = small_parent(directory / "parent")
+    if mode == "small":
+        return on_small_disks(small_run(parent, directory / "disk" / "out"), first, step)
     config = small_run(parent, directory / "out")
     started = time.monotonic()
     tiny_models.run(config)

@@ -41,6 +41,28 @@ def test_a_full_disk(tmp_path):
     assert len(results) > 2
 
 
+def small_disks(directory, first, step):
+    """As `crash`; skipped where nothing can be mounted."""
+    probe = directory / "probe"
+    probe.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(probe)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("root may mount a small file system; this user may not")
+    subprocess.run(["umount", probe], check=True)
+    return crash("small", directory, first, step)
+
+
+def test_a_small_file_system(tmp_path):
+    results = small_disks(tmp_path, 20, 60)
+    assert len(results) > 2
+    assert {result["status"] for result in results[:-1]} == {1}  # an error, not a death
+
+
+@pytest.mark.slow
+def test_many_small_file_systems(tmp_path):
+    assert len(small_disks(tmp_path, 8, 4)) > 20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "first", "step"), [("random", 50, 1), ("points", 1, 1), ("full", 1, 1)])
 def test_every_death(mode, first, step, tmp_path):

@@ -10,6 +10,7 @@ from ptq.calibration.capture import collect, collect_drift, trace_groups
 from ptq.config import GPTQConfig
 from ptq.errors import NumericsError, UnsupportedModelError
 from ptq.formats.codec import Scheme
+from ptq.gptq import solver
 from ptq.gptq.descent import descend
 from ptq.gptq.solver import correction, factorize, gptq_solve
 from ptq.grid import Grid, min_max_grid, values
@@ -91,6 +92,33 @@ def test_full_correction_is_the_least_squares_target() -> None:
     expected = torch.linalg.lstsq(X, X_float @ W.t()).solution.t()
     # damping 1e-12 times the condition number of H (some 1e4) is what separates the two
     torch.testing.assert_close(target, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 1024])
+def test_correcting_a_product_is_multiplying_by_a_correction(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(solver, "ROWS", rows)
+    W, H = problem(4)
+    C = torch.randn(H.shape, generator=torch.Generator().manual_seed(5)).double()
+    factor = factorize(H)
+    expected = 0.5 * W @ C @ torch.linalg.inv(H + factor.lam * torch.eye(len(H)).double())
+    product = W @ C
+    assert correction(product, factor, 0.5) is product
+    torch.testing.assert_close(product, expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(W @ correction(C, factor, 0.5), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_rows_in_chunks_get_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 and away from ties a product's rows do not depend on how many are multiplied at once."""
+    found = []
+    for weights in (1 << 24, 5 * 32):
+        monkeypatch.setattr("ptq.gptq.block.CHUNK_WEIGHTS", weights)
+        monkeypatch.setattr("ptq.task.CHUNK_WEIGHTS", weights)
+        module, batches = seeded()
+        rows = quantize_linears(module, batches, bits=3, group_size=16)
+        found.append(([row["relative_loss"] for row in rows.values()], [m.dequantize() for m in module.children()]))
+    (losses, values_), (chunked_losses, chunked) = found
+    assert all(torch.equal(a, b) for a, b in zip(values_, chunked, strict=True))
+    assert chunked_losses == pytest.approx(losses)
 
 
 def test_no_drift_needs_no_correction() -> None:

@@ -8,16 +8,18 @@ from crashes import small_parent, small_run
 from tiny_models import run
 
 from ptq import cli
+from ptq.allocator import give_back, separate_large_tensors
 from ptq.config import CalibrationConfig, RunConfig, scheme_for
 from ptq.formats import CODECS
 from ptq.models.loading import build_skeleton
 from ptq.models.names import SourceNames
 from ptq.models.structure import find_blocks, linears, weight_shape
 from ptq.plan import Plan, make_plan
-from ptq.predict import Rates, compared, describe_prediction, measure_rates, predict
+from ptq.predict import Rates, compared, describe_prediction, home_of, measure_rates, predict
 from ptq.report import PeakMemory, anonymous_bytes
 
 RATES = Rates(1e12, 1e9)
+GPU = 24 * 2**30
 LARGE = {  # hidden, intermediate, blocks, heads, key-value heads
     "70B": (8192, 28672, 80, 64, 8),
     "405B": (16384, 53248, 126, 128, 8),
@@ -61,21 +63,31 @@ def large_plan(size: str, device: str, **changes) -> Plan:
 
 
 @pytest.mark.parametrize("size", LARGE)
-def test_large_models_on_a_gpu(size):
-    """Blocks, hidden states and files by hand; the rest is work space."""
+def test_large_models_on_a_gpu_of_24_gib(size):
+    """Blocks, hidden states, second moments and files by hand; the rest is work space."""
     hidden, inner, depth, heads, kv = LARGE[size]
-    found = predict(large_plan(size, "cuda"), RATES)
+    plan = large_plan(size, "cuda")
+    home = home_of(plan, GPU)
+    found = predict(plan, RATES, home=home)
     linear = hidden * hidden * (2 + 2 * kv / heads) + 3 * hidden * inner
     block = 2 * int(linear + 2 * hidden)
     assert found.memory["block"] == found.memory["float block"] == block
     assert found.host["hidden states"] == 2 * 128 * 2048 * hidden * 2
-    assert found.memory["Hessians"] == 7 * 4 * inner**2
+    # What down_proj reads: second moment, factor, and the drift's product with its weight.
+    moments = 4 * (2 * inner**2 + hidden * inner)
+    assert home.type == ("cpu" if size == "405B" else "cuda")
+    assert (found.host if home.type == "cpu" else found.memory)["second moments"] == moments
     assert found.disk["output"] > depth * linear / 2  # four bits a weight
-    assert found.peak == sum(found.memory.values())
-    # A 70B model's widest Hessian alone leaves no room on a card of 24 GiB.
-    assert found.peak > 24 * 2**30
+    assert found.peak == sum(found.memory.values()) < GPU
     text = describe_prediction(found)
     assert [line.split()[0] for line in text.splitlines()] == ["memory", "host", "disk", "time"]
+
+
+@pytest.mark.parametrize(("method", "device"), [("gptq", "cpu"), ("awq", "cuda"), ("rtn", "cuda")])
+def test_second_moments_stay_where_nothing_is_gained(method, device):
+    plan = large_plan("405B", device)
+    config = RunConfig(model="m", output="o", method=method, calibration=plan.config.calibration)
+    assert home_of(plan._replace(config=config), room=1) == plan.device
 
 
 def test_rounding_needs_no_hidden_states():
@@ -115,6 +127,15 @@ def test_a_peak_that_is_gone_again_is_seen():
         torch.ones(2**22).cumsum(0)
         del block
     assert peak.bytes - before > 2**25
+
+
+def test_what_is_freed_between_kept_tensors_goes_back():
+    separate_large_tensors()
+    tensors = [torch.ones(2**19) for _ in range(32)]  # 2 MiB each
+    before = anonymous_bytes()
+    del tensors[::2]
+    give_back()
+    assert before - anonymous_bytes() > 15 * 2**21
 
 
 def test_compared():

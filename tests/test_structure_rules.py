@@ -26,14 +26,14 @@ class Layer(NamedTuple):
 LAYERS = [
     Layer(  # words and arithmetic: torch and the standard library (and yaml in yaml_tree)
         "ptq.errors ptq.version ptq.schema ptq.yaml_tree "
-        "ptq.config_paths ptq.routing ptq.distributed ptq.grid ptq.grid_search ptq.loss "
+        "ptq.allocator ptq.config_paths ptq.routing ptq.distributed ptq.grid ptq.grid_search ptq.squares ptq.loss "
         "ptq.gate ptq.page ptq.page_scale ptq.page_report "
         "ptq.formats.codec ptq.formats.bitpack ptq.formats.capability ptq.formats.checks ptq.formats.staging",
         mutual=True,
     ),
     Layer(  # solvers and codecs: tensors in, tensors out; and what a run is
-        "ptq.config ptq.rtn ptq.gptq ptq.gptq.solver ptq.gptq.candidates ptq.gptq.descent ptq.awq.solver "
-        "ptq.gguf.blocks ptq.gguf.rounding ptq.gguf.carry ptq.gguf.mix "
+        "ptq.config ptq.rtn ptq.gptq ptq.gptq.solver ptq.gptq.inverse ptq.gptq.candidates ptq.gptq.descent "
+        "ptq.awq.solver ptq.gguf.blocks ptq.gguf.rounding ptq.gguf.carry ptq.gguf.mix "
         "ptq.formats.gptq ptq.formats.awq ptq.formats.compressed_tensors ptq.formats.auto_round",
         mutual=False,
     ),
@@ -51,7 +51,7 @@ LAYERS = [
     Layer(  # a whole model
         "ptq.packed ptq.integration ptq.integration.* "
         "ptq.pipeline ptq.plan ptq.plain ptq.runtime ptq.evaluate ptq.evaluation ptq.inspection ptq.hub "
-        "ptq.walk ptq.predict ptq.journal_signature ptq.budget_measure "
+        "ptq.walk ptq.predict ptq.predict_memory ptq.journal_signature ptq.budget_measure "
         "ptq.readers ptq.lint ptq.parent ptq.card ptq.push "
         "ptq.prepared ptq.compare ptq.compare_page ptq.sweep ptq.export ptq.adapters ptq.tasks",
         mutual=True,
@@ -62,8 +62,8 @@ LAYERS = [
     ),
 ]
 PURE = [  # tensors in, tensors out: no files, no progress bars, no models
-    *("ptq.grid", "ptq.grid_search", "ptq.loss", "ptq.rtn", "ptq.gptq.solver"),
-    *("ptq.gptq.candidates", "ptq.gptq.descent", "ptq.awq.solver", "ptq.formats.codec"),
+    *("ptq.grid", "ptq.grid_search", "ptq.squares", "ptq.loss", "ptq.rtn", "ptq.gptq.solver"),
+    *("ptq.gptq.inverse", "ptq.gptq.candidates", "ptq.gptq.descent", "ptq.awq.solver", "ptq.formats.codec"),
     *("ptq.formats.bitpack", "ptq.formats.gptq", "ptq.formats.awq", "ptq.formats.compressed_tensors"),
     *("ptq.gguf.blocks", "ptq.gguf.rounding", "ptq.gguf.carry", "ptq.gguf.mix", "ptq.gguf.solver"),
 ]

@@ -13,6 +13,7 @@ from ptq.distributed import ALONE, Ranks
 from ptq.errors import NumericsError, UnsupportedModelError
 from ptq.grid import check_finite
 from ptq.routing import visiting
+from ptq.squares import add_product
 
 # Rows of x multiplied at a time: bounds the float32 copy of the activations.
 CHUNK_ROWS = 8192
@@ -98,24 +99,25 @@ def collect(
     runs: Iterable[Run],
     where: str = "",
     ranks: Ranks = ALONE,
+    home: torch.device | None = None,
 ) -> list[InputStats]:
     """Accumulate the statistics of each group over all runs; a run stops once all groups have been fed.
 
     ``H <- H n/n' + X^T X / n'`` keeps magnitudes bounded; float32 whatever the activations' dtype. An expert that fewer
     than K/8 tokens were sent to is fed all tokens in another pass; that counts as K/4 tokens beside its own. Of several
-    processes each gets the statistics of all.
+    processes each gets the statistics of all. Second moments lie on ``home``, by default where the activations are.
 
     Raises:
         NumericsError: an activation is NaN or infinite, or so large that its square is.
         UnsupportedModelError: a group was never fed.
     """
     runs = list(runs)
-    sums = _joined(_sums(modules, groups, runs, where), modules, groups, ranks)
+    sums = _joined(_sums(modules, groups, runs, where, home), modules, groups, ranks)
     starved = [i for i, group in enumerate(groups) if group.pool is not None and _is_starved(sums[i])]
     stats = []
     with visiting():
         few = [groups[i] for i in starved]
-        whole = dict(zip(starved, _joined(_sums(modules, few, runs, where), modules, few, ranks), strict=True))
+        whole = dict(zip(starved, _joined(_sums(modules, few, runs, where, home), modules, few, ranks), strict=True))
     for i, (group, total) in enumerate(zip(groups, sums, strict=True)):
         name = f"{where}{group.members[0]}"
         if i in whole:
@@ -127,7 +129,11 @@ def collect(
 
 
 def _sums(
-    modules: Mapping[str, nn.Module], groups: Sequence[InputGroup], runs: Sequence[Run], where: str
+    modules: Mapping[str, nn.Module],
+    groups: Sequence[InputGroup],
+    runs: Sequence[Run],
+    where: str,
+    home: torch.device | None,
 ) -> "list[_Sum | None]":
     heads = {group.members[0]: i for i, group in enumerate(groups)}
     sums: list[_Sum | None] = [None] * len(groups)
@@ -138,7 +144,7 @@ def _sums(
         rows = x.reshape(-1, x.shape[-1])
         current = sums[index]
         if current is None:
-            sums[index] = current = _Sum(rows.shape[-1], rows.device)
+            sums[index] = current = _Sum(rows.shape[-1], home or rows.device)
         current.add(rows, f"{where}{name}")
         left[name] -= 1
         if max(left.values()) <= 0:
@@ -193,6 +199,7 @@ def collect_drift(
     runs: Iterable[tuple[Run, Run]],
     name: str,
     ranks: Ranks = ALONE,
+    home: torch.device | None = None,
 ) -> tuple[InputStats, Tensor | None]:
     """Statistics of one input X, and ``(X_float - X)^T X / T``: how far it is from what the float model has there.
 
@@ -203,6 +210,7 @@ def collect_drift(
         runs: pairs of runs on the same batch, of the quantized and of the float model.
         name: for messages.
         ranks: processes that share the run; each has runs of its own and gets the statistics of all.
+        home: where second moment and drift lie; by default where the activations are.
 
     Returns:
         The statistics and the drift, float32 ``[K, K]``; None for the drift where the two models did not feed the same
@@ -221,7 +229,7 @@ def collect_drift(
             paired = paired and rows is float_rows
             continue
         if total is None:
-            total = _Sum(rows.shape[-1], rows.device, with_magnitude=False)
+            total = _Sum(rows.shape[-1], home or rows.device, with_magnitude=False)
             drift = torch.zeros_like(total.hessian)
         assert drift is not None
         paired = paired and rows.shape == float_rows.shape
@@ -231,7 +239,7 @@ def collect_drift(
             drift.mul_(before / total.tokens)
             with exact_products(rows):
                 for x, x_float in zip(rows.split(CHUNK_ROWS), float_rows.split(CHUNK_ROWS), strict=True):
-                    drift.addmm_((x_float - x).float().t(), x.float(), alpha=1 / total.tokens)
+                    add_product(drift, (x_float - x).float(), x.float(), 1 / total.tokens)
     if total is not None and drift is not None and ranks.size > 1:
         found = ranks.gather((total.tokens, paired))
         tokens, paired = sum(n for n, _ in found), all(each for _, each in found)
@@ -292,9 +300,10 @@ class _Sum:
                 )
             total = self.tokens + len(x)
             with exact_products(chunk):
-                self.hessian.addmm_(x.t(), x, beta=self.tokens / total, alpha=1 / total)
+                add_product(self.hessian, x, x, 1 / total, self.tokens / total)
             if len(self.magnitude):
-                self.magnitude.mul_(self.tokens / total).add_(x.abs().sum(0), alpha=1 / total)
+                magnitude = x.abs().sum(0).to(self.magnitude.device)
+                self.magnitude.mul_(self.tokens / total).add_(magnitude, alpha=1 / total)
             self.tokens = total
 
     def join(self, ranks: Ranks, tokens: int) -> None:

@@ -18,7 +18,8 @@ from ptq.grid import Grid, min_max_grid, nearest_codes, values
 from ptq.grid_search import search_grid
 from ptq.loss import quadratic_loss
 from ptq.models.structure import linears, weight_of
-from ptq.task import TINY, BlockTask, ModuleResult, Solved, counted, finish
+from ptq.squares import times
+from ptq.task import CHUNK_WEIGHTS, TINY, BlockTask, ModuleResult, Solved, counted, finish
 
 
 class Choice(NamedTuple):
@@ -27,6 +28,13 @@ class Choice(NamedTuple):
     codes: Tensor
     grid: Grid
     loss: float
+
+
+class Drift(NamedTuple):
+    """How far an input has drifted from the float model's: C, or what each Linear that reads it makes of C."""
+
+    whole: Tensor | None  # float32 [K, K], where that has fewer rows than
+    of: dict[str, Tensor]  # W C, float32 [N, K], by Linear
 
 
 def gptq_block(
@@ -42,14 +50,31 @@ def gptq_block(
     """
     results: dict[str, ModuleResult] = {}
     where = f"{task.name}." if task.name else ""
+    if weights is None:
+        weights = {name: weight_of(module) for name, module in modules.items()}
+    parts = {name: W[task.ranks.rows(len(W))] for name, W in weights.items()}  # rows do not depend on each other
     for stage in stages(groups):
-        for group, (stats, drift) in zip(stage, _statistics(modules, stage, runs, task, where), strict=True):
-            factor = factor_of(stats.hessian, group.members[0], task)
-            shift = None if drift is None else _shift(drift, factor, task)
-            for name in group.members:
-                W = weight_of(modules[name]).float() if weights is None else weights[name]
-                results[name] = _gptq_linear(modules[name], W, stats, factor, shift, task, task.schemes[name])
+        found = _statistics(modules, stage, parts, runs, task, where)
+        for group in stage:
+            results |= _solve_group({name: modules[name] for name in group.members}, parts, *found.pop(0), task)
     return results
+
+
+def _solve_group(
+    modules: Mapping[str, nn.Module],
+    parts: Mapping[str, Tensor],
+    stats: InputStats,
+    drift: Drift | None,
+    task: BlockTask,
+) -> dict[str, ModuleResult]:
+    """The Linears that read one input; Hessian and factor end with it."""
+    name, module = next(iter(modules.items()))
+    device = weight_of(module).device
+    factor = factor_of(stats.hessian, name, task, device)
+    shift = None if drift is None else _shift(drift, factor, task, device)
+    return {
+        name: _gptq_linear(module, name, parts[name], stats, factor, shift, task) for name, module in modules.items()
+    }
 
 
 def stages(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
@@ -62,31 +87,66 @@ def stages(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
 
 
 def _statistics(
-    modules: Mapping[str, nn.Module], stage: Sequence[InputGroup], runs: Sequence[Run], task: BlockTask, where: str
-) -> list[tuple[InputStats, Tensor | None]]:
-    """Second moment of each input and, with a float twin, how far it has drifted from the float model's.
+    modules: Mapping[str, nn.Module],
+    stage: Sequence[InputGroup],
+    parts: Mapping[str, Tensor],
+    runs: Sequence[Run],
+    task: BlockTask,
+    where: str,
+) -> list[tuple[InputStats, Drift | None]]:
+    """Second moment of each input and, with a float twin, its drift.
 
     Experts have no drift: a router that decides differently gives the two models different tokens.
     """
     group = stage[0]
     if task.twin is None or group.pool is not None:
-        return [(stats, None) for stats in collect(modules, stage, runs, where, task.ranks)]
+        return [(stats, None) for stats in collect(modules, stage, runs, where, task.ranks, task.home)]
     head = group.members[0]
     float_module = dict(linears(task.twin.block))[head]
     pairs = zip(runs, task.twin.runs, strict=True)
-    return [collect_drift(modules[head], float_module, group.calls, pairs, where + head, task.ranks)]
+    stats, drift = collect_drift(
+        modules[head], float_module, group.calls, pairs, where + head, task.ranks, task.home
+    )  # fmt: skip
+    if drift is None:
+        return [(stats, None)]
+    # A wide C ends here, before there is a factor beside the Hessian.
+    if sum(len(parts[name]) for name in group.members) >= len(drift):
+        return [(stats, Drift(drift, {}))]
+    return [(stats, Drift(None, {name: _times_drift(parts[name], drift) for name in group.members}))]
 
 
-def _shift(drift: Tensor, factor: Factor, task: BlockTask) -> Tensor:
-    """`correction`, each process computing some of its rows."""
-    ranks, features = task.ranks, len(drift)
-    return ranks.stack(correction(drift[ranks.rows(features)], factor, task.config.gptq.correct_inputs), features)
+def _times_drift(W_NK: Tensor, drift_KK: Tensor) -> Tensor:
+    parts = [times(rows.float(), drift_KK).to(drift_KK.device) for rows in W_NK.split(_rows_at_once(W_NK))]
+    return torch.cat(parts)
 
 
-def factor_of(hessian: Tensor, member: str, task: BlockTask) -> Factor:
-    """Factorise a Hessian as configured; under ``strict`` a rescue is an error."""
+def _rows_at_once(W_NK: Tensor) -> int:
+    return max(1, CHUNK_WEIGHTS // W_NK.shape[1])
+
+
+def _shift(drift: Drift, factor: Factor, task: BlockTask, device: torch.device) -> Drift:
+    """What to add to the weights, in the place of the drift: all of C shared out between the processes."""
+    ranks, strength = task.ranks, task.config.gptq.correct_inputs
+    if drift.whole is None:
+        return Drift(None, {name: correction(product, factor, strength, device) for name, product in drift.of.items()})
+    features = len(drift.whole)
+    part = correction(drift.whole[ranks.rows(features)], factor, strength, device)
+    return Drift(ranks.stack(part, features), {})
+
+
+def _target(W_NK: Tensor, name: str, shift: Drift | None, rows: slice) -> Tensor:
+    """What the codes should give on the inputs they will see."""
+    if shift is None:
+        return W_NK
+    return W_NK + (shift.of[name][rows].to(W_NK.device) if shift.whole is None else times(W_NK, shift.whole))
+
+
+def factor_of(hessian: Tensor, member: str, task: BlockTask, device: torch.device | None = None) -> Factor:
+    """Factorise a Hessian as configured, on ``device``; under ``strict`` a rescue is an error."""
     settings = task.config.gptq
-    factor = factorize(hessian, damping=settings.damping, activation_order=settings.activation_order)
+    factor = factorize(
+        hessian, damping=settings.damping, activation_order=settings.activation_order, device=device
+    )  # fmt: skip
     if task.config.strict:
         require_no_rescue(factor, task.full(member))
     return factor
@@ -98,7 +158,8 @@ def choose_codes(W: Tensor, H: Tensor, factor: Factor, scheme: Scheme, task: Blo
     if not len(W):  # more processes than rows
         return Choice(W.to(torch.uint8), min_max_grid(W, scheme, scale_dtype=task.scale_dtype), 0.0)
     if settings.scales == "hessian":
-        grid = search_grid(W, H.diagonal() + factor.lam, scheme, scale_dtype=task.scale_dtype)
+        importance = (H.diagonal() + factor.lam).to(W.device)
+        grid = search_grid(W, importance, scheme, scale_dtype=task.scale_dtype)
     else:
         grid = min_max_grid(W, scheme, scale_dtype=task.scale_dtype)
     size = settings.block_size
@@ -119,28 +180,33 @@ def whole(part: Choice, rows: int, ranks: Ranks) -> Choice:
 @torch.no_grad()
 def _gptq_linear(
     module: nn.Module,
-    W_NK: Tensor,
+    name: str,
+    part: Tensor,
     stats: InputStats,
     factor: Factor,
-    shift: Tensor | None,
+    shift: Drift | None,
     task: BlockTask,
-    scheme: Scheme,
 ) -> ModuleResult:
+    """Solve this process's part of a weight, some rows at a time, and put the values of all parts in."""
     started = time.perf_counter()
-    W = W_NK[task.ranks.rows(len(W_NK))]  # rows do not depend on each other
-    # What the codes should give on the inputs they will see.
-    target = W if shift is None else W.addmm(W, shift)
-    choice = choose_codes(target, stats.hessian, factor, scheme, task)
-    plain = min_max_grid(W, scheme, scale_dtype=task.scale_dtype)
-    rounded = nearest_codes(W, plain)
-    other = Choice(rounded, plain, quadratic_loss(target - values(rounded, plain), stats.hessian))
-    loss, rounding, energy = task.ranks.total(choice.loss, other.loss, quadratic_loss(target, stats.hessian))
+    scheme, found, energy = task.schemes[name], [], 0.0
+    for start in range(0, max(1, len(part)), _rows_at_once(part)):
+        chunk = slice(start, start + _rows_at_once(part))
+        W = part[chunk].float()
+        target = _target(W, name, shift, chunk)
+        plain = min_max_grid(W, scheme, scale_dtype=task.scale_dtype)
+        rounded = nearest_codes(W, plain)
+        loss = quadratic_loss(target - values(rounded, plain), stats.hessian)
+        energy += quadratic_loss(target, stats.hessian)
+        found.append((choose_codes(target, stats.hessian, factor, scheme, task), Choice(rounded, plain, loss)))
+    choice, other = (_stacked(each) for each in zip(*found, strict=True))
+    loss, rounding, energy = task.ranks.total(choice.loss, other.loss, energy)
     energy = max(energy, TINY)
     solver, rescues = "gptq", list(factor.rescues)
     if loss > rounding:  # possible with few tokens; the better codes are kept and counted
         choice, solver = other, "rtn"
         rescues.append("rounding was better")
-    choice = whole(choice, len(W_NK), task.ranks)
+    choice = whole(choice, len(weight_of(module)), task.ranks)
     row: dict[str, object] = {
         "solver": solver,
         **counted(stats),
@@ -149,3 +215,11 @@ def _gptq_linear(
         "rescues": rescues,
     }
     return finish(module, Solved(choice.codes, choice.grid, choice.loss / energy, rounding / energy), row, started)
+
+
+def _stacked(parts: Sequence[Choice]) -> Choice:
+    """Choices for some rows each as one."""
+    codes, scales, zeros = (
+        torch.cat(each) for each in zip(*((p.codes, p.grid.scales, p.grid.zeros) for p in parts), strict=True)
+    )
+    return Choice(codes, parts[0].grid._replace(scales=scales, zeros=zeros), sum(part.loss for part in parts))

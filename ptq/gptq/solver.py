@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import NumericsError
+from ptq.gptq.inverse import ROWS, invert_to_factor, multiply_by_inverse
 from ptq.grid import Grid, check_finite, values
 
 ActivationOrder = Literal["static", "none"]
@@ -46,13 +47,18 @@ class SolveResult(NamedTuple):
         return float(self.row_losses.sum())
 
 
-def factorize(H_KK: Tensor, *, damping: float = 0.01, activation_order: ActivationOrder = "static") -> Factor:
-    """Damp, order and factorise a Hessian.
+def factorize(
+    H_KK: Tensor,
+    *,
+    damping: float = 0.01,
+    activation_order: ActivationOrder = "static",
+    device: torch.device | None = None,
+) -> Factor:
+    """Damp, order and factorise a Hessian, which stays as it is; beside it and U there is no other matrix of its size.
 
-    ``lam = damping * mean(diag H)``. The factor is taken the short way: with J the index reversal,
-    ``R = J chol(J Hd J) J`` is upper triangular with ``R R^T = Hd``, so ``U = inv(R)``; ``inv(Hd)`` is never formed.
-    A matrix that is not positive definite is tried again in float64, then with three times the damping up to 1, then
-    as its diagonal alone (plain rounding in effect); each rescue is named in the result.
+    ``lam = damping * mean(diag H)``. A matrix that is not positive definite is tried again in float64, then with three
+    times the damping up to 1, then as its diagonal alone (plain rounding in effect); each rescue is named in the
+    result. U lies where H lies; ``device``, by default the same, is where the products run.
 
     Raises:
         NumericsError: H holds NaN or infinity.
@@ -63,7 +69,6 @@ def factorize(H_KK: Tensor, *, damping: float = 0.01, activation_order: Activati
     dead = int((diagonal == 0).sum())
     if activation_order == "static":
         order = torch.argsort(diagonal, descending=True, stable=True)
-        H_KK = H_KK[order][:, order]
     else:
         order = torch.arange(len(diagonal), device=H_KK.device)
     if mean == 0:  # nothing was ever fed in: every direction costs the same
@@ -72,30 +77,28 @@ def factorize(H_KK: Tensor, *, damping: float = 0.01, activation_order: Activati
     tried = damping
     while True:
         for dtype in dict.fromkeys((H_KK.dtype, torch.float64)):
-            U_KK = _inverse_factor(H_KK, tried * mean, dtype)
+            U_KK = _inverse_factor(H_KK, order, tried * mean, dtype, device)
             if U_KK is not None:
                 return Factor(U_KK, order, tried * mean, tried, dead, tuple(rescues))
             if dtype != torch.float64:
                 rescues.append("float64")
         if tried >= 1:
             rescues.append("diagonal")
-            U_KK = torch.diag((H_KK.diagonal().clamp(min=0) + mean).rsqrt())
+            U_KK = torch.diag((diagonal[order].clamp(min=0) + mean).rsqrt())
             return Factor(U_KK, order, mean, tried, dead, tuple(rescues))
         tried = min(1.0, 3 * max(tried, 1e-6))
         rescues.append(f"damping {tried:.3g}")
 
 
-def _inverse_factor(H_KK: Tensor, lam: float, dtype: torch.dtype) -> Tensor | None:
-    """``U`` with ``U^T U = inv(H + lam I)``, or None where Cholesky fails."""
-    flipped = H_KK.flip(0, 1).to(dtype, copy=True)
-    flipped.diagonal().add_(lam)
-    L, info = torch.linalg.cholesky_ex(flipped)
-    if int(info) or not bool(torch.isfinite(L).all()):
-        return None
-    R = L.flip(0, 1)
-    identity = torch.eye(len(R), dtype=dtype, device=R.device)
-    U = torch.linalg.solve_triangular(R, identity, upper=True)
-    return U.to(H_KK.dtype) if bool(torch.isfinite(U).all()) else None
+def _inverse_factor(
+    H_KK: Tensor, order_K: Tensor, lam: float, dtype: torch.dtype, device: torch.device | None
+) -> Tensor | None:
+    """``U`` with ``U^T U = inv(H + lam I)`` in that order, or None where Cholesky fails."""
+    U_KK = torch.empty(H_KK.shape, dtype=dtype, device=H_KK.device)
+    for start in range(0, len(order_K), ROWS):  # both ways of permuting at once would take another copy
+        U_KK[start : start + ROWS] = H_KK[order_K[start : start + ROWS]][:, order_K]
+    U_KK.diagonal().add_(lam)
+    return U_KK.to(H_KK.dtype) if invert_to_factor(U_KK, device) else None
 
 
 def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 128) -> SolveResult:
@@ -116,27 +119,29 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
         NumericsError: W holds NaN or infinity.
     """
     check_finite(W_NK, "weight")
-    U, order, top = factor.U_KK, factor.order_K, grid.top
+    U, order, top = factor.U_KK, factor.order_K.to(W_NK.device), grid.top
     K = len(order)
     # Transposed, so that a column of W is contiguous.
     W = W_NK.t()[order].contiguous()
-    group_of, diagonal = (order // grid.group_size).tolist(), U.diagonal().tolist()
+    group_of = (order // grid.group_size).tolist()
     scales, zeros = grid.scales.t().contiguous().to(W.dtype), grid.zeros.t().contiguous().to(W.dtype)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     squared = torch.zeros(W.shape[1], dtype=torch.float64, device=W.device)
     for start in range(0, K, block_size):
         end = min(start + block_size, K)
-        errors = torch.empty_like(W[start:end])
-        for first in range(start, end, STRIP):
-            last = min(first + STRIP, end)
+        rows = U[start:end, start:].to(W.device)
+        block, U_block = W[start:end], rows[:, : end - start]
+        errors, diagonal = torch.empty_like(block), U_block.diagonal().tolist()
+        for first in range(0, end - start, STRIP):
+            last = min(first + STRIP, end - start)
             for j in range(first, last):
-                w, s, z, e = W[j], scales[group_of[j]], zeros[group_of[j]], errors[j - start]
+                w, s, z = block[j], scales[group_of[start + j]], zeros[group_of[start + j]]
                 code = torch.round(w / s).add_(z).clamp_(0, top)
-                codes[j] = code
-                torch.sub(w, code.sub_(z).mul_(s), out=e).div_(diagonal[j])
-                W[j + 1 : last].addr_(U[j, j + 1 : last], e, alpha=-1)
-            W[last:end].addmm_(U[first:last, last:end].t(), errors[first - start : last - start], alpha=-1)
-        W[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
+                codes[start + j] = code
+                torch.sub(w, code.sub_(z).mul_(s), out=errors[j]).div_(diagonal[j])
+                block[j + 1 : last].addr_(U_block[j, j + 1 : last], errors[j], alpha=-1)
+            block[last:].addmm_(U_block[first:last, last:].t(), errors[first:last], alpha=-1)
+        W[end:].addmm_(rows[:, end - start :].t(), errors, alpha=-1)
         squared += errors.square().sum(0)
     codes_NK = torch.empty_like(W_NK, dtype=torch.uint8, memory_format=torch.contiguous_format)
     codes_NK[:, order] = codes.t()
@@ -145,20 +150,25 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
     return SolveResult(codes_NK, squared.sub_(moved, alpha=factor.lam).clamp_(min=0))
 
 
-def correction(drift_KK: Tensor, factor: Factor, strength: float) -> Tensor:
-    """``P`` such that ``W + W P`` is the weight to solve for when a Linear's inputs are not the float model's.
+def correction(X_RK: Tensor, factor: Factor, strength: float, device: torch.device | None = None) -> Tensor:
+    """``strength * X inv(H)``, in X's place: with X the drift, what turns W into the weight to solve for.
 
-    With X what the Linear will read and X_f what it read in the float model, the least-squares target of
+    With X what a Linear will read and X_f what it read in the float model, the least-squares target of
     ``min_Q |X_f W^T - X Q^T|^2`` is ``W (X_f^T X) inv(X^T X) = W + W C inv(H)``, ``C = (X_f - X)^T X / T`` the drift.
+    So ``W + W correction(C)`` and ``W + correction(W C)`` are the same; the one with fewer rows is the cheaper.
 
     Args:
-        drift_KK: C.
-        factor: of X's Hessian; its damping applies.
+        X_RK: C or W C; rows do not depend on each other.
+        factor: of the Hessian; its damping applies.
         strength: share of the correction, 0 to 1: all of it follows the calibration text too closely.
+        device: where the products run; by default where X lies.
     """
-    U_KK = torch.empty_like(factor.U_KK)
-    U_KK[:, factor.order_K] = factor.U_KK  # U^T U = inv(Hd) in original column order
-    return (drift_KK @ U_KK.t()).mul_(strength) @ U_KK
+    order = factor.order_K.to(X_RK.device)
+    for rows in X_RK.split(ROWS):
+        ordered = rows[:, order].to(X_RK.device if device is None else device)
+        multiply_by_inverse(ordered, factor.U_KK)
+        rows[:, order] = ordered.mul_(strength).to(X_RK.device)
+    return X_RK
 
 
 def require_no_rescue(factor: Factor, name: str) -> None:

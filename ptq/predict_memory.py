@@ -1,0 +1,132 @@
+"""What the work on one block needs in memory, from its shapes; `ptq.predict` adds what lies around it.
+
+Linears with one input take its second moment and drift while they are calibrated, then second moment, factor and what
+is left of the drift while they are solved; a block needs what the largest of these stages needs.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from ptq.calibration.capture import CHUNK_ROWS, STARVED
+from ptq.gptq.candidates import CHUNK_WEIGHTS as CANDIDATE_WEIGHTS
+from ptq.gptq.inverse import ROWS
+from ptq.models.structure import linears
+from ptq.plan import Plan
+from ptq.task import CHUNK_WEIGHTS
+
+FLOAT = 4  # bytes of float32
+WEIGHTS = 7  # float32 matrices alive while some rows are solved for: weight, target, errors, what the search compares
+COPIES = 4  # of the weights that several candidates are solved for together: stacked, in order, their values, codes
+
+
+class Stage(NamedTuple):
+    """Linears that are calibrated together: those with one input, or the same ones of all experts."""
+
+    features: int  # K
+    rows: list[int]  # N of each
+    inputs: int  # 1, or as many as there are experts
+
+
+class Block(NamedTuple):
+    """The block that needs most."""
+
+    parameters: int  # bytes
+    weights: list[tuple[int, int]]  # (N, K) of the Linears to be quantized, in order
+    stages: list[Stage]
+    linear: int  # parameters of all Linears
+
+
+def largest_block(plan: Plan) -> Block:
+    """The one with most parameters."""
+    found = []
+    for index, module in plan.skeleton.get_submodule(plan.blocks).named_children():
+        path = f"{plan.blocks}.{index}."
+        names = [name for name, _ in linears(module)]
+        weights = {name: plan.shapes[path + name] for name in names if path + name in plan.targets}
+        total = sum(n * k for n, k in (plan.shapes[path + name] for name in names))
+        found.append(Block(_bytes(module, plan), list(weights.values()), _stages(weights), total))
+    return max(found, key=lambda block: (block.parameters, len(block.weights)))
+
+
+def outer_bytes(plan: Plan) -> int:
+    """Of everything but the blocks."""
+    return _bytes(plan.skeleton, plan) - _bytes(plan.skeleton.get_submodule(plan.blocks), plan)
+
+
+def width(plan: Plan) -> int:
+    """Of the hidden states."""
+    return int(plan.hf_config.get_text_config().hidden_size)
+
+
+def block_work(plan: Plan, block: Block, *, apart: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes beside the weights of a block: of matrices [K, K], and of all else.
+
+    They are those of the stage that needs most; where the two lie ``apart``, the most of each.
+    """
+    if not block.weights:
+        return {}, {}
+    solver = WEIGHTS * FLOAT * max(n * k for n, k in block.weights)
+    if plan.config.method == "rtn":
+        return {}, {"solver": solver}
+    needs = []
+    for stage in block.stages:
+        calibrating = _calibrating(plan, stage), {"activations": _activations(plan, stage)}
+        needs += [calibrating, (_solving(plan, stage), {"solver": _solver(plan, stage)})]
+    if plan.config.method == "awq":
+        widest = max(stage.features for stage in block.stages)
+        moments = FLOAT * (sum(stage.features**2 * stage.inputs for stage in block.stages) + 2 * widest**2)
+        copies = {"float32 block": 2 * block.parameters * FLOAT // plan.dtype.itemsize}
+        activations = max(_activations(plan, stage) for stage in block.stages)
+        needs = [(moments, {**copies, "solver": solver, "activations": activations})]
+    if apart:
+        moments, work = max(m for m, _ in needs), max((w for _, w in needs), key=lambda w: sum(w.values()))
+    else:
+        moments, work = max(needs, key=lambda need: need[0] + sum(need[1].values()))
+    return {"second moments": moments}, work
+
+
+def _bytes(module: nn.Module, plan: Plan) -> int:
+    return sum(p.numel() for p in module.parameters()) * plan.dtype.itemsize
+
+
+def _stages(weights: Mapping[str, tuple[int, int]]) -> list[Stage]:
+    """Linears beside each other that are as wide are taken to read the same input."""
+    found: dict[tuple[str, int], dict[str, list[int]]] = {}
+    for name, (n, k) in weights.items():
+        parent = name.rpartition(".")[0]
+        found.setdefault((re.sub(r"\d+", "*", parent), k), {}).setdefault(parent, []).append(n)
+    return [Stage(k, next(iter(parents.values())), len(parents)) for (_, k), parents in found.items()]
+
+
+def _drifts(plan: Plan, stage: Stage) -> bool:
+    return plan.config.follows_float and stage.inputs == 1  # experts are not corrected
+
+
+def _calibrating(plan: Plan, stage: Stage) -> int:
+    calibration = plan.config.calibration
+    tokens = calibration.samples * calibration.sequence_length
+    starved = stage.inputs > 1 and tokens / stage.inputs < stage.features / STARVED
+    return FLOAT * stage.features**2 * stage.inputs * (2 if starved or _drifts(plan, stage) else 1)
+
+
+def _solving(plan: Plan, stage: Stage) -> int:
+    left = min(sum(stage.rows), stage.features) * stage.features if _drifts(plan, stage) else 0
+    return FLOAT * (stage.features**2 * (stage.inputs + 1) + left)
+
+
+def _solver(plan: Plan, stage: Stage) -> int:
+    largest = max(stage.rows) * stage.features
+    rows = min(largest, CHUNK_WEIGHTS)
+    copies = COPIES * min(plan.config.gptq.candidates * rows, CANDIDATE_WEIGHTS)
+    tiles = 2 * ROWS * stage.features
+    return FLOAT * (WEIGHTS * rows + copies + tiles) + 2 * largest  # codes, and those of plain rounding
+
+
+def _activations(plan: Plan, stage: Stage) -> int:
+    calibration = plan.config.calibration
+    tokens = min(calibration.batch_size, calibration.samples) * calibration.sequence_length
+    passing = tokens * (6 * width(plan) + 4 * stage.features) * plan.dtype.itemsize
+    return passing + min(tokens, CHUNK_ROWS) * stage.features * FLOAT * (3 if _drifts(plan, stage) else 1)
