@@ -117,3 +117,13 @@ def test_the_checkpoint_does_not_depend_on_what_waits(tmp_path, monkeypatch):
         written.append((output / "model.safetensors").read_bytes())
     assert written[0] == written[1]
     assert settings(parent, output).follows_float  # so passes of both models waited
+
+
+@pytest.mark.parametrize("end", [HeldRun.let_go, HeldRun.__del__])
+def test_a_pass_that_is_let_go_leaves_gradients_on(end):
+    block, x = Block(), torch.randn(5, K)
+    waiting = HeldRun(torch.no_grad()(lambda: block(x)))
+    assert waiting.reach(block.b) is not None
+    end(waiting)
+    assert torch.is_grad_enabled()
+    assert torch.equal(waiting(), block(x))

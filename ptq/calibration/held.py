@@ -60,7 +60,15 @@ class HeldRun:
 
     def let_go(self) -> None:
         """Forget what the pass has computed."""
-        self._waiting = None
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            # Ending it leaves its `no_grad` blocks, which would switch gradients off for whoever goes on here.
+            with torch.set_grad_enabled(torch.is_grad_enabled()):
+                waiting.throw()
+
+    def __del__(self) -> None:
+        """A pass that nobody asks for any more ends the same way."""
+        self.let_go()
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
