@@ -16,6 +16,7 @@ from ptq.gptq.inverse import ROWS
 from ptq.models.structure import linears
 from ptq.plan import Plan
 from ptq.task import CHUNK_WEIGHTS
+from ptq.walk import HELD_BYTES
 
 FLOAT = 4  # bytes of float32
 WEIGHTS = 7  # float32 matrices alive while some rows are solved for: weight, target, errors, what the search compares
@@ -73,8 +74,9 @@ def block_work(plan: Plan, block: Block, *, apart: bool = False) -> tuple[dict[s
         return {}, {"solver": solver}
     needs = []
     for stage in block.stages:
-        calibrating = _calibrating(plan, stage), {"activations": _activations(plan, stage)}
-        needs += [calibrating, (_solving(plan, stage), {"solver": _solver(plan, stage)})]
+        waiting = {"waiting passes": _waiting(plan, stage)}
+        calibrating = _calibrating(plan, stage), {"activations": _activations(plan, stage), **waiting}
+        needs += [calibrating, (_solving(plan, stage), {"solver": _solver(plan, stage), **waiting})]
     if plan.config.method == "awq":
         widest = max(stage.features for stage in block.stages)
         moments = FLOAT * (sum(stage.features**2 * stage.inputs for stage in block.stages) + 2 * widest**2)
@@ -123,6 +125,14 @@ def _solver(plan: Plan, stage: Stage) -> int:
     copies = COPIES * min(plan.config.gptq.candidates * rows, CANDIDATE_WEIGHTS)
     tiles = 2 * ROWS * stage.features
     return FLOAT * (WEIGHTS * rows + copies + tiles) + 2 * largest  # codes, and those of plain rounding
+
+
+def _waiting(plan: Plan, stage: Stage) -> int:
+    """Of passes that go on once a Linear is quantized: the residual and what the Linear reads."""
+    calibration = plan.config.calibration
+    tokens = calibration.samples * calibration.sequence_length
+    held = min(HELD_BYTES, tokens * (width(plan) + stage.features) * plan.dtype.itemsize)
+    return held * (2 if plan.config.follows_float else 1)
 
 
 def _activations(plan: Plan, stage: Stage) -> int:
