@@ -124,6 +124,11 @@ def summary(report: Report) -> str:
     rescued = [name for name, row in report.modules.items() if row.get("rescues")]
     if rescued:
         lines.append(f"{len(rescued)} modules needed a numerical rescue, see the report: {', '.join(rescued[:3])}")
+    experts = [row for row in report.modules.values() if "routed" in row]
+    if experts:
+        starved = sum(row["routed"] < row["tokens"] for row in experts)
+        few = f"{starved} of which few tokens were routed to and saw all tokens"
+        lines.append(f"{len(experts)} modules of experts, {few}")
     if "prediction" in document:
         memory, seconds = document["prediction"]["memory"], document["prediction"]["seconds"]
         lines.append(

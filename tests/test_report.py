@@ -22,11 +22,13 @@ def test_table_is_aligned_and_marks_what_is_missing() -> None:
 
 
 def test_summary_says_where_things_are_and_what_was_rescued(tmp_path: Path) -> None:
-    rows = {"m.a": {"rescues": ["float64"]}, "m.b": {"rescues": []}}
+    experts = {"m.e.0": {"tokens": 64, "routed": 64}, "m.e.1": {"tokens": 64, "routed": 3}}
+    rows = {"m.a": {"rescues": ["float64"]}, "m.b": {"rescues": [], "tokens": 64}, **experts}
     document = {"size": {"bits_per_weight": 4.25, "before": 2_000_000, "after": 500_000}, "modules": rows}
     text = summary(Report(tmp_path / "out", document))
-    assert "2 modules quantized, 4.250 bits a weight, 2.0 MB -> 0.5 MB" in text
+    assert "4 modules quantized, 4.250 bits a weight, 2.0 MB -> 0.5 MB" in text
     assert "1 modules needed a numerical rescue, see the report: m.a" in text
+    assert "2 modules of experts, 1 of which few tokens were routed to and saw all tokens" in text
     assert str(tmp_path / "out" / "report.json") in text
 
 
