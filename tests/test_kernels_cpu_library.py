@@ -318,7 +318,7 @@ def test_small_groups_are_not_padded(case: Case, reason: str) -> None:
 def test_a_width_that_the_library_does_not_know_is_refused() -> None:
     weight = layouts.convert(packed(random_case(32, 64, 32)), "strips")
     with pytest.raises(RuntimeError, match="bits must be one of .* the library got 5"):
-        strips.Product(weight._replace(bits=5), None, strips.any_library())(torch.ones(1, 64))
+        strips.matmul(torch.ones(1, 64), weight._replace(bits=5), None, strips.any_library())
 
 
 def test_the_build_says_what_is_missing(
