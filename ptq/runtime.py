@@ -143,10 +143,10 @@ def load(
             scales (see `ptq.nn.head.pack_head`): not calibrated, so measure what it costs. It is read once a token,
             and with a large vocabulary it is most of what a float head leaves to read. An embedding that shares its
             weight stays in float, beside the packed copy.
-        compile: let ``generate`` keep a static cache and run its decoding step through torch.compile, whatever the
-            architecture. On a CPU most of an eager step of a small model is Python; this needs a C++ compiler there.
-            The first call for a length of the cache compiles, for minutes (kept on disk by torch); what ``generate`` is
-            told itself goes before.
+        compile: let ``generate`` run its decoding step through torch.compile where it is given
+            ``cache_implementation="static"``, whatever the architecture. On a CPU most of a step of a small model is
+            Python otherwise; a C++ compiler is needed there. The first call for a length of the cache compiles, for a
+            minute or more (kept on disk by torch).
         warmup: on a GPU, compile every kernel that any number of rows needs and make the workspaces, so that the first
             forward pass waits for nothing and CUDA graphs can be captured at once. The first load on a machine takes
             seconds longer; compiled kernels are cached on disk. Nothing happens on a CPU.
@@ -233,4 +233,3 @@ def _compile_decoding(model: Any, device: torch.device) -> None:
         config = CompileConfig(mode=None, options={"cpp_wrapper": True})
         config._compile_all_devices = True  # otherwise on accelerators only
     model.generation_config.compile_config = config
-    model.generation_config.cache_implementation = "static"

@@ -163,8 +163,9 @@ def test_float32_rows_follow_the_precision_of_torch(isa: str, precision: str) ->
         torch.set_float32_matmul_precision(before)
     allowed = rounded(isa, torch.float16, 40)
     assert worst_error(y, x, case, None, allowed) <= 1
-    exact = precision == "highest" or not allowed
-    assert (worst_error(y, x, case, None, 0.0) <= 1) == exact
+    # "high": two bfloat16 values for each of x's; what is lost, 2^-16, is less than 256 float32 additions may lose.
+    as_float32 = precision != "medium" or not allowed
+    assert (worst_error(y, x, case, None, 0.0) <= 1) == as_float32
 
 
 @pytest.mark.parametrize("rows", [1, 3, 12, 40])

@@ -22,14 +22,18 @@
 
 namespace {
 
-// Which kernel serves how many rows: where they were measured to meet. With `exact`, or for one or two rows, or where
+enum Mode : int32_t { FAST = 0, EXACT = 1, BYTES = 2, PAIRS = 3 };
+
+// Which kernel serves how many rows: where they were measured to meet. In mode EXACT, or for one or two rows, or where
 // floats are all there is, the product is as good as float32 throughout. Otherwise float32 and float16 rows are rounded
-// to bfloat16, and so are the dequantized weights where there are many rows.
+// to bfloat16, and so are the dequantized weights where there are many rows. PAIRS: as EXACT, but AMX takes of float32
+// rows the 16 leading bits, as two bfloat16 values.
 template <int BITS>
-void multiply(const Input& in, const Weight& w, const Output& out, bool exact) {
+void multiply(const Input& in, const Weight& w, const Output& out, int32_t mode) {
+  const bool exact = mode != FAST;
 #if defined(__AMX_BF16__)
   if (in.rows <= 2) return gemv<BITS>(in, w, out);
-  if (exact) return amx_exact<BITS>(in, w, out, in.type == BFLOAT16 ? 1 : in.type == FLOAT16 ? 2 : 3);
+  if (exact) return amx_exact<BITS>(in, w, out, in.type == BFLOAT16 ? 1 : in.type == FLOAT16 || mode == PAIRS ? 2 : 3);
   if (in.rows <= (w.group < 64 ? 8 : 16)) return amx_exact<BITS>(in, w, out, 1);
   return gemm<AmxTiles, BITS>(in, w, out);
 #else
@@ -56,12 +60,10 @@ bool multiply_bytes(const Input& in, const Weight& w, const Output& out) {
 #endif
 }
 
-enum Mode : int32_t { FAST = 0, EXACT = 1, BYTES = 2 };
-
 template <int BITS>
 int32_t product(const Input& in, const Weight& w, const Output& out, int32_t mode) {
   if (mode == BYTES) return multiply_bytes<BITS>(in, w, out) ? 0 : -2;
-  multiply<BITS>(in, w, out, mode == EXACT);
+  multiply<BITS>(in, w, out, mode);
   return 0;
 }
 
@@ -109,7 +111,7 @@ static int64_t bytes_of(const Linear& w) {
   return code_bytes(w) + columns_of(w) * (w.k / w.group) * (bytes_of(Type(w.scale_type)) + (w.has_zeros != 0));
 }
 
-// x [m][k] and y [m][n] of x_type. mode: FAST or EXACT, see multiply(), or BYTES. -1: bits not known; -2: no such mode.
+// x [m][k] and y [m][n] of x_type. mode: FAST, EXACT or PAIRS, see multiply(), or BYTES. -1: bits not known; -2: no such mode.
 int32_t qmm_matmul(const Linear* linear, const uint8_t* x, int32_t x_type, uint8_t* y, int64_t m, int32_t mode) {
   const int64_t columns = columns_of(*linear), groups = linear->k / linear->group;
   const int64_t padded = rounded_up(linear->group, UNIT);

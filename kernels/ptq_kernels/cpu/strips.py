@@ -19,7 +19,8 @@ from ptq_kernels.layouts import Layout, PackedWeight
 _STRIP, _UNIT = 16, 32
 _MOST_PADDING = 1.5  # padded columns over columns
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FAST, _EXACT, _BYTES = 0, 1, 2  # the modes of qmm_matmul
+_FAST, _EXACT, _BYTES, _PAIRS = 0, 1, 2, 3  # the modes of qmm_matmul
+_FLOAT32_MODES = {"highest": _EXACT, "high": _PAIRS, "medium": _FAST}
 _MOST_BYTES = 2**24  # codes of 2**bits times bytes of 2**7 must add up to less than 2**31
 
 
@@ -100,8 +101,7 @@ def mode(dtype: torch.dtype, activation: str | None) -> int:
     """The mode of qmm_matmul for rows of `dtype`."""
     if activation is not None:
         return _BYTES
-    exact = dtype is torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return _EXACT if exact else _FAST
+    return _FLOAT32_MODES[torch.get_float32_matmul_precision()] if dtype is torch.float32 else _FAST
 
 
 def arguments(weight: PackedWeight) -> tuple[int, int, int, int, bool]:
@@ -118,8 +118,8 @@ def matmul(
     Sums are float32 and rounded once. float32 rows are multiplied as exactly as float32 allows, unless
     ``torch.set_float32_matmul_precision`` permits less than "highest". Where bfloat16 alone has a fast product (AMX,
     AVX512-BF16), other rows are rounded to bfloat16 when there are more than two or four, and dequantized weights are
-    when there are many. With activation "int8" the rows are as `reference.quantize_rows` rounds them, and sums over a
-    group are integers.
+    when there are many; with "high" AMX multiplies float32 rows as sums of two bfloat16 values instead. With activation
+    "int8" the rows are as `reference.quantize_rows` rounds them, and sums over a group are integers.
 
     Raises RuntimeError for a width that the library does not know.
     """

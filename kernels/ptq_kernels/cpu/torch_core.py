@@ -55,8 +55,8 @@ class Kernel:
             raise OSError(
                 f"torch must take {namespace}::{operator}, it returned {failed}; use another version of torch"
             )
-        self._handle = handle
+        self._core, self._handle = core, handle
 
     def remove(self) -> None:
         """Leave the operator without a kernel on the CPU."""
-        _core().aoti_torch_delete_library_object(self._handle)
+        self._core.aoti_torch_delete_library_object(self._handle)
