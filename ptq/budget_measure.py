@@ -144,9 +144,7 @@ def _probes(modules: Mapping[str, nn.Module], where: str, runs: Sequence[Run], p
             yield _Carried(tuple(chosen), rounded._replace(weights={}), size, hidden)
 
 
-def _bundles(
-    groups: Sequence[InputGroup], stats: Sequence[InputStats]
-) -> list[list[tuple[InputGroup, InputStats]]]:
+def _bundles(groups: Sequence[InputGroup], stats: Sequence[InputStats]) -> list[list[tuple[InputGroup, InputStats]]]:
     """What gets one width: an input group, and all experts of a layer, which engines run as one."""
     found: dict[tuple[bool, int], list[tuple[InputGroup, InputStats]]] = {}
     for index, pair in enumerate(zip(groups, stats, strict=True)):

@@ -309,6 +309,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", metavar="KxN", help="input x output features (default: a Llama-3-8B's)")
     parser.add_argument("--rows", nargs="+", type=int, help="rows of the input (default: 1 to 512)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="numbers of threads (default 1)")
+    parser.add_argument("--compiled", action="store_true", help="add torch.compile's int4 path (needs a compiler)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
     _debug_argument(parser)
     parser.set_defaults(action=_bench)
@@ -318,7 +319,7 @@ def _bench(options: argparse.Namespace) -> int:
     from ptq_kernels import bench_cpu
 
     shapes, rows = options.shapes or bench_cpu.SHAPES, options.rows or bench_cpu.ROWS
-    return bench_cpu.main(shapes, rows, options.threads, options.json)
+    return bench_cpu.main(shapes, rows, options.threads, options.json, options.compiled)
 
 
 def _tune_arguments(parser: argparse.ArgumentParser) -> None:

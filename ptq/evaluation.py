@@ -109,4 +109,3 @@ def show(document: dict[str, Any]) -> str:
     if any(row["kl"] is not None for row in document["models"].values()):
         lines[-1] += "; KL divergence to the parent in nats a token, top-1 agreement with it"
     return "\n".join(lines)
-

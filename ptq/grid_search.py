@@ -88,9 +88,7 @@ def _search(
     return best.scales, best.zeros
 
 
-def _candidates(
-    w: Tensor, start: Grid, scheme: Scheme, shrinks: Sequence[float]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _candidates(w: Tensor, start: Grid, scheme: Scheme, shrinks: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
     if scheme.symmetric:
         largest = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
         full = -largest / 2 ** (scheme.bits - 1)

@@ -123,6 +123,7 @@ def load(
     dtype: str = "auto",
     fuse: bool = False,
     head_bits: int | None = None,
+    compile: bool = False,
     warmup: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -142,6 +143,10 @@ def load(
             scales (see `ptq.nn.head.pack_head`): not calibrated, so measure what it costs. It is read once a token,
             and with a large vocabulary it is most of what a float head leaves to read. An embedding that shares its
             weight stays in float, beside the packed copy.
+        compile: let ``generate`` run its decoding step through torch.compile where it is given
+            ``cache_implementation="static"``, whatever the architecture. On a CPU most of a step of a small model is
+            Python otherwise; a C++ compiler is needed there. The first call for a length of the cache compiles, for a
+            minute or more (kept on disk by torch).
         warmup: on a GPU, compile every kernel that any number of rows needs and make the workspaces, so that the first
             forward pass waits for nothing and CUDA graphs can be captured at once. The first load on a machine takes
             seconds longer; compiled kernels are cached on disk. Nothing happens on a CPU.
@@ -174,6 +179,8 @@ def load(
     if warmup:
         warm_up(model, checkpoint.dtype)
     _add_generation_config(model, checkpoint.directory)
+    if compile:
+        _compile_decoding(model, target)
     if checkpoint.packed is not None:
         from ptq.integration.quantizer import attach
 
@@ -215,3 +222,14 @@ def _add_generation_config(model: Any, directory: Path) -> None:
 
     if (directory / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = GenerationConfig.from_pretrained(directory)
+
+
+def _compile_decoding(model: Any, device: torch.device) -> None:
+    from transformers import CompileConfig
+
+    config = CompileConfig()
+    if device.type == "cpu":
+        # A wrapper in C++: with one in Python each of a step's hundreds of calls costs microseconds.
+        config = CompileConfig(mode=None, options={"cpp_wrapper": True})
+        config._compile_all_devices = True  # otherwise on accelerators only
+    model.generation_config.compile_config = config

@@ -163,8 +163,9 @@ def test_float32_rows_follow_the_precision_of_torch(isa: str, precision: str) ->
         torch.set_float32_matmul_precision(before)
     allowed = rounded(isa, torch.float16, 40)
     assert worst_error(y, x, case, None, allowed) <= 1
-    exact = precision == "highest" or not allowed
-    assert (worst_error(y, x, case, None, 0.0) <= 1) == exact
+    # "high": two bfloat16 values for each of x's; what is lost, 2^-16, is less than 256 float32 additions may lose.
+    as_float32 = precision != "medium" or not allowed
+    assert (worst_error(y, x, case, None, 0.0) <= 1) == as_float32
 
 
 @pytest.mark.parametrize("rows", [1, 3, 12, 40])
@@ -318,7 +319,7 @@ def test_small_groups_are_not_padded(case: Case, reason: str) -> None:
 def test_a_width_that_the_library_does_not_know_is_refused() -> None:
     weight = layouts.convert(packed(random_case(32, 64, 32)), "strips")
     with pytest.raises(RuntimeError, match="bits must be one of .* the library got 5"):
-        strips.Product(weight._replace(bits=5), None, strips.any_library())(torch.ones(1, 64))
+        strips.matmul(torch.ones(1, 64), weight._replace(bits=5), None, strips.any_library())
 
 
 def test_the_build_says_what_is_missing(

@@ -27,16 +27,9 @@ class Stopwatch:
         """Called by ``generate`` after the last token."""
 
 
-def arguments(new: int, compiled: bool) -> dict[str, Any]:
-    """What ``generate`` is given; a compiled model compiles the decoding step only, as transformers does on GPUs."""
-    chosen: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "cache_implementation": "static"}
-    if compiled:
-        from transformers import CompileConfig
-
-        config = CompileConfig(fullgraph=False, mode="default")
-        config._compile_all_devices = True  # transformers compiles on accelerators only unless told so
-        chosen["compile_config"] = config
-    return chosen
+def arguments(new: int) -> dict[str, Any]:
+    """What ``generate`` is given."""
+    return {"max_new_tokens": new, "do_sample": False, "cache_implementation": "static"}
 
 
 def measure(model: Any, prompt: Tensor, settings: dict[str, Any]) -> dict[str, float]:
@@ -54,13 +47,13 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     torch.set_num_threads(task["threads"])
     started = time.perf_counter()
-    model = ptq.load(task["path"], device="cpu", fuse=True)
+    model = ptq.load(task["path"], device="cpu", fuse=True, compile=task["compiled"], head_bits=task["head_bits"])
     result: dict[str, Any] = {"load": time.perf_counter() - started}
     prompt = torch.randint(model.config.vocab_size, (1, task["prompt"]), generator=torch.Generator().manual_seed(0))
-    settings = arguments(task["new"], task["compiled"])
+    settings = arguments(task["new"])
     started = time.perf_counter()
     # What is compiled is compiled for one length of the cache.
-    model.generate(prompt, **settings if task["compiled"] else arguments(2, compiled=False))
+    model.generate(prompt, **settings if task["compiled"] else arguments(2))
     result["warm_up"] = time.perf_counter() - started
     result["runs"] = [measure(model, prompt, settings) for _ in range(task["repeats"])]
     result["memory_peak"] = resident_bytes(peak=True)

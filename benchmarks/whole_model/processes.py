@@ -49,7 +49,7 @@ def run(task: Task, llama_cpp: Path | None) -> dict[str, Any]:
         order["flash_attention"] = row.flash_attention
     else:
         command = [sys.executable, "-m", "benchmarks.whole_model.generate"]
-        order["compiled"] = row.compiled
+        order |= {"compiled": row.compiled, "head_bits": row.head_bits}
     done = subprocess.run(
         [*command, json.dumps(order)], cwd=ROOT, env=_environment(task), capture_output=True, text=True, check=False
     )

@@ -52,8 +52,8 @@ def matmul(
     activation cannot run.
     """
     scheme = (bits, group_size, layout, impl, activation)
-    if perm is None and (ready := direct.find(x, qweight, scales, zeros, bias, scheme)) is not None:
-        return ready(x)
+    if perm is None and (short := direct.product(x, qweight, scales, zeros, bias, scheme)) is not None:
+        return short
     if x.dim() == 0:
         raise ValueError("x must have shape [..., K], got a scalar; pass at least one row of K values")
     weight = PackedWeight(qweight, scales, zeros, bits, group_size, x.shape[-1], layout, perm)
@@ -61,6 +61,8 @@ def matmul(
     checks.check_activation(activation)
     checks.check_weight(weight)
     checks.check_input(x, weight, bias)
+    if torch.compiler.is_compiling() and (short := direct.traced(x, weight, bias, scheme)) is not None:
+        return short
     result: Tensor = torch_op.matmul(x, qweight, scales, zeros, bias, bits, group_size, layout, impl, perm, activation)
     direct.remember(x, weight, bias, scheme)
     return result

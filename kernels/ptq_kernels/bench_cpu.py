@@ -94,6 +94,7 @@ class Layer:
     def __init__(self, shape: str, compiled: bool) -> None:
         """`shape`: "KxN"; `compiled`: with torch.compile's int4 path."""
         self.shape, self.compiled = shape, compiled
+        self.compile_seconds: dict[tuple[int, int], float] = {}  # by rows and threads
         self.columns, self.out_features = (int(part) for part in shape.split("x"))
         generator = torch.Generator().manual_seed(0)
         scales_shape = (self.out_features, self.columns // GROUP)
@@ -108,6 +109,10 @@ class Layer:
         most = max(3 * last_level_cache() // 2, 1 << 28)
         self._dense = {dtype: Copies(self.dense.to(dtype), most) for dtype in (torch.bfloat16, torch.float32)}
         self._packed = {name: Copies(layouts.convert(self.weight, name).qweight, most) for name in self.layouts()}
+
+    def packed_bytes(self) -> int:
+        """What the library reads of one weight; 0 without a library."""
+        return self._packed["strips"].next().numel() if "strips" in self._packed else 0
 
     def layouts(self) -> list[str]:
         """Those that exist here for this layer."""
@@ -137,7 +142,8 @@ class Layer:
                 found[f"library {name}"] = (like, self._ours(like, "strips", "cpu"))
             if strips.refuse_int8(self.weight._replace(layout="strips"), library.best()) is None:
                 found[INT8] = (bf16, self._ours(bf16, "strips", "cpu", "int8"))
-            found["fp32 medium"] = (x, _with_medium_precision(self._ours(x, "strips", "cpu")))
+            for name in ("high", "medium"):
+                found[f"fp32 {name}"] = (x, _with_precision(name, self._ours(x, "strips", "cpu")))
         return found
 
     def _ours(self, x: Tensor, layout: str, impl: str, activation: str | None = None) -> Call:
@@ -179,7 +185,7 @@ class Layer:
         torch._dynamo.reset()
         module = torch.compile(Product().eval())
         with torch.no_grad(), config.patch(freezing=True, max_autotune=True):
-            module(x)
+            self.compile_seconds[x.shape[0], torch.get_num_threads()] = _seconds(lambda: module(x))
 
         def call() -> Tensor:
             with torch.no_grad():
@@ -189,10 +195,10 @@ class Layer:
         return call
 
 
-def _with_medium_precision(call: Call) -> Call:
+def _with_precision(name: str, call: Call) -> Call:
     def run() -> Tensor:
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium")
+        torch.set_float32_matmul_precision(name)
         y = call()
         torch.set_float32_matmul_precision(before)
         return y
@@ -235,27 +241,47 @@ def _line(cells: Sequence[Cell]) -> str:
     return "".join(f"{c.best_ms:10.3f} {dense / c.best_ms:5.2f}x" for c in cells)
 
 
+def _notes(layer: Layer, cells: Sequence[Cell], bandwidth: float) -> str:
+    """What to know beside the table of one shape and number of threads."""
+    in_bytes = [c.error for c in cells if c.column == INT8]
+    lines = [f"relative error at most {max(c.error for c in cells if c.column != INT8):.1e}"]
+    if in_bytes:
+        lines[0] += f"; {INT8}: {max(in_bytes):.1e}"
+    for cell in cells:
+        if cell.rows == 1 and cell.column == "library bf16":
+            rate = layer.packed_bytes() / cell.best_ms * 1e-6
+            share = f"{rate / bandwidth:.2f} of what torch.sum reads"
+            lines.append(f"{cell.column}, 1 row: {rate:.1f} GB/s of packed weights, {share}")
+    taken = [seconds for (_, threads), seconds in layer.compile_seconds.items() if threads == cells[0].threads]
+    if taken:
+        lines.append(f"torch.compile took {min(taken):.0f} to {max(taken):.0f} s for each number of rows")
+    return "\n".join(lines)
+
+
 def run(
-    shapes: Sequence[str], rows: Sequence[int], threads: Sequence[int], seconds: float, compiled: bool
+    shapes: Sequence[str],
+    rows: Sequence[int],
+    bandwidth: dict[int, float],
+    seconds: float,
+    compiled: bool,
 ) -> list[Cell]:
-    """Measure in this process and print as it goes."""
+    """Measure in this process and print as it goes. bandwidth: GB/s by the number of threads."""
     cells: list[Cell] = []
     for shape in shapes:
         layer = Layer(shape, compiled)
-        for count in threads:
+        for count in bandwidth:
             torch.set_num_threads(count)
             title = f"{shape.replace('x', ' -> ')}, {BITS} bits, group {GROUP}, {count} thread(s)"
             print(f"\n{title}; best ms, times dense bf16")
+            found: list[Cell] = []
             for m in rows:
                 row = measure(layer, m, count, seconds)
                 if m == rows[0]:
                     print(" rows" + "".join(f"{c.column:>17}" for c in row))
                 print(f"{m:5d}" + _line(row), flush=True)
-                cells += row
-            of_shape = [c for c in cells if c.shape == shape]
-            print(f"relative error at most {max(c.error for c in of_shape if c.column != INT8):.1e}", end="")
-            in_bytes = max((c.error for c in of_shape if c.column == INT8), default=None)
-            print("" if in_bytes is None else f"; {INT8}: {in_bytes:.1e}")
+                found += row
+            print(_notes(layer, found, bandwidth[count]), flush=True)
+            cells += found
     return cells
 
 
@@ -310,7 +336,7 @@ def _worker() -> int:
         "read_gb_per_s": bandwidth,
     }
     print(json.dumps(machine))
-    cells = run(o.shapes, o.rows, o.threads, o.seconds, o.compiled)
+    cells = run(o.shapes, o.rows, bandwidth, o.seconds, o.compiled)
     if o.json:
         Path(o.json).write_text(json.dumps({"machine": machine, "cells": [c._asdict() for c in cells]}, indent=1))
     return 0

@@ -1,8 +1,8 @@
-"""The short way of `matmul`: a weight that was checked and served once goes straight to its C++ library.
+"""The short way of `matmul` on a CPU: past the checks, to the operator that a C++ library serves itself.
 
-The checks and torch's dispatcher cost several times what a small product does. They are needed again only where
-something other than the values of x is different from the call before, or where somebody wants to see the operator: a
-tracer, a profiler, autograd, a mode.
+The checks, and an operator that is written in Python, cost several times what a small product does. A weight that was
+checked and served once needs them again only where something other than the values of x is different from the call
+before. `ptq_kernels::strips` has neither gradients nor other transforms: who wants those gets `ptq_kernels::matmul`.
 """
 
 import weakref
@@ -12,27 +12,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, profiler
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ptq_kernels import dispatch
-from ptq_kernels.cpu import library
-from ptq_kernels.cpu.strips import TYPES, Product
+from ptq_kernels import dispatch, torch_op
+from ptq_kernels.cpu import library, strips
 from ptq_kernels.layouts import PackedWeight
 
 Scheme = tuple[int, int, str, str, str | None]  # bits, group size, layout, impl, activation
 
 
 class _Ready(NamedTuple):
-    """One bound product, and by what to know that it is the one."""
+    """What is known of a weight, and by what to know that it is the one."""
 
-    product: Product
     qweight: Callable[[], Tensor | None]  # weak references: what is remembered keeps nothing alive
     scales: Callable[[], Tensor | None]
     zeros: Callable[[], Tensor | None]
     bias: Callable[[], Tensor | None]
-    address: int  # of qweight: assigning to its .data changes that, not its identity
-    bias_address: int
+    in_features: int
+    arguments: tuple[int, int, int, int, bool]  # of the operator, after the tensors
     generation: int
 
 
@@ -41,26 +39,22 @@ _ready: dict[tuple[int, Scheme], _Ready] = {}  # by id of qweight
 
 def remember(x: Tensor, weight: PackedWeight, bias: Tensor | None, scheme: Scheme) -> None:
     """Let the next call with these very tensors take the short way, where there is one; `x` has just been served."""
-    if torch.compiler.is_compiling() or weight.layout != "strips" or weight.perm is not None:
+    if torch.compiler.is_compiling() or weight.perm is not None or not x.numel() or not dispatch.is_best(scheme[3]):
         return
-    if _watched(x, bias) or not x.numel():
+    qweight, plain = weight.qweight, (Tensor, Parameter)
+    if weight.layout != "strips" or not qweight.is_contiguous() or type(qweight) not in plain:
         return
-    qweight = weight.qweight
-    if not all(t is None or (type(t) in (Tensor, Parameter) and t.is_contiguous()) for t in (qweight, bias)):
-        return
-    product = dispatch.bind(scheme[3], weight, bias, scheme[4])
-    if product is None:
+    if bias is not None and (not bias.is_contiguous() or type(bias) not in plain):
         return
     key = (id(qweight), scheme)
     forget = partial(_forget, _ready, key)
     _ready[key] = _Ready(
-        product,
         weakref.ref(qweight, forget),
         weakref.ref(weight.scales, forget),
         _nothing if weight.zeros is None else weakref.ref(weight.zeros, forget),
         _nothing if bias is None else weakref.ref(bias, forget),
-        qweight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        weight.in_features,
+        strips.arguments(weight),
         library.generation,
     )
 
@@ -70,10 +64,10 @@ def _forget(ready: dict[tuple[int, Scheme], _Ready], key: tuple[int, Scheme], _:
     ready.pop(key, None)
 
 
-def find(
+def product(
     x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: Scheme
-) -> Product | None:
-    """The product for these arguments, if they were remembered and nothing but the product is wanted; else None."""
+) -> Tensor | None:
+    """The product of these arguments, if they were remembered and nothing but the product is wanted; else None."""
     if torch.compiler.is_compiling() or (ready := _ready.get((id(qweight), scheme))) is None:
         return None
     if (
@@ -81,32 +75,46 @@ def find(
         and ready.scales() is scales
         and ready.zeros() is zeros
         and ready.bias() is bias
-        and ready.address == qweight.data_ptr()
-        and ready.bias_address == (0 if bias is None else bias.data_ptr())
         and ready.generation == library.generation
         and type(x) is Tensor
-        and not _watched(x, bias)
+        and not _transformed(x, bias)
         and x.is_cpu
-        and x.dtype in TYPES
+        and x.dtype in strips.TYPES
         and x.dim()
-        and x.shape[-1] == ready.product.in_features
+        and x.shape[-1] == ready.in_features
         and x.is_contiguous()
-        and x.numel()
     ):
-        return ready.product
+        mode = strips.mode(x.dtype, scheme[4])
+        y: Tensor = torch_op.strips(x, qweight, qweight if bias is None else bias, *ready.arguments, mode)
+        return y
     return None
 
 
-def _watched(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether autograd, a tracer, a transform, a mode or the profiler has to see the operator."""
+def traced(x: Tensor, weight: PackedWeight, bias: Tensor | None, scheme: Scheme) -> Tensor | None:
+    """The product for a graph that torch.compile makes of checked arguments, where it is the short one; else None."""
+    if (
+        weight.layout != "strips"
+        or x.dtype not in (torch.bfloat16, torch.float16)  # float32 depends on a setting that may change
+        or scheme[3] not in ("auto", "cpu")
+        or scheme[4] is not None
+        or torch.is_grad_enabled()
+        or torch.compiler.is_exporting()
+    ):
+        return None
+    rows = x if weight.perm is None else x.index_select(-1, weight.perm)
+    placeholder = weight.qweight if bias is None else bias
+    mode = strips.mode(x.dtype, None)
+    y: Tensor = torch_op.strips(rows.contiguous(), weight.qweight, placeholder, *strips.arguments(weight), mode)
+    return y
+
+
+def _transformed(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd, a transform or the tracer has to see an operator that it knows."""
     return bool(
         (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
         or x.is_neg()
     )
 

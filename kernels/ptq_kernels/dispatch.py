@@ -12,7 +12,6 @@ from torch import Tensor
 from ptq_kernels import layouts, reference, tiles
 from ptq_kernels.cpu import library
 from ptq_kernels.cpu import matmul as cpu
-from ptq_kernels.cpu.strips import Product
 from ptq_kernels.layouts import PackedWeight
 
 _log = logging.getLogger("ptq_kernels")
@@ -89,13 +88,13 @@ _IMPLEMENTATIONS: dict[str, Implementation] = {
 class Strips(NamedTuple):
     """What an implementation does with a weight in layout "strips" besides."""
 
-    bind: Callable[[PackedWeight, Tensor | None, str | None], Product]  # weight, bias, activation -> call
+    with_activation: Callable[[Tensor, PackedWeight, Tensor | None, str], Tensor]
     refuse_int8: Callable[[PackedWeight], str | None]  # why it cannot multiply rows in 8 bits; None: it can
 
 
 _STRIPS = {
-    "cpu": Strips(cpu.binder(None), cpu.int8_refusal(None)),
-    **{f"cpu-{name}": Strips(cpu.binder(name), cpu.int8_refusal(name)) for name in library.SETS},
+    "cpu": Strips(cpu.with_activation(None), cpu.int8_refusal(None)),
+    **{f"cpu-{name}": Strips(cpu.with_activation(name), cpu.int8_refusal(name)) for name in library.SETS},
 }
 
 _chosen: dict[tuple[str, str, int, str], str] = {}
@@ -151,10 +150,9 @@ def refuse_activation(impl: str, weight: PackedWeight, activation: str | None) -
         raise RuntimeError(f"activation={activation!r} cannot run here with impl={impl!r}: {reason}; or leave it out")
 
 
-def bind(impl: str, weight: PackedWeight, bias: Tensor | None, activation: str | None) -> Product | None:
-    """The product with a weight that `run` has served before, for calls that need nothing of torch's operators."""
-    name = choose(impl, weight.qweight.device)
-    return _STRIPS[name].bind(weight, bias, activation) if weight.layout == "strips" and name in _STRIPS else None
+def is_best(impl: str) -> bool:
+    """Whether the fastest C++ library serves weights in layout "strips" on the CPU, as `ptq_kernels::strips` does."""
+    return choose(impl, torch.device("cpu")) == "cpu" and library.best() is not None
 
 
 def run(impl: str, x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str | None = None) -> Tensor:
@@ -166,7 +164,7 @@ def run(impl: str, x: Tensor, weight: PackedWeight, bias: Tensor | None, activat
         if name == "reference":
             return reference.matmul_int8(x, weight, bias)
         rows = x if weight.perm is None else x.index_select(1, weight.perm)
-        return _STRIPS[name].bind(weight, bias, activation)(rows)
+        return _STRIPS[name].with_activation(rows, weight, bias, activation)
     if weight.layout not in _IMPLEMENTATIONS[name].layouts:
         weight = layouts.convert(weight, "canonical")
     _note(impl, name, weight)

@@ -1,7 +1,8 @@
-"""The torch operator behind `ptq_kernels.matmul`, and the one of its backward pass.
+"""The torch operators behind `ptq_kernels.matmul`: the product, its backward pass, and the product by a C++ library.
 
-The implementation is chosen inside the operator: a traced graph holds one opaque call whatever the number of rows, so a
-new batch size recompiles nothing.
+The implementation is chosen inside `matmul`: a traced graph holds one opaque call whatever the number of rows, so a
+new batch size recompiles nothing. The kernel of `strips` is a C++ library's own function (`cpu/library.py`): a call of
+it runs no Python. For inference only, and for arguments that were checked.
 """
 
 from typing import Any
@@ -21,6 +22,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "matmul_grad_input(Tensor grad, Tensor qweight, Tensor scales, Tensor? zeros,"
     " int bits, int group_size, int in_features, str layout, Tensor? perm=None) -> Tensor"
+)
+_LIBRARY.define(
+    "strips(Tensor x, Tensor qweight, Tensor bias,"
+    " int out_features, int group_size, int bits, int scale_type, bool has_zeros, int mode) -> Tensor"
 )
 
 
@@ -47,6 +52,10 @@ def _matmul(
 
 def _matmul_fake(x: Tensor, qweight: Tensor, scales: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], scales.shape[0]))
+
+
+def _strips_fake(x: Tensor, qweight: Tensor, bias: Tensor, out_features: int, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _grad_input(
@@ -102,7 +111,9 @@ torch.library.impl("ptq_kernels::matmul", "default", _matmul, lib=_LIBRARY)
 torch.library.impl("ptq_kernels::matmul_grad_input", "default", _grad_input, lib=_LIBRARY)
 torch.library.register_fake("ptq_kernels::matmul", _matmul_fake, lib=_LIBRARY)
 torch.library.register_fake("ptq_kernels::matmul_grad_input", _grad_input_fake, lib=_LIBRARY)
+torch.library.register_fake("ptq_kernels::strips", _strips_fake, lib=_LIBRARY)
 torch.library.register_autograd("ptq_kernels::matmul", _backward, setup_context=_setup_context, lib=_LIBRARY)
 
 matmul = torch.ops.ptq_kernels.matmul.default
 matmul_grad_input = torch.ops.ptq_kernels.matmul_grad_input.default
+strips = torch.ops.ptq_kernels.strips.default

@@ -30,7 +30,7 @@ class Gemm {
   }
 
  private:
-  static constexpr int64_t ROWS_BLOCK = 256 / T::ROWS * T::ROWS, DEPTH = 256, GROUP = 8;
+  static constexpr int64_t ROWS_BLOCK = 512 / T::ROWS * T::ROWS, DEPTH = 256, GROUP = 8;
 
   // One block of rows times `group` panels from `first` on, the depths in turn.
   void block(T& tiles, int64_t m_begin, int64_t first, int64_t group) const {
@@ -40,6 +40,7 @@ class Gemm {
     float* partial = partial_memory.get<float>(group * sums);
     Filler<Values, T::COLUMNS> filler(w_);
     const int64_t count = (w_.k + DEPTH - 1) / DEPTH * group;
+    Finished before{nullptr, 0};
     for (int64_t i = -1; i < count; i++) {
       if (i + 1 < count) {
         const int64_t p = first + (i + 1) % group, k = (i + 1) / group * DEPTH, depth = std::min(DEPTH, w_.k - k);
@@ -48,25 +49,36 @@ class Gemm {
       }
       if (i >= 0) {
         const int64_t p = i % group, k = i / group * DEPTH;
-        multiply(tiles, m_begin, rows, k, panels + i % 2 * DEPTH * T::COLUMNS, partial + p * sums, filler);
-        if (k + DEPTH >= w_.k) emit(partial + p * sums, m_begin, rows, (first + p) * T::COLUMNS);
+        multiply(tiles, m_begin, rows, k, panels + i % 2 * DEPTH * T::COLUMNS, partial + p * sums, before, filler);
+        before = {nullptr, 0};
+        if (k + DEPTH >= w_.k) before = {partial + p * sums, (first + p) * T::COLUMNS};
       }
       filler.finish();
     }
+    for (int64_t m = 0; m < rows; m += T::ROWS) emit(before, m_begin, m, std::min(rows - m, T::ROWS));
   }
 
+  // Sums that are complete, and their first column. They are rounded and stored while the next panel is multiplied.
+  struct Finished {
+    const float* sums;
+    int64_t column;
+  };
+
   void multiply(T& tiles, int64_t m_begin, int64_t rows, int64_t k, const Element* panel, float* c,
-                Filler<Values, T::COLUMNS>& filler) const {
+                const Finished& before, Filler<Values, T::COLUMNS>& filler) const {
     for (int64_t m = 0; m < rows; m += T::ROWS) {
       const Element* x = x_ + (m_begin + m) * w_.k + k * T::INTERLEAVE;
-      tiles.multiply(x, w_.k, panel, std::min(DEPTH, w_.k - k), std::min(rows - m, T::ROWS), c + m * T::COLUMNS, k > 0,
-                     filler);
+      const int64_t count = std::min(rows - m, T::ROWS);
+      tiles.multiply(x, w_.k, panel, std::min(DEPTH, w_.k - k), count, c + m * T::COLUMNS, k > 0, filler);
+      if (before.sums != nullptr) emit(before, m_begin, m, count);
     }
   }
 
-  void emit(const float* c, int64_t m_begin, int64_t rows, int64_t n) const {
-    for (int64_t m = 0; m < rows; m++, c += T::COLUMNS)
-      for (int64_t i = 0; i < T::COLUMNS; i += LANES) out_.put(m_begin + m, n + i, load(c + i));
+  void emit(const Finished& panel, int64_t m_begin, int64_t first, int64_t count) const {
+    for (int64_t m = first; m < first + count; m++) {
+      const float* c = panel.sums + m * T::COLUMNS;
+      for (int64_t i = 0; i < T::COLUMNS; i += LANES) out_.put(m_begin + m, panel.column + i, load(c + i));
+    }
   }
 
   const Weight& w_;

@@ -6,6 +6,7 @@
 #else
 #include "simd256.h"
 #endif
+#include "boxed.h"
 #include "gemm.h"
 #include "gemv.h"
 #include "tiles_dot.h"
@@ -21,14 +22,18 @@
 
 namespace {
 
-// Which kernel serves how many rows: where they were measured to meet. With `exact`, or for one or two rows, or where
+enum Mode : int32_t { FAST = 0, EXACT = 1, BYTES = 2, PAIRS = 3 };
+
+// Which kernel serves how many rows: where they were measured to meet. In mode EXACT, or for one or two rows, or where
 // floats are all there is, the product is as good as float32 throughout. Otherwise float32 and float16 rows are rounded
-// to bfloat16, and so are the dequantized weights where there are many rows.
+// to bfloat16, and so are the dequantized weights where there are many rows. PAIRS: as EXACT, but AMX takes of float32
+// rows the 16 leading bits, as two bfloat16 values.
 template <int BITS>
-void multiply(const Input& in, const Weight& w, const Output& out, bool exact) {
+void multiply(const Input& in, const Weight& w, const Output& out, int32_t mode) {
+  const bool exact = mode != FAST;
 #if defined(__AMX_BF16__)
   if (in.rows <= 2) return gemv<BITS>(in, w, out);
-  if (exact) return amx_exact<BITS>(in, w, out, in.type == BFLOAT16 ? 1 : in.type == FLOAT16 ? 2 : 3);
+  if (exact) return amx_exact<BITS>(in, w, out, in.type == BFLOAT16 ? 1 : in.type == FLOAT16 || mode == PAIRS ? 2 : 3);
   if (in.rows <= (w.group < 64 ? 8 : 16)) return amx_exact<BITS>(in, w, out, 1);
   return gemm<AmxTiles, BITS>(in, w, out);
 #else
@@ -55,12 +60,10 @@ bool multiply_bytes(const Input& in, const Weight& w, const Output& out) {
 #endif
 }
 
-enum Mode : int32_t { FAST = 0, EXACT = 1, BYTES = 2 };
-
 template <int BITS>
 int32_t product(const Input& in, const Weight& w, const Output& out, int32_t mode) {
   if (mode == BYTES) return multiply_bytes<BITS>(in, w, out) ? 0 : -2;
-  multiply<BITS>(in, w, out, mode == EXACT);
+  multiply<BITS>(in, w, out, mode);
   return 0;
 }
 
@@ -69,7 +72,7 @@ int32_t product(const Input& in, const Weight& w, const Output& out, int32_t mod
 extern "C" {
 
 // Changes with the meaning of any function or of the packed bytes; Python refuses another one.
-int32_t qmm_version() { return 2; }
+int32_t qmm_version() { return 3; }
 
 // 0 where this processor and kernel let the library run what the compiler was allowed to use.
 int32_t qmm_start() {
@@ -100,12 +103,20 @@ struct Linear {
   int32_t scale_type, bias_type, has_zeros, bits;
 };
 
-// x [m][k] and y [m][n] of x_type. mode: FAST or EXACT, see multiply(), or BYTES. -1: bits not known; -2: no such mode.
+static int64_t columns_of(const Linear& w) { return rounded_up(w.n, 2 * STRIP); }
+static int64_t code_bytes(const Linear& w) {
+  return columns_of(w) * (w.k / w.group) * rounded_up(w.group, UNIT) * w.bits / 8;
+}
+static int64_t bytes_of(const Linear& w) {
+  return code_bytes(w) + columns_of(w) * (w.k / w.group) * (bytes_of(Type(w.scale_type)) + (w.has_zeros != 0));
+}
+
+// x [m][k] and y [m][n] of x_type. mode: FAST, EXACT or PAIRS, see multiply(), or BYTES. -1: bits not known; -2: no such mode.
 int32_t qmm_matmul(const Linear* linear, const uint8_t* x, int32_t x_type, uint8_t* y, int64_t m, int32_t mode) {
-  const int64_t columns = rounded_up(linear->n, 2 * STRIP), groups = linear->k / linear->group;
+  const int64_t columns = columns_of(*linear), groups = linear->k / linear->group;
   const int64_t padded = rounded_up(linear->group, UNIT);
   const Type scales = Type(linear->scale_type);
-  const uint8_t* scale_bytes = linear->packed + columns * groups * padded * linear->bits / 8;
+  const uint8_t* scale_bytes = linear->packed + code_bytes(*linear);
   const uint8_t* zeros = linear->has_zeros ? scale_bytes + columns * groups * bytes_of(scales) : nullptr;
   const Weight w{linear->packed, scale_bytes, zeros, scales, columns, groups * padded, padded, linear->bits};
   const Input in{x, Type(x_type), m, linear->group, padded, groups};
@@ -117,5 +128,36 @@ int32_t qmm_matmul(const Linear* linear, const uint8_t* x, int32_t x_type, uint8
     case 8: return product<8>(in, w, out, mode);
     default: return -1;
   }
+}
+
+void qmm_set_torch(const Torch* functions) { torch = *functions; }
+
+// ptq_kernels::strips(x, qweight, bias, out_features, group_size, bits, scale_type, has_zeros, mode) -> y, as torch's
+// dispatcher calls it: the arguments on `stack`, tensors as handles that are the callee's; the result takes their place.
+// x: contiguous, [..., k]. bias: a tensor of another dtype than float, bfloat16 or float16 (qweight, say) means none.
+void qmm_boxed(uint64_t* stack, uint64_t, uint64_t) {
+  const Argument x(stack[0]), packed(stack[1]), bias(stack[2]);
+  constexpr int64_t MOST = 16;
+  const int64_t dim = x.dim(), n = int64_t(stack[3]), group = int64_t(stack[4]), bits = int64_t(stack[5]);
+  const int32_t scale_type = int32_t(stack[6]), has_zeros = (stack[7] & 0xff) != 0, bias_type = bias.type();
+  require(dim >= 1 && dim <= MOST && x.type() >= 0, "x must be a float tensor [..., K] of at most 16 dimensions");
+  int64_t sizes[MOST], distances[MOST];
+  require(bias_type < 0 || (bias.dim() == 1 && contiguous(bias, distances)), "bias must be contiguous, of shape [N]");
+  require(contiguous(x, distances), "x must be contiguous; call .contiguous()");
+  std::memcpy(sizes, x.sizes(), size_t(dim) * sizeof(int64_t));
+  const int64_t k = sizes[dim - 1], rows = k > 0 ? x.numel() / k : 0;
+  const Linear linear{packed.data(), bias_type < 0 ? nullptr : bias.data(), n, k, group, scale_type,
+                      std::max(bias_type, 0), has_zeros, int32_t(bits)};
+  require(k > 0 && group > 0 && k % group == 0 && packed.dim() == 1 && *packed.strides() == 1 &&
+              packed.numel() == bytes_of(linear) && (bias_type < 0 || bias.numel() == n),
+          "x, qweight and bias must fit each other; call ptq_kernels.matmul, which says what does not");
+  for (int64_t d = 0; d + 1 < dim; d++) distances[d] = distances[d] / k * n;
+  sizes[dim - 1] = n;
+  Tensor y = nullptr;
+  void* out = nullptr;
+  require(torch.empty(dim, sizes, distances, torch.dtypes[x.type()], 0, -1, &y) == 0, "torch has no memory for y");
+  torch.data_ptr(y, &out);
+  if (rows > 0) qmm_matmul(&linear, x.data(), x.type(), static_cast<uint8_t*>(out), rows, int32_t(stack[8]));
+  stack[0] = reinterpret_cast<uint64_t>(y);
 }
 }

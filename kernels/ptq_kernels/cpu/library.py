@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from ptq_kernels.cpu import torch_core
 
 _log = logging.getLogger("ptq_kernels")
 
-VERSION = 2  # qmm_version() of library.cpp
+VERSION = 3  # qmm_version() of library.cpp
 _DIRECTORY = Path(__file__).resolve().parent
 _CPUINFO = Path("/proc/cpuinfo")
 _BUILD = "python -m ptq_kernels.build"
@@ -48,6 +48,7 @@ class Library(NamedTuple):
     pack: Callable[..., None]
     unpack: Callable[..., None]
     matmul: Callable[..., int]
+    boxed: Any  # `matmul` as torch's dispatcher calls a kernel
 
 
 class _Processor(NamedTuple):
@@ -79,17 +80,12 @@ def _open(path: Path) -> ctypes.CDLL:
     handle = ctypes.CDLL(str(path))
     handle.qmm_version.argtypes, handle.qmm_version.restype = [], _INT
     handle.qmm_start.argtypes, handle.qmm_start.restype = [], _INT
-    handle.qmm_set_parallel_for.argtypes, handle.qmm_set_parallel_for.restype = [_POINTER], None
+    for function in (handle.qmm_set_parallel_for, handle.qmm_set_torch):
+        function.argtypes, function.restype = [_POINTER], None
     for function in (handle.qmm_pack, handle.qmm_unpack):
         function.argtypes, function.restype = [_POINTER, _POINTER, _LONG, _LONG, _INT], None
     handle.qmm_matmul.argtypes, handle.qmm_matmul.restype = [_POINTER, _POINTER, _INT, _POINTER, _LONG, _INT], _INT
     return handle
-
-
-def _torch_threads() -> Any:
-    """The address of torch's own parallel loop (torch 2.10 and later): it follows `torch.set_num_threads`."""
-    core = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    return ctypes.cast(core.torch_parallel_for, _POINTER)
 
 
 @cache
@@ -106,10 +102,11 @@ def _loaded(name: str) -> Library | str:
             return f"{path.name} has version {found}, {VERSION} is required; rebuild it with `{_BUILD}`"
         if handle.qmm_start() != 0:
             return "the operating system does not grant this process the AMX tile registers"
-        handle.qmm_set_parallel_for(_torch_threads())
+        handle.qmm_set_parallel_for(torch_core.threads())
+        handle.qmm_set_torch(ctypes.byref(torch_core.functions()))
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded ({error}); rebuild it with `{_BUILD}`"
-    return Library(name, handle.qmm_pack, handle.qmm_unpack, handle.qmm_matmul)
+    return Library(name, handle.qmm_pack, handle.qmm_unpack, handle.qmm_matmul, handle.qmm_boxed)
 
 
 def refuse(name: str) -> str | None:
@@ -134,6 +131,7 @@ def best() -> Library | None:
     for name in preferred():
         found = _loaded(name)
         if isinstance(found, Library):
+            _kernels.append(torch_core.Kernel("ptq_kernels", "strips", found.boxed))
             _log.info("products on the CPU use the C++ library for %s", name)
             return found
         reasons.append(f"{name}: {found}")
@@ -141,6 +139,7 @@ def best() -> Library | None:
     return None
 
 
+_kernels: list[torch_core.Kernel] = []  # that of ptq_kernels::strips, which the library of best() serves
 generation = 0  # of what was found; changes with forget()
 
 
@@ -148,5 +147,7 @@ def forget() -> None:
     """Look for the libraries anew, after one was built or removed."""
     global generation
     generation += 1
+    while _kernels:
+        _kernels.pop().remove()
     for function in (_processor, _loaded, best):
         function.cache_clear()

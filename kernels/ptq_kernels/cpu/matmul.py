@@ -16,7 +16,7 @@ ATEN_MOST_ROWS = 40
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """``x [M, K] @ weight.T + bias``, ``[M, N]`` in ``x.dtype``, by the fastest path that reads the weight's layout."""
     if weight.layout == "strips":
-        return strips.Product(weight, bias, strips.any_library())(x)
+        return strips.matmul(x, weight, bias, strips.any_library())
     return by_torch(x, weight, bias)
 
 
@@ -33,8 +33,7 @@ def by_library(name: str) -> Callable[[Tensor, PackedWeight, Tensor | None], Ten
     """The product by the library of one instruction set; a weight in another layout is converted on every call."""
 
     def run(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        converted = convert(weight, "strips")  # has to outlive the product
-        return strips.Product(converted, bias, library.get(name))(x)
+        return strips.matmul(x, convert(weight, "strips"), bias, library.get(name))
 
     return run
 
@@ -51,13 +50,14 @@ def int8_refusal(name: str | None) -> Callable[[PackedWeight], str | None]:
     return lambda weight: strips.refuse_int8(weight, _library(name))
 
 
-def binder(name: str | None) -> Callable[[PackedWeight, Tensor | None, str | None], strips.Product]:
-    """The product by the library of one instruction set, or the fastest, with a weight in layout "strips"."""
+def with_activation(name: str | None) -> Callable[[Tensor, PackedWeight, Tensor | None, str], Tensor]:
+    """The product of rows rounded to an activation, by the library of one instruction set, or the fastest."""
 
-    def bind(weight: PackedWeight, bias: Tensor | None, activation: str | None) -> strips.Product:
-        return strips.Product(weight, bias, strips.any_library() if name is None else library.get(name), activation)
+    def run(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
+        by = strips.any_library() if name is None else library.get(name)
+        return strips.matmul(x, weight, bias, by, activation)
 
-    return bind
+    return run
 
 
 def describe(weight: PackedWeight) -> str:

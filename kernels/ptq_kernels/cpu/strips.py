@@ -19,7 +19,8 @@ from ptq_kernels.layouts import Layout, PackedWeight
 _STRIP, _UNIT = 16, 32
 _MOST_PADDING = 1.5  # padded columns over columns
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FAST, _EXACT, _BYTES = 0, 1, 2  # the modes of qmm_matmul
+_FAST, _EXACT, _BYTES, _PAIRS = 0, 1, 2, 3  # the modes of qmm_matmul
+_FLOAT32_MODES = {"highest": _EXACT, "high": _PAIRS, "medium": _FAST}
 _MOST_BYTES = 2**24  # codes of 2**bits times bytes of 2**7 must add up to less than 2**31
 
 
@@ -96,55 +97,51 @@ def _unpack(weight: PackedWeight) -> Tensor:
     return bitstream.pack(codes.reshape(weight.out_features, -1), weight.bits)
 
 
-class Product:
-    """The product with one weight and bias: what stays the same from call to call is converted for C once.
+def mode(dtype: torch.dtype, activation: str | None) -> int:
+    """The mode of qmm_matmul for rows of `dtype`."""
+    if activation is not None:
+        return _BYTES
+    return _FLOAT32_MODES[torch.get_float32_matmul_precision()] if dtype is torch.float32 else _FAST
+
+
+def arguments(weight: PackedWeight) -> tuple[int, int, int, int, bool]:
+    """What `ptq_kernels::strips` has to know of a weight besides its bytes."""
+    kind = TYPES[weight.scales.dtype]
+    return weight.out_features, weight.group_size, weight.bits, kind, weight.zeros is not None
+
+
+def matmul(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, by: library.Library, activation: str | None = None
+) -> Tensor:
+    """``x [..., K] @ weight.T + bias`` for a contiguous x with rows; ``[..., N]`` in ``x.dtype``.
 
     Sums are float32 and rounded once. float32 rows are multiplied as exactly as float32 allows, unless
     ``torch.set_float32_matmul_precision`` permits less than "highest". Where bfloat16 alone has a fast product (AMX,
     AVX512-BF16), other rows are rounded to bfloat16 when there are more than two or four, and dequantized weights are
-    when there are many. With activation "int8" the rows are as `reference.quantize_rows` rounds them, and sums over a
-    group are integers.
+    when there are many; with "high" AMX multiplies float32 rows as sums of two bfloat16 values instead. With activation
+    "int8" the rows are as `reference.quantize_rows` rounds them, and sums over a group are integers.
+
+    Raises RuntimeError for a width that the library does not know.
     """
-
-    __slots__ = ("_address", "_call", "_kept", "_mode", "bits", "columns", "in_features")
-
-    def __init__(
-        self, weight: PackedWeight, bias: Tensor | None, by: library.Library, activation: str | None = None
-    ) -> None:
-        """The tensors must outlive this: it keeps only its copies of those that are not contiguous."""
-        packed, offset = weight.qweight.contiguous(), None if bias is None else bias.contiguous()
-        described = library.Linear(
-            packed=packed.data_ptr(),
-            bias=None if offset is None else offset.data_ptr(),
-            n=weight.out_features,
-            k=weight.in_features,
-            group=weight.group_size,
-            scale_type=TYPES[weight.scales.dtype],
-            bias_type=0 if offset is None else TYPES[offset.dtype],
-            has_zeros=weight.zeros is not None,
-            bits=weight.bits,
-        )
-        copies = [copy for copy in (packed, offset) if copy is not weight.qweight and copy is not bias]
-        self._kept = described, copies  # their memory is read on every call
-        self._call, self._address = by.matmul, ctypes.addressof(described)
-        self._mode = _FAST if activation is None else _BYTES
-        self.columns, self.in_features, self.bits = weight.out_features, weight.in_features, weight.bits
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x [..., K] @ weight.T + bias`` for a contiguous x with rows; ``[..., N]`` in ``x.dtype``.
-
-        Raises RuntimeError for a width that the library does not know.
-        """
-        dtype, mode = x.dtype, self._mode
-        if dtype is torch.float32 and mode == _FAST and torch.get_float32_matmul_precision() == "highest":
-            mode = _EXACT
-        y = torch.empty((*x.shape[:-1], self.columns), dtype=dtype, device="cpu")
-        rows = x.numel() // self.in_features
-        if self._call(self._address, x.data_ptr(), TYPES[dtype], y.data_ptr(), rows, mode):
-            raise RuntimeError(
-                f"bits must be one of {bitstream.BITS}, the library got {self.bits}; pack the weight anew"
-            )
-        return y
+    packed, offset = weight.qweight.contiguous(), None if bias is None else bias.contiguous()
+    out_features, group_size, bits, scale_type, has_zeros = arguments(weight)
+    described = library.Linear(
+        packed=packed.data_ptr(),
+        bias=None if offset is None else offset.data_ptr(),
+        n=out_features,
+        k=weight.in_features,
+        group=group_size,
+        scale_type=scale_type,
+        bias_type=0 if offset is None else TYPES[offset.dtype],
+        has_zeros=has_zeros,
+        bits=bits,
+    )
+    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device="cpu")
+    rows, kind = x.numel() // weight.in_features, TYPES[x.dtype]
+    chosen = mode(x.dtype, activation)
+    if by.matmul(ctypes.addressof(described), x.data_ptr(), kind, y.data_ptr(), rows, chosen):
+        raise RuntimeError(f"bits must be one of {bitstream.BITS}, the library got {bits}; pack the weight anew")
+    return y
 
 
 def refuse_int8(weight: PackedWeight, by: library.Library | None) -> str | None:

@@ -43,9 +43,20 @@ class AmxTiles {
   }
 
   static void arrange(const Input& in, int64_t k_total, Element* out) {
+    if (in.type == BFLOAT16 && in.group == in.padded_group) return copy(in, k_total, out);
     convert_rows(in, nullptr, [&](int64_t m, int64_t k, const float* values) {
       write_unit(values, place(out, k_total, m, k));
       return 0.0f;
+    });
+  }
+
+  // bfloat16 rows without padding, as they are.
+  static void copy(const Input& in, int64_t k_total, Element* out) {
+    const auto* x = reinterpret_cast<const Element*>(in.data);
+    run(in.rows, std::max<int64_t>(1, 65536 / k_total), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; m++)
+        for (int64_t k = 0; k < k_total; k += UNIT)
+          std::memcpy(place(out, k_total, m, k), x + m * k_total + k, UNIT * sizeof(Element));
     });
   }
 
