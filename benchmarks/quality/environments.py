@@ -42,7 +42,7 @@ PEERS = {
         {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"},
         ("torchvision", "torchaudio", "torchcodec"),
     ),
-}
+}  # fmt: skip
 
 
 def python_of(peer: str) -> Path:

@@ -152,7 +152,7 @@ class GptqCodec:
             "modules_in_block_to_quantize": None,
         }
         writer = {"quantizer": [f"ptq:{version}"]}
-        # transformers hands no configuration with `meta` to AutoRound, which reads v1 of one scheme and misreads the rest.
+        # transformers hands no configuration with `meta` to AutoRound, which takes everything for v1 of one scheme.
         uniform = self.name == "gptq" and not config["dynamic"] and not config["lm_head"]
         config |= writer if uniform else {"meta": writer}
         if damping is not None:

@@ -12,7 +12,7 @@ def write(job: Job) -> None:
 
 
 def read(job: Job) -> None:
-    """Logarithms of all probabilities ``[B, T, V]``, as vLLM gives no logits, and the greedy continuations ``[B, n]``."""
+    """Logarithms of all probabilities ``[B, T, V]``, as vLLM gives no logits, and greedy continuations ``[B, n]``."""
     engine = LLM(
         job.output, dtype=job.settings.get("dtype", "auto"), enforce_eager=True, max_model_len=256, max_logprobs=-1
     )
