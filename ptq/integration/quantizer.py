@@ -121,7 +121,8 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
     def _load(self, model: nn.Module, name: str) -> QuantLinear:
         slot = model.get_submodule(name)
         assert isinstance(slot, PackedSlot)
-        device, hook = slot.packed_bytes.device, getattr(slot, "_hf_hook", None)
+        device = slot.packed_bytes.device
+        hook: Any = getattr(slot, "_hf_hook", None)
         waits = getattr(hook, "offload", False)
         if device.type == "meta" and not waits:
             raise FormatError(
