@@ -31,12 +31,13 @@ from ptq.gguf.layout import (
     require_gguf,
     targets,
 )
-from ptq.gguf.mix import FLOAT, FileType, file_type
+from ptq.gguf.mix import FILE_TYPES, FLOAT, FileType, file_type
 from ptq.gguf.rounding import round_blocks
 from ptq.gguf.tokens import Value, tokenizer_keys
 from ptq.models.loading import load_tokenizer
 from ptq.models.streamed import StreamedModel
 from ptq.nn.linear import QuantLinear
+from ptq.parent import recorded_parent
 from ptq.plan import resolve_device
 from ptq.progress import Progress
 from ptq.runtime import Checkpoint, open_checkpoint, open_stream
@@ -89,7 +90,8 @@ def export_gguf(
     """Write a model as a GGUF file.
 
     Args:
-        checkpoint: directory or hub name, float or quantized.
+        checkpoint: directory or hub name, float or quantized. If codes of a quantized one do not fit the type, the
+            float model it was made from is solved instead, where its ptq_config.yaml names one and `run` is given.
         type_name: key of `ptq.gguf.mix.FILE_TYPES`.
         out: file, or directory to put ``NAME-TYPE.gguf`` in; default the working directory.
         run: text and options to solve with: its ``calibration``, ``gptq``, ``device``, ``dtype`` and ``strict``.
@@ -123,6 +125,12 @@ def export_gguf(
         **tokenizer_keys(tokenizer, rows),
     }
     found = _targets(source, model, file, keep_float=run is None)
+    misfit = _misfit(source, found)
+    if misfit is not None:
+        parent = _float_parent(source, misfit, type_name, run)
+        solved = export_gguf(parent, type_name, str(path), run, overwrite=overwrite,
+                             trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
+        return solved._replace(notes=(*solved.notes, f"solved from {parent}, because {misfit}"))
     calibration = None
     if any(_is_solved(source, target) for target in found):
         calibration = _calibration(run, source, tokenizer, type_name)
@@ -181,7 +189,7 @@ def _notes(model: Model, found: Sequence[Target]) -> tuple[str, ...]:
 
 
 def _targets(source: Checkpoint, model: Model, file: FileType, keep_float: bool) -> list[Target]:
-    """The tensors of the file, with every carried code's fit checked."""
+    """The tensors of the file."""
     shapes = list(_parameters(source))
     tied = not any(name.startswith("lm_head.") for name, _ in shapes)
     found = targets(model, shapes, file, tied)
@@ -192,18 +200,39 @@ def _targets(source: Checkpoint, model: Model, file: FileType, keep_float: bool)
             float_stays = keep_float and bool(source.schemes) and target.kind in KINDS
             result.append(target._replace(kind=FLOAT) if float_stays else target)
             continue
-        if target.kind not in KINDS or not fits(target.kind, scheme, target.shape[1]):
-            able = [kind for kind in KINDS if fits(kind, scheme, target.shape[1])]
-            raise ConfigError(
-                f"{target.parameter} ({describe(scheme)}) does not fit {target.kind}; "
-                + (f"it fits {', '.join(able)}" if able else "it fits no block format")
-                + ": choose another --type, or export the float model it was made from, with --text"
-            )
         result.append(target)
     if model.rope_factors is not None:
         shape = tuple(model.rope_factors.shape)
         result.append(Target(ROPE_FACTORS, "", shape, "F32", "F32", -1, 0))
     return result
+
+
+def _misfit(source: Checkpoint, found: Sequence[Target]) -> str | None:
+    """Which packed Linear's codes do not fit the kind of its tensor; None where all do."""
+    for target in found:
+        scheme = source.schemes.get(target.parameter.removesuffix(".weight"))
+        if scheme is not None and not (target.kind in KINDS and fits(target.kind, scheme, target.shape[1])):
+            return f"{target.parameter} ({describe(scheme)}) does not fit {target.kind}"
+    return None
+
+
+def _float_parent(source: Checkpoint, misfit: str, type_name: str, run: RunConfig | None) -> str:
+    """The float model to solve instead, if there is text to solve it on. Raises ConfigError."""
+    parent = recorded_parent(source.directory)
+    able = [name for name, file in FILE_TYPES.items() if _holds(source, file)]
+    other = f"choose --type {' or '.join(able)}, which holds these codes as they are, or " if able else ""
+    if parent is None:
+        raise ConfigError(f"{misfit}: {other}export the float model it was made from, with --text FILE")
+    if run is None:
+        raise ConfigError(
+            f"{misfit}: {other}pass --text FILE, or --config {source.directory / 'ptq_config.yaml'}, to solve the "
+            f"float model it was made from, {parent}, for {type_name}"
+        )
+    return parent
+
+
+def _holds(source: Checkpoint, file: FileType) -> bool:
+    return _misfit(source, _targets(source, describe_model(source.hf_config), file, keep_float=True)) is None
 
 
 def _parameters(source: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:

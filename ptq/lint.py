@@ -82,6 +82,8 @@ def lint(path: str | Path, *, trust_remote_code: bool = False) -> Lint:
     permuted = False
     if not problems:
         problems, permuted = _values(codec, schemes, names, reader)
+    if problems:  # where it would load if it were sound is of no use
+        return Lint(directory, problems, notes, [], {})
     shapes = {name: weight_shape(found[name]) for name in schemes}
     floats = tuple(name for name in found if name not in schemes and not _is_output(model, name))
     facts = Facts(

@@ -107,13 +107,18 @@ def _budget(document: Document) -> str:
 
 
 def _resources(document: Document) -> str:
-    seconds, memory = document.get("seconds", {}), document.get("memory", {})
-    rows = [[name, f"{value:.1f} s"] for name, value in seconds.items()]
-    rows += [[f"memory, {name.replace('_', ' ')}", f"{value / 2**30:.2f} GiB"] for name, value in memory.items()]
+    seconds, peaks = document.get("seconds", {}), document.get("peak_bytes", {})
+    rows = [[name, f"{value:.1f}", _gibibytes(peaks.get(name))] for name, value in seconds.items()]
     if not rows:
         return ""
+    if peaks and rows[-1][0] == "total":
+        rows[-1][2] = _gibibytes(max(peaks.values()))
+    on_gpu = document.get("memory", {}).get("peak_on_gpu")
+    if on_gpu is not None:
+        rows.append(["solve, on the GPU", "", _gibibytes(on_gpu)])
     hardware = ", ".join(f"{key} {value}" for key, value in document.get("hardware", {}).items())
-    return section("Time and memory", table(["stage", ""], rows), paragraph(hardware, note=True))
+    head = ["stage", "seconds", "peak memory, GiB"]
+    return section("Time and memory", table(head, rows), paragraph(hardware, note=True))
 
 
 def _modules(document: Document) -> str:
@@ -151,6 +156,10 @@ def _names(modules: Sequence[str]) -> str:
 
 def _megabytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB"
+
+
+def _gibibytes(size: float | None) -> str:
+    return "" if size is None else f"{size / 2**30:.2f}"
 
 
 def _number(value: Any, spec: str) -> str:

@@ -33,6 +33,17 @@ def parent_of(model: str, directory: Path) -> dict[str, Any]:
     }
 
 
+def recorded_parent(checkpoint: Path) -> str | None:
+    """The directory or hub model that a checkpoint's ptq_config.yaml says it was made from; None if it says neither."""
+    try:
+        found = parse((checkpoint / "ptq_config.yaml").read_text(encoding="utf-8"), "ptq_config.yaml")
+    except (OSError, ConfigError):
+        return None
+    model = found.get("model") if isinstance(found, dict) else None
+    known = isinstance(model, str) and (Path(model).expanduser().is_dir() or _HUB_NAME.fullmatch(model))
+    return str(model) if known else None
+
+
 def front_matter(readme: Path) -> Mapping[str, Any]:
     """The YAML between the first two lines ``---`` of a model card; empty where there is none, or it is not YAML."""
     if not readme.is_file():

@@ -29,7 +29,7 @@ from ptq.plan import Plan, check_output, estimate_size, head_targets, make_plan
 from ptq.predict import compared, home_of, measure_rates, predict
 from ptq.prepared import Prepared
 from ptq.progress import Progress
-from ptq.report import PeakMemory, Report, anonymous_bytes, hardware, resident_bytes, start_counting_peak, versions
+from ptq.report import PeakMemory, Report, anonymous_bytes, hardware, resident_bytes, versions
 from ptq.version import VERSION
 from ptq.walk import units, walk
 
@@ -141,6 +141,7 @@ def _rounded(progress: Progress) -> dict[str, float]:
 
 def _write_report(report: Report, directory: Path, progress: Progress, started: float) -> None:
     report.document["seconds"] = {**_rounded(progress), "total": round(time.perf_counter() - started, 2)}
+    report.document["peak_bytes"] = dict(progress.peaks)
     atomic_write_text(directory / "report.json", json.dumps(report.document, indent=1) + "\n")
     atomic_write_text(directory / "report.html", report_page(report.output.name, report.document))
 
@@ -181,7 +182,6 @@ def _solve_and_write(
                                "seconds_before": round(sum(r.seconds for r in journal.records), 2)}  # fmt: skip
     for note in journal.notes:
         progress.say(note)
-    start_counting_peak()
     before = resident_bytes()
     home = home_of(plan)
     prediction = predict(plan, measure_rates(plan.device, place.path), anonymous_bytes(), home)
@@ -195,7 +195,7 @@ def _solve_and_write(
         used = peak.bytes if plan.device.type == "cpu" else torch.cuda.max_memory_allocated(plan.device)
         document["prediction"] = compared(prediction, used, time.perf_counter() - started)
     size = estimate_size(plan)
-    document["memory"] = {"before_solve": before, "peak_of_solve": resident_bytes(peak=True)}
+    document["memory"] = {"before_solve": before, "peak_of_solve": progress.peaks["solve"]}
     if plan.device.type == "cuda":
         document["memory"]["second_moments"] = str(home)
         document["memory"]["peak_on_gpu"] = torch.cuda.max_memory_allocated(plan.device)

@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from ptq.report import resident_bytes
+from ptq.report import resident_bytes, start_counting_peak
 
 
 class Progress:
-    """Reports stages, modules and finished blocks to a stream, and keeps the seconds each stage took.
+    """Reports stages, modules and finished blocks to a stream, and keeps what each stage took: seconds, and
+    the peak of resident memory in bytes.
 
     On a terminal a bar shows block, module, loss, time and memory; elsewhere every finished block and stage is a line.
     """
@@ -23,11 +24,13 @@ class Progress:
         self._console = Console(file=stream if stream is not None else sys.stderr, highlight=False, soft_wrap=True)
         self._bar: Bar | None = None
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[None]:
-        """Time a stage of ``total`` steps; the time is added up over stages of the same name."""
+        """Time a stage of ``total`` steps; the time is added up over stages of the same name. Stages do not nest."""
         started = time.perf_counter()
+        start_counting_peak()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
         try:
@@ -41,6 +44,7 @@ class Progress:
             self._bar = None
             seconds = time.perf_counter() - started
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            self.peaks[name] = max(self.peaks.get(name, 0), resident_bytes(peak=True))
         self._console.print(f"{name}: {seconds:.1f} s, {_memory()}", markup=False)
 
     def module(self, path: str) -> None:

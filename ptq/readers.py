@@ -1,8 +1,8 @@
 """Where a quantized checkpoint loads: what transformers, vLLM and SGLang accept, as rules on plain facts.
 
 Evidence of a rule, in brackets: [run] checked by running the reader, [source] read in its source, [thread] said in a
-public discussion. transformers 5.23 was run; vLLM and SGLang were read in mid-2026 and change: look again before
-relying on a row for another release.
+public discussion. transformers 5.23 was run, and vLLM 0.32 on a CPU; vLLM on GPUs and SGLang were read in mid-2026 and
+change: look again before relying on a row for another release.
 """
 
 import re
@@ -121,11 +121,12 @@ def _transformers_compressed(facts: Facts) -> Iterator[Finding]:
 def _vllm(facts: Facts) -> Iterator[Finding]:
     yield from _engine(facts)
     if facts.codec.startswith("gptq"):
-        # [source] gptq_marlin's table of types: (4, symmetric) and (8, symmetric). Other back ends: [thread] under way.
+        # [run] its table of types has 4 and 8 bits, symmetric; on a CPU only the first is computed.
         if not facts.symmetric:
             yield REFUSES, "GPTQ must be symmetric"
         if not facts.bits <= {4, 8}:
             yield REFUSES, f"GPTQ must have 4 or 8 bits, found {_listed(facts.bits)}"
+        yield from _vllm_on_cpus(facts)
         yield from _marlin(facts)
     elif facts.codec == "awq":
         if facts.settings.get("zero_point") is False:
@@ -140,6 +141,12 @@ def _vllm(facts: Facts) -> Iterator[Finding]:
             yield REFUSES, f"asymmetric compressed-tensors must have 4 or 8 bits, found {_listed(asymmetric)}"
         if asymmetric and facts.experts:
             yield UNKNOWN, "asymmetric experts depend on the release"  # [thread]
+        yield from _vllm_on_cpus(facts)
+
+
+def _vllm_on_cpus(facts: Facts) -> Iterator[Finding]:
+    if facts.bits != {4}:
+        yield LOADS, "on GPUs; on CPUs only 4 bits"  # [run]
 
 
 def _sglang(facts: Facts) -> Iterator[Finding]:

@@ -205,6 +205,8 @@ def warm_up(model: nn.Module, dtype: torch.dtype) -> None:
     """Make ready what forward passes with rows of `dtype` need, once for each kind of QuantLinear."""
     kinds: dict[tuple[object, ...], QuantLinear] = {}
     for linear in quant_linears(model):
+        if linear.qweight.is_meta:  # it waits elsewhere for its turn
+            continue
         shape = (linear.out_features, linear.in_features, linear.bits, linear.group_size, linear.symmetric)
         scales, options = linear.scales, (linear.bias is None, linear.perm is None, linear.layout, linear.impl)
         kinds.setdefault((*shape, scales.dtype, scales.device, *options), linear)

@@ -46,7 +46,8 @@ def test_the_run_ends_with_a_table_and_a_report(tmp_path: Path, capsys: pytest.C
         assert word in printed
     report = json.loads((output / "report.json").read_text())
     assert set(report) == {"versions", "hardware", "configuration", "parent", "calibration", "memory", "size",
-                           "modules", "kept_in_float", "kernels", "evaluation", "seconds", "prediction"}  # fmt: skip
+                           "modules", "kept_in_float", "kernels", "evaluation", "seconds", "peak_bytes",
+                           "prediction"}  # fmt: skip
     assert len(report["modules"]) == 56
     assert report["calibration"]["tokens"] == 64
     assert report["configuration"]["calibration"]["samples"] == 2
@@ -55,7 +56,9 @@ def test_the_run_ends_with_a_table_and_a_report(tmp_path: Path, capsys: pytest.C
     assert 0 < row["relative_loss"] < row["relative_rounding_loss"]
     assert report["kept_in_float"] == ["lm_head"]
     assert {"solve", "evaluate", "total"} <= set(report["seconds"])
-    assert report["memory"]["peak_of_solve"] > report["memory"]["before_solve"] > 0
+    assert {*report["peak_bytes"], "total"} == set(report["seconds"])
+    assert min(report["peak_bytes"].values()) > 0
+    assert report["memory"]["peak_of_solve"] == report["peak_bytes"]["solve"] > report["memory"]["before_solve"] > 0
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(

@@ -100,7 +100,7 @@ def test_what_is_exchanged(found):
 def timeless(value):
     """A report without what differs from run to run: times, memory and the output's name."""
     if isinstance(value, dict):
-        left_out = ("seconds", "memory", "prediction", "output", "processes", "resumed", "files")
+        left_out = ("seconds", "peak_bytes", "memory", "prediction", "output", "processes", "resumed", "files")
         return {key: timeless(each) for key, each in value.items() if key not in left_out}
     return [timeless(each) for each in value] if isinstance(value, list | tuple) else value
 

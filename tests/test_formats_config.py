@@ -7,6 +7,7 @@ import pytest
 
 from ptq.errors import ConfigError, FormatError
 from ptq.formats import CODECS, Scheme, codec_for_config
+from ptq.integration import is_ours
 
 S4, S8, A4 = Scheme(4, 128, True), Scheme(8, 32, True), Scheme(4, 128, False)
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -69,9 +70,28 @@ def test_gptq_block_is_literal():
         "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False,
         "checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32", "lm_head": False,
         "static_groups": True, "true_sequential": True, "damp_percent": 0.01, "dynamic": {},
-        "modules_in_block_to_quantize": None, "meta": {"quantizer": ["ptq:0.1.0"]},
+        "modules_in_block_to_quantize": None, "quantizer": ["ptq:0.1.0"],
     }  # fmt: skip
     assert "damp_percent" not in write("gptq_v2", schemes_with(A4), damping=None)
+
+
+@pytest.mark.parametrize(
+    ("codec", "schemes", "handed_on"),
+    [("gptq", schemes_with(S4), True), ("gptq", MIXED, False), ("gptq", {**schemes_with(S4), "lm_head": S4}, False),
+     ("gptq_v2", schemes_with(A4), False)],
+    ids=["uniform", "mixed", "head", "v2"],
+)  # fmt: skip
+def test_auto_round_gets_what_it_reads_as_it_is_meant(codec, schemes, handed_on):
+    """It knows v1, one scheme and a float head. Oracle: transformers' own `AutoRoundConfig`."""
+    from transformers import AutoRoundConfig
+
+    config = write(codec, schemes)
+    assert is_ours(config)
+    if handed_on:
+        assert AutoRoundConfig.from_dict(config).packing_format == "auto_round:gptq"
+    else:
+        with pytest.raises(NotImplementedError, match="gptqv1"):
+            AutoRoundConfig.from_dict(config)
 
 
 def engine_decision(config, name):

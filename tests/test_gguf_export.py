@@ -5,6 +5,7 @@ values of the checkpoint that was exported. llama.cpp itself is in benchmarks/gg
 """
 
 import io
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -246,16 +247,36 @@ def test_sequences_longer_than_the_context_are_refused(parents, tmp_path, text):
 @pytest.mark.parametrize(
     ("changes", "type_name", "message"),
     [
-        ({}, "Q4_K_M", r"4-bit symmetric, group_size 32\) does not fit (Q4_K|Q6_K); it fits Q4_0, "),
-        ({"bits": 8}, "Q4_0", r"8-bit symmetric, .* does not fit Q4_0; it fits Q8_0: choose another --type"),
-        ({"group_size": 16}, "Q8_0", "it fits no block format"),
-        ({}, "F16", "does not fit F16; it fits Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"),
+        ({}, "Q4_K_M", r"4-bit .* does not fit (Q4_K|Q6_K): choose --type Q4_0 or Q4_1 or Q8_0, which"),
+        ({"bits": 8}, "Q4_0", r"does not fit Q4_0: choose --type Q8_0, .* or pass --text FILE, or --config .*/made/"),
+        ({"group_size": 16}, "Q8_0", r"fit Q8_0: pass --text FILE, .* to solve the float model .*/wide, for Q8_0"),
+        ({}, "F16", "does not fit F16: choose --type Q4_0 or Q4_1 or Q8_0"),
     ],
 )
 def test_codes_that_do_not_fit_are_refused(parents, tmp_path, changes, type_name, message):
     run(settings(parents["wide"], tmp_path / "made", method="rtn", **changes))
     with pytest.raises(ConfigError, match=message):
         export(tmp_path / "made", type_name, tmp_path)
+
+
+@pytest.mark.parametrize("record", [None, "- no mapping", "model: [", "model: a-name-alone"])
+def test_a_checkpoint_without_a_known_parent_is_refused(parents, tmp_path, solving, record):
+    run(settings(parents["llama"], tmp_path / "made", method="rtn", bits=8))
+    config = tmp_path / "made/ptq_config.yaml"
+    config.unlink() if record is None else config.write_text(record, encoding="utf-8")
+    with pytest.raises(ConfigError, match="does not fit Q4_0: .* or export the float model it was made from"):
+        export(tmp_path / "made", "Q4_0", tmp_path, solving)
+
+
+def test_with_text_the_parent_is_solved_for_what_the_codes_do_not_fit(parents, tmp_path, solving):
+    """Oracle: the export of the parent itself."""
+    run(settings(parents["llama"], tmp_path / "made", method="rtn", bits=8))
+    done = export(tmp_path / "made", "Q4_0", tmp_path, solving)
+    assert done.path == tmp_path / "made-Q4_0.gguf"
+    assert re.search(rf"solved from {parents['llama']}, because .*8-bit.*does not fit Q4_0", show(done))
+    assert not done.carried
+    direct = export(parents["llama"], "Q4_0", tmp_path, solving)
+    assert done.path.read_bytes() == direct.path.read_bytes()
 
 
 def test_other_architectures_are_refused(tmp_path):

@@ -169,7 +169,7 @@ def test_every_run_writes_its_page(made: Path) -> None:
     result = report["evaluation"]["models"]["result"]
     for figure in (f"{result['perplexity']:.3f}", f"{result['kl']:.5f}", f"{report['size']['bits_per_weight']:.3f}",
                    report["versions"]["torch"], '"budget": 3.5', "model.layers.1.mlp.down_proj", "solve",
-                   "memory, peak of solve"):  # fmt: skip
+                   "peak memory, GiB"):  # fmt: skip
         assert figure in said
 
 

@@ -87,6 +87,31 @@ def test_hooks_of_a_device_map_stay(ours, monkeypatch):
     assert torch.equal(logits(loaded), logits(ptq.load(ours[0], device="cpu")))
 
 
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_layers_that_wait_on_the_cpu(tmp_path, monkeypatch, offload_buffers):
+    """A device map with less GPU than model makes accelerate hook modules so; here the GPU is a CPU, too."""
+    import accelerate
+
+    model = tiny_models.build("qwen2", tie_word_embeddings=False)  # q, k and v have a bias
+    foreign_files.write(tmp_path, Kind("gptq", writer="ptq:0.1.0"), model)
+    finish = PtqQuantizer._process_model_after_weight_loading
+
+    def with_hooks(self, model):
+        accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=offload_buffers)
+        finish(self, model)
+
+    monkeypatch.setattr(PtqQuantizer, "_process_model_after_weight_loading", with_hooks)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    down = loaded.get_submodule(DOWN)
+    assert down.qweight.is_meta
+    assert down.scales.is_meta
+    found = logits(loaded)
+    assert down.qweight.is_meta  # again
+    torch.testing.assert_close(found, logits(ptq.load(tmp_path, device="cpu")), **CLOSE)
+    with pytest.raises(PtqError, match="waits on the CPU for its turn"):
+        loaded.save_pretrained(tmp_path / "copy")
+
+
 DOWN = "model.layers.0.mlp.down_proj"
 
 

@@ -41,7 +41,7 @@ def main() -> None:
                 entry["versions"] = _write(cell, place)
                 if options.write:
                     continue
-                entry |= compare_theirs(PARENT, place / "checkpoint")
+                entry |= compare_theirs(place / "checkpoint")
             except FailedError as error:
                 entry["error"] = str(error)
             _store("theirs", key, entry)

@@ -40,6 +40,9 @@ WRITTEN = (
     _gptq("4-bit g128 asym v1", bits=4, group_size=128, sym=False),
     _gptq("4-bit g64 asym v2, desc_act", bits=4, group_size=64, sym=False, format="gptq_v2", **ACT_ORDER),
     _gptq("2-bit g64 sym v1", bits=2, group_size=64),
+    _gptq("4-bit g128 sym v2", bits=4, group_size=128, format="gptq_v2"),
+    _gptq("2-bit g64 asym v2", bits=2, group_size=64, sym=False, format="gptq_v2"),
+    _gptq("8-bit g64 asym v2, desc_act", bits=8, group_size=64, sym=False, format="gptq_v2", **ACT_ORDER),
     _gptq("2-bit g64 asym v1", bits=2, group_size=64, sym=False),
     _gptq("3-bit g128 sym v1", bits=3, group_size=128),
     _gptq("3-bit g128 asym v1, desc_act", bits=3, group_size=128, sym=False, **ACT_ORDER),
@@ -49,10 +52,14 @@ WRITTEN = (
     _gptq("4-bit, v_proj 8-bit, o_proj float", bits=4, group_size=128,
           dynamic={r"+:.*\.v_proj$": {"bits": 8, "group_size": 64}, r"-:.*\.o_proj$": {}}),
     Cell("GPTQModel", "AWQ GEMM g128", "awq", {"bits": 4, "group_size": 128, "sym": False, "format": "gemm"}),
+    Cell("GPTQModel", "AWQ GEMM g128 sym", "awq", {"bits": 4, "group_size": 128, "sym": True, "format": "gemm"}),
     _compressed("4-bit g128 sym", _linear(4, True, 128)),
     _compressed("4-bit g128 asym", _linear(4, False, 128)),
     _compressed("4-bit g64 sym, actorder weight", _linear(4, True, 64, actorder="weight")),
     _compressed("4-bit g64 sym, actorder group", _linear(4, True, 64, actorder="group")),
+    _compressed("4-bit g64 asym, actorder group", _linear(4, False, 64, actorder="group")),
+    _compressed("4-bit channel sym", _linear(4, True, None)),
+    _compressed("8-bit g128 asym", _linear(8, False, 128)),
     _compressed("8-bit channel sym", _linear(8, True, None)),
     _compressed("4-bit channel asym", _linear(4, False, None)),
     _compressed("3-bit g64 asym", _linear(3, False, 64)),
@@ -75,22 +82,32 @@ WRITTEN = (
 )  # fmt: skip
 
 
-def _ours(label: str, **settings: Any) -> Cell:
-    return Cell("ptq", label, str(settings["format"]), settings)
+def _ours(label: str, layout: str, bits: int, symmetric: bool, **more: Any) -> Cell:
+    return Cell("ptq", label, layout, {"format": layout, "bits": bits, "symmetric": str(symmetric).lower(), **more})
 
+
+GPTQ4, GPTQ3 = (_ours(f"gptq {bits}-bit sym", "gptq", bits, True) for bits in (4, 3))
+GPTQ8, GPTQ2 = (_ours(f"gptq {bits}-bit sym", "gptq", bits, True) for bits in (8, 2))
+HEAD = _ours("gptq 4-bit sym, packed head", "gptq", 4, True, exclude="[]")
+V2 = _ours("gptq_v2 4-bit asym", "gptq_v2", 4, False)
+AWQ, AWQ_SYMMETRIC = (_ours(f"awq {name}", "awq", 4, name == "sym") for name in ("asym", "sym"))
+CT4, CT3 = (_ours(f"ct {bits}-bit sym", "compressed-tensors", bits, True) for bits in (4, 3))
+CT4_ASYMMETRIC = _ours("ct 4-bit asym", "compressed-tensors", 4, False)
+AWQ_HEAD = _ours("awq asym, packed head", "awq", 4, False, exclude="[]")
+CT_HEAD = _ours("ct 4-bit sym, packed head", "compressed-tensors", 4, True, exclude="[]")
+CT8_CHANNEL = _ours("ct 8-bit channel sym", "compressed-tensors", 8, True, group_size=-1)
+DOWN8 = "{mlp.down_proj: {bits: 8}}"
+GPTQ_MIXED = _ours("gptq 4-bit sym, down_proj 8-bit", "gptq", 4, True, overrides=DOWN8)
+CT_MIXED = _ours("ct 4-bit sym, down_proj 8-bit", "compressed-tensors", 4, True, overrides=DOWN8)
 
 # Who reads which of our checkpoints: the tool, and the settings of its driver.
 READ: tuple[tuple[Cell, str, Mapping[str, Any]], ...] = (
-    (_ours("gptq 4-bit sym", format="gptq", bits=4, symmetric="true"), "GPTQModel", {}),
-    (_ours("gptq 3-bit sym", format="gptq", bits=3, symmetric="true"), "GPTQModel", {}),
-    (_ours("gptq_v2 4-bit asym", format="gptq_v2", bits=4, symmetric="false"), "GPTQModel", {}),
-    (_ours("awq asym", format="awq", bits=4, symmetric="false"), "GPTQModel", {}),
-    (_ours("awq asym, transformers", format="awq", bits=4, symmetric="false"), "GPTQModel",
-     {"through": "transformers"}),
-    (_ours("gptq 4-bit sym", format="gptq", bits=4, symmetric="true"), "AutoRound", {"bits": 4}),
-    (_ours("awq asym", format="awq", bits=4, symmetric="false"), "AutoRound", {"bits": 4}),
-    (_ours("ct 4-bit sym", format="compressed-tensors", bits=4, symmetric="true"), "llm-compressor", {}),
-    (_ours("ct 3-bit sym", format="compressed-tensors", bits=3, symmetric="true"), "llm-compressor", {}),
-    (_ours("ct 4-bit asym", format="compressed-tensors", bits=4, symmetric="false"), "llm-compressor",
-     {"dequantize": True}),
+    *((ours, "GPTQModel", {}) for ours in (GPTQ4, GPTQ3, GPTQ2, GPTQ8, HEAD, GPTQ_MIXED, V2, AWQ, AWQ_SYMMETRIC)),
+    (AWQ._replace(label="awq asym, transformers"), "GPTQModel", {"through": "transformers"}),
+    *((ours, "AutoRound", {"bits": ours.settings["bits"]}) for ours in (GPTQ4, GPTQ2, GPTQ3, GPTQ8, AWQ)),
+    *((ours, "llm-compressor", {}) for ours in (CT4, CT3, CT8_CHANNEL, CT_MIXED)),
+    (CT4_ASYMMETRIC, "llm-compressor", {"dequantize": True}),
+    *((ours, "vLLM", {"greedy": 16})
+      for ours in (GPTQ4, GPTQ8, HEAD, GPTQ_MIXED, AWQ, AWQ_SYMMETRIC, AWQ_HEAD, CT4, CT8_CHANNEL, CT_MIXED,
+                   CT4_ASYMMETRIC, CT_HEAD, GPTQ3, V2, CT3)),
 )  # fmt: skip

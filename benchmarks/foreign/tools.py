@@ -12,7 +12,12 @@ from benchmarks.foreign.cells import Cell
 from benchmarks.quality.environments import PEERS, ROOT, python_of
 
 HERE = Path(__file__).resolve().parent
-DRIVERS = {"GPTQModel": "run_gptqmodel.py", "llm-compressor": "run_llmcompressor.py", "AutoRound": "run_autoround.py"}
+DRIVERS = {
+    "GPTQModel": "run_gptqmodel.py",
+    "llm-compressor": "run_llmcompressor.py",
+    "AutoRound": "run_autoround.py",
+    "vLLM": "run_vllm.py",
+}
 LONGEST = 900  # seconds for one checkpoint
 
 

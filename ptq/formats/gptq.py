@@ -150,8 +150,11 @@ class GptqCodec:
             "true_sequential": True,
             "dynamic": dynamic_rules(schemes, default),
             "modules_in_block_to_quantize": None,
-            "meta": {"quantizer": [f"ptq:{version}"]},
         }
+        writer = {"quantizer": [f"ptq:{version}"]}
+        # transformers hands no configuration with `meta` to AutoRound, which takes everything for v1 of one scheme.
+        uniform = self.name == "gptq" and not config["dynamic"] and not config["lm_head"]
+        config |= writer if uniform else {"meta": writer}
         if damping is not None:
             config["damp_percent"] = damping
         return config

@@ -79,6 +79,6 @@ def _wrap(module: Any) -> None:
 
 def is_ours(settings: Mapping[str, Any]) -> bool:
     """Whether a checkpoint with this ``quantization_config`` is read here without being asked for."""
-    writers = (settings.get("meta") or {}).get("quantizer") or ()
+    writers = (settings.get("meta") or settings).get("quantizer") or ()
     method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
     return (_foreign["override"] and method in METHODS) or any(str(each).startswith("ptq:") for each in writers)

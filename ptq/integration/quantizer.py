@@ -98,6 +98,8 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         """Raise FormatError if a decoder block lacks a tensor, which transformers would fill at random."""
         lenient = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
         for name, _ in model.get_submodule(blocks).named_parameters(prefix=blocks):
+            if name.endswith(".packed_bytes"):
+                continue  # their tensors are looked for when they are read
             if not self.packed.names.is_tied(name) and not any(re.search(pattern, name) for pattern in lenient):
                 self.packed.names.require(name)
 
@@ -105,11 +107,11 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         config = self.quantization_config
         for path in experts_of(model):
             self._load_experts(model, path)
-        layers: list[QuantLinear] = []
         for name in self.packed.schemes:
             layer = self._load(model, name)
             layer.impl, layer.activation = config.impl, config.activation
-            layers.append(layer.prepare_())
+            if not layer.qweight.is_meta:  # what waits on the CPU stays canonical, as any device reads it
+                layer.prepare_()
         del self.reader  # a model with open files can neither be copied nor pickled
         if config.warmup:
             warm_up(model, getattr(model, "dtype"))  # noqa: B009
@@ -120,18 +122,22 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         slot = model.get_submodule(name)
         assert isinstance(slot, PackedSlot)
         device = slot.packed_bytes.device
-        if device.type == "meta":
+        hook: Any = getattr(slot, "_hf_hook", None)
+        waits = getattr(hook, "offload", False)
+        if device.type == "meta" and not waits:
             raise FormatError(
                 f"packed weights must be in memory, the device map puts {name} on the disk; allow more memory "
                 "(max_memory) or choose the devices yourself"
             )
         layer = read_packed(self.packed, self.reader, name, (slot.out_features, slot.in_features))
-        layer = with_bias(layer.to(device), slot.bias)
+        bias = hook.weights_map["bias"] if waits and slot.bias is not None else slot.bias
+        layer = with_bias(layer if waits else layer.to(device), bias)
         replace_module(model, name, layer)
-        hook = getattr(slot, "_hf_hook", None)
         if hook is not None:
-            from accelerate.hooks import add_hook_to_module
+            from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
+            if waits:  # on the CPU, and on its device for the time of each product
+                hook = AlignDevicesHook(hook.execution_device, offload=True, offload_buffers=True)
             add_hook_to_module(layer, hook)
         return layer
 
@@ -187,6 +193,11 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
 def _packed_at(model: nn.Module, name: str) -> QuantLinear:
     layer = model.get_submodule(name)
     layer = getattr(layer, "base_layer", layer)  # below an adapter
+    if isinstance(layer, QuantLinear) and layer.qweight.is_meta:
+        raise PtqError(
+            f"a packed model can be saved when all of it is in place; {name} waits on the CPU for its turn: load the "
+            "checkpoint again with device_map='cpu' and save that"
+        )
     if not isinstance(layer, QuantLinear):
         raise PtqError(
             f"a packed model can be saved as it was loaded; {name} is {type(layer).__name__} now: load the checkpoint "

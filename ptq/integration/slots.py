@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq.formats.codec import Scheme
 from ptq.models.structure import weight_shape
@@ -15,7 +15,7 @@ class PackedSlot(nn.Module):
     A device map is made from these sizes, and hooks for several devices are put on this module.
     """
 
-    packed_bytes: Tensor
+    packed_bytes: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> None:
@@ -24,7 +24,8 @@ class PackedSlot(nn.Module):
         self.out_features, self.in_features = n, k = weight_shape(linear)
         groups = math.ceil(k / scheme.columns(k))
         size = n * math.ceil(k * scheme.bits / 32) * 4 + n * groups * (2 if scheme.symmetric else 3)
-        self.register_buffer("packed_bytes", torch.empty(size, dtype=torch.uint8, device="meta"))
+        # A parameter, though nothing trains it: buffers of modules that wait on the CPU are put on the GPU by default.
+        self.packed_bytes = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
         has_bias = getattr(linear, "bias", None) is not None
         bias = nn.Parameter(torch.empty(n, dtype=dtype, device="meta"), requires_grad=False) if has_bias else None
         self.register_parameter("bias", bias)
