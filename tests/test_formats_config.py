@@ -160,6 +160,14 @@ def test_compressed_tensors_block_is_literal():
     }  # fmt: skip
 
 
+def test_a_packed_head_is_named_to_compressed_tensors():
+    """vLLM loads no head of the class alone."""
+    schemes = {**schemes_with(S4), "lm_head": S4}
+    config = write("compressed-tensors", schemes)
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    assert CODECS["compressed-tensors"].parse_config(config, schemes) == schemes
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "GEMM"}
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}

@@ -123,12 +123,13 @@ class CompressedTensorsCodec:
     ) -> Config:
         """The block for config.json: the commonest scheme for every Linear, the others by exact module names.
 
+        A packed head is named in any case: vLLM's is no Linear.
         Our own metadata stands at the top level because readers refuse unknown keys inside a group.
         """
         default = capability.common_scheme(schemes)
         members: dict[Scheme, list[str]] = {default: ["Linear"]}
         for name, scheme in schemes.items():
-            if scheme is not None and scheme != default:
+            if scheme is not None and (scheme != default or capability.is_head(name)):
                 members.setdefault(scheme, []).append(name)
         return {
             "quant_method": "compressed-tensors",
