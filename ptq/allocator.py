@@ -1,20 +1,10 @@
 """Freed memory goes back to the system, so that a run's peak does not depend on how many blocks came before.
 
-The C library keeps freed tensors of up to 32 MiB for the next one, and they fit it less and less well: over many
-blocks the peak would grow by what lies between them. Only glibc is told; other libraries are left as they are.
+The C library keeps freed tensors of up to 32 MiB for the next one, which is fast, but they fit it less and less well: over
+many blocks the peak would grow by what lies between them. Only glibc is told; other libraries are left as they are.
 """
 
 import ctypes
-
-MMAP_THRESHOLD = -3  # mallopt's name for it
-LARGE = 1 << 20  # bytes from which a tensor has pages of its own
-
-
-def separate_large_tensors() -> None:
-    """From now on a large tensor takes pages of its own, which are gone when it is."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(MMAP_THRESHOLD, LARGE)
 
 
 def give_back() -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptq.allocator import give_back, separate_large_tensors
+from ptq.allocator import give_back
 from ptq.block import quantize_block
 from ptq.calibration.held import Run, held
 from ptq.config import RefineConfig
@@ -74,7 +74,6 @@ def walk(
     Of several processes that share a run each has ``batches`` of its own. Second moments lie on ``home``, by default
     the plan's device.
     """
-    separate_large_tensors()
     total = units(plan) - 1
     first = len(journal.records)
     if first > total:

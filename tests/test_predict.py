@@ -8,7 +8,7 @@ from crashes import small_parent, small_run
 from tiny_models import run
 
 from ptq import cli
-from ptq.allocator import give_back, separate_large_tensors
+from ptq.allocator import give_back
 from ptq.config import CalibrationConfig, RunConfig, scheme_for
 from ptq.formats import CODECS
 from ptq.models.loading import build_skeleton
@@ -130,7 +130,6 @@ def test_a_peak_that_is_gone_again_is_seen():
 
 
 def test_what_is_freed_between_kept_tensors_goes_back():
-    separate_large_tensors()
     tensors = [torch.ones(2**19) for _ in range(32)]  # 2 MiB each
     before = anonymous_bytes()
     del tensors[::2]
