@@ -20,7 +20,7 @@ from ptq.plan import Plan, estimate_size
 from ptq.predict_memory import Block, Stage, block_work, largest_block, outer_bytes, width
 
 # Share of the rate of a large matrix product that a stage reaches.
-FORWARD, HESSIAN, FACTOR, COLUMNS = 0.6, 0.8, 0.25, 0.05
+FORWARD, HESSIAN, FACTOR, COLUMNS = 0.6, 0.8, 0.5, 0.05
 # Of a GPU's free memory: the rest goes to fragments and to what libraries allocate.
 SHARE_OF_GPU = 0.9
 SEARCH = 60  # operations on a weight for every candidate scale that is tried for it
