@@ -130,6 +130,71 @@ struct Layer {
   }
 };
 
+// What torch's C interface tells of a tensor; every handle is counted.
+struct Mock {
+  void* data;
+  int64_t dim, sizes[2], strides[2];
+  int32_t dtype;
+};
+int64_t handles = 0;
+
+Tensor handle(void* data, int64_t rows, int64_t columns, int32_t dtype) {
+  handles++;
+  if (rows == 0) return new Mock{data, 1, {columns, 0}, {1, 0}, dtype};
+  return new Mock{data, 2, {rows, columns}, {columns, 1}, dtype};
+}
+
+const Torch MOCKED = {
+    [](Tensor t, void** out) { return *out = static_cast<Mock*>(t)->data, 0; },
+    [](Tensor t, int64_t* out) { return *out = static_cast<Mock*>(t)->dim, 0; },
+    [](Tensor t, int64_t** out) { return *out = static_cast<Mock*>(t)->sizes, 0; },
+    [](Tensor t, int64_t** out) { return *out = static_cast<Mock*>(t)->strides, 0; },
+    [](Tensor t, int64_t* out) {
+      const auto* mock = static_cast<Mock*>(t);
+      return *out = mock->sizes[0] * (mock->dim == 2 ? mock->sizes[1] : 1), 0;
+    },
+    [](Tensor t, int32_t* out) { return *out = static_cast<Mock*>(t)->dtype, 0; },
+    [](int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t, int32_t, Tensor* out) {
+      if (dim != 2 || strides[0] != sizes[1] || strides[1] != 1) return 1;
+      *out = handle(new uint8_t[size_t(sizes[0] * sizes[1] * 4)], sizes[0], sizes[1], dtype);
+      return 0;
+    },
+    [](Tensor t) { return delete static_cast<Mock*>(t), handles--, 0; },
+    {6, 15, 5},
+};
+
+// The boxed call gives what the plain one gives, frees its arguments, and refuses what does not fit.
+bool boxed_agrees(const Layer& layer, int64_t m) {
+  const Shape& s = layer.shape;
+  std::vector<float> x(size_t(m * s.k)), bias(size_t(s.n)), want(size_t(m * s.n));
+  for (float& value : x) value = random_x();
+  for (float& value : bias) value = random_float();
+  const Linear linear{layer.packed.get(), reinterpret_cast<const uint8_t*>(bias.data()), s.n, s.k, s.group, FLOAT32,
+                      FLOAT32, s.zeros, s.bits};
+  qmm_matmul(&linear, reinterpret_cast<const uint8_t*>(x.data()), FLOAT32, reinterpret_cast<uint8_t*>(want.data()), m,
+             EXACT);
+  for (int64_t missing : {0, 1}) {
+    uint64_t stack[9] = {0, 0, 0, uint64_t(s.n), uint64_t(s.group), uint64_t(s.bits), FLOAT32, s.zeros, EXACT};
+    const Tensor arguments[3] = {handle(x.data(), m, s.k, 6),
+                                 handle(layer.packed.get(), 0, bytes_of(linear) - missing, 0),
+                                 handle(bias.data(), 0, s.n, 6)};
+    for (int i = 0; i < 3; i++) stack[i] = reinterpret_cast<uint64_t>(arguments[i]);
+    bool refused = false;
+    try {
+      qmm_boxed(stack, 9, 1);
+    } catch (const std::runtime_error&) {
+      refused = true;
+    }
+    if (refused != (missing == 1)) return false;
+    if (refused) continue;
+    auto* y = reinterpret_cast<Mock*>(stack[0]);
+    if (std::memcmp(y->data, want.data(), want.size() * sizeof(float)) != 0) return false;
+    delete[] static_cast<uint8_t*>(y->data);
+    torch.destroy(y);
+  }
+  return handles == 0;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -145,6 +210,8 @@ int main(int count, char** arguments) {
   int64_t calls = 0;
   for (const Shape& shape : shapes) {
     const Layer layer(shape);
+    qmm_set_torch(&MOCKED);
+    if (!boxed_agrees(layer, 1) || !boxed_agrees(layer, 5)) return std::printf("the boxed call does not agree\n"), 1;
     for (int64_t m : {1, 2, 3, 4, 5, 9, 16, 17, 33, 70, 270}) {
       if (quick ? m > 33 : m > 70 && shape.bits != 4) continue;
       for (Type type : {FLOAT32, BFLOAT16, FLOAT16}) {

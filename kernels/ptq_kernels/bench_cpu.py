@@ -32,7 +32,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BITS, GROUP = 4, 128
 # Relative, of the whole result: bfloat16 weights and rows give about 2.5e-3, normal rows in 8 bits about 1e-2.
 MOST_ERROR, MOST_INT8_ERROR = 1e-2, 2e-2
-INT8 = "library int8"
+INT8, COMPILED = "library int8", "compiled int4"
 _PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -68,6 +68,7 @@ class Cell(NamedTuple):
     best_ms: float
     median_ms: float
     error: float  # relative to float64
+    compile_s: float | None = None
 
 
 def last_level_cache() -> int:
@@ -94,7 +95,7 @@ class Layer:
     def __init__(self, shape: str, compiled: bool) -> None:
         """`shape`: "KxN"; `compiled`: with torch.compile's int4 path."""
         self.shape, self.compiled = shape, compiled
-        self.compile_seconds: dict[tuple[int, int], float] = {}  # by rows and threads
+        self.compile_seconds = 0.0  # of the last call of `calls`
         self.columns, self.out_features = (int(part) for part in shape.split("x"))
         generator = torch.Generator().manual_seed(0)
         scales_shape = (self.out_features, self.columns // GROUP)
@@ -135,7 +136,7 @@ class Layer:
                 lambda: aten_int4.matmul(bf16, aten._replace(qweight=self._packed["aten_int4"].next())),
             )
         if self.compiled:
-            found["compiled int4"] = (bf16, self._compile(bf16))
+            found[COMPILED] = (bf16, self._compile(bf16))
         found["torch only"] = (bf16, self._ours(bf16, self.layouts()[-1], "cpu-torch"))
         if "strips" in self._packed:
             for name, like in (("bf16", bf16), ("fp16", fp16), ("fp32", x)):
@@ -185,7 +186,7 @@ class Layer:
         torch._dynamo.reset()
         module = torch.compile(Product().eval())
         with torch.no_grad(), config.patch(freezing=True, max_autotune=True):
-            self.compile_seconds[x.shape[0], torch.get_num_threads()] = _seconds(lambda: module(x))
+            self.compile_seconds = _seconds(lambda: module(x))
 
         def call() -> Tensor:
             with torch.no_grad():
@@ -230,10 +231,11 @@ def measure(layer: Layer, rows: int, threads: int, seconds: float) -> list[Cell]
     while unfinished := [name for name, taken in times.items() if len(taken) < 3 or sum(taken) < seconds]:
         for name in unfinished:
             times[name] += [_seconds(calls[name][1]) for _ in range(3)]
-    return [
+    cells = [
         Cell(layer.shape, rows, threads, name, 1e3 * min(t), 1e3 * sorted(t)[len(t) // 2], errors[name])
         for name, t in times.items()
     ]
+    return [c._replace(compile_s=layer.compile_seconds) if c.column == COMPILED else c for c in cells]
 
 
 def _line(cells: Sequence[Cell]) -> str:
@@ -252,7 +254,7 @@ def _notes(layer: Layer, cells: Sequence[Cell], bandwidth: float) -> str:
             rate = layer.packed_bytes() / cell.best_ms * 1e-6
             share = f"{rate / bandwidth:.2f} of what torch.sum reads"
             lines.append(f"{cell.column}, 1 row: {rate:.1f} GB/s of packed weights, {share}")
-    taken = [seconds for (_, threads), seconds in layer.compile_seconds.items() if threads == cells[0].threads]
+    taken = [c.compile_s for c in cells if c.compile_s is not None]
     if taken:
         lines.append(f"torch.compile took {min(taken):.0f} to {max(taken):.0f} s for each number of rows")
     return "\n".join(lines)
