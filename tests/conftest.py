@@ -1,6 +1,9 @@
 """One setting for all tests: generated examples are the same in every run, so that a failure is one of the change."""
 
+import os
 from importlib.util import find_spec
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # some tests ask torch for determinism, on a GPU too
 
 if find_spec("hypothesis"):  # a machine lent for a GPU check has pytest and little else
     from hypothesis import settings

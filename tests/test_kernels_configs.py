@@ -11,8 +11,9 @@ from ptq_kernels import tiles
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from ptq_kernels.triton import configs, launch, tiled, tune, workspace
+from ptq_kernels.triton import configs, launch, tune, workspace
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
+from triton.runtime.errors import OutOfResources
 
 H200, A100, ADA, BLACKWELL = Gpu(90, 132), Gpu(80, 108), Gpu(89, 128), Gpu(120, 170)
 LLAMA = [(4096, 4096), (1024, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
@@ -97,6 +98,34 @@ def test_tuning_writes_what_plan_reads() -> None:
     assert [entry["provenance"] for entry in entries] == ["again", "a test"]
 
 
+@pytest.mark.parametrize(("dense", "rows"), [(5.0, 65), (25.0, 257), (100.0, 513)])
+def test_tuning_finds_from_where_to_dequantize(dense: float, rows: int) -> None:
+    """Oracle: a kernel that takes 10, 20, 40 us for 128, 256, 512 rows; and plans that do not fit the GPU."""
+    problems = [Problem(4, 128, m, n, 4096) for m in (64, 128, 256, 512) for n in (1024, 4096)]
+
+    def timer(plan: Plan | None, problem: Problem) -> float:
+        if plan is None:
+            return dense
+        if plan.splits > 1:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return 10.0 * problem.rows / 128
+
+    best = tune.tune(H200, problems, timer, "a test")
+    assert all(plan.splits == 1 for plan, _ in best.values())
+    assert configs.dequantize_from(H200) == rows
+    assert configs.dequantize_from(A100) == 257  # as shipped
+
+
+def test_a_forced_plan_serves_any_rows_and_none_dequantizes() -> None:
+    """What `tune` times is what it asks for, whatever the tables say."""
+    weight, x = tile_cases.tiled(random_case(128, 256, 128), "tile_sm90"), random_rows(1, 256, torch.float16)
+    plan = configs.plan(H200, Problem(4, 128, 512, 128, 256))
+    for forced, most in ((plan, 513), (None, 0)):
+        with launch.forced(forced):
+            assert launch._layer(x, weight, None).most_rows == most
+    assert launch._layer(x, weight, None).most_rows == 512
+
+
 def test_plans_to_tune_all_fit() -> None:
     problem = Problem(4, 128, 1, 4096, 4096)
     found = tune.plans(H200, problem)
@@ -131,58 +160,15 @@ def test_each_stream_has_a_workspace_and_a_capture_takes_the_spare(monkeypatch: 
     assert workspace.get(device, 0) is first
     assert not first.counters.any()
     spare = workspace._spare[device]
-    monkeypatch.setattr(workspace, "_capturing", lambda device: True)
+    monkeypatch.setattr(workspace, "capturing", lambda device: True)
     assert workspace.get(device, 2) is spare
     with pytest.raises(RuntimeError, match="graph on stream 3 of cpu needs a workspace of its own, none is spare"):
         workspace.get(device, 3)
-    monkeypatch.setattr(workspace, "_capturing", lambda device: False)
-    other = workspace.get(device, 4)  # made on the spot: nothing is captured
-    assert not workspace._spare
-    assert workspace.get(device, 0) is first  # and makes a new spare
+    monkeypatch.setattr(workspace, "capturing", lambda device: False)
+    other = workspace.get(device, 4)  # made on the spot, and a new spare: nothing is captured
+    assert workspace.get(device, 0) is first
+    monkeypatch.setattr(workspace, "capturing", lambda device: True)
     assert all(workspace.get(device, 3) is not taken for taken in (first, spare, other))
-
-
-class Recorded:
-    """Stands for the kernel and for what it compiles to; counts who launches."""
-
-    def __init__(self) -> None:
-        self.compiled, self.launched = [], []
-
-    def __getitem__(self, grid):
-        def launch_it(*arguments, **options):
-            (self.launched if "stream" in options else self.compiled).append((grid, arguments))
-            return self
-
-        return launch_it
-
-
-class OnGpu:
-    """What `_Launch` asks of a tensor of rows, without a GPU."""
-
-    is_cuda = True
-    device = torch.device("cpu")
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.shape, self.data_ptr = x.shape, x.data_ptr
-
-
-def test_a_compiled_kernel_is_launched_directly(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = Recorded()
-    monkeypatch.setattr(launch, "tiled_kernel", kernel)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    weight = tile_cases.tiled(random_case(256, 256, 128), "tile_sm90")
-    layer = launch._Layer(random_rows(1, 256, torch.float16), weight, False)
-    y, memory = torch.empty(16, 256), torch.zeros(16 * 256 + 8)
-    for rows in (1, 5, 16):
-        layer.launch(rows)(OnGpu(memory[: rows * 256].view(rows, 256)), weight.qweight, None, y, 0)
-    assert (len(kernel.compiled), len(kernel.launched)) == (1, 2)  # one bucket, one compilation
-    assert len(kernel.launched[0][1]) == len(tiled.tiled_kernel.arg_names)  # every argument in its place
-    misaligned = memory[1 : 1 + 256].view(1, 256)
-    layer.launch(1)(OnGpu(misaligned), weight.qweight, None, y, 0)
-    assert (len(kernel.compiled), len(kernel.launched)) == (2, 2)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="kernel for 40 rows of a 256 x 256 weight must be compiled before a CUDA"):
-        layer.launch(40)(OnGpu(torch.zeros(40, 256)), weight.qweight, None, y, 0)
 
 
 def test_a_layout_of_another_gpu_uses_that_ones_tiles() -> None:

@@ -20,14 +20,16 @@ from packed_weights import UNIT, Case, dense_float64, random_case, random_rows, 
 from pairwise import pairwise
 from ptq_kernels import layouts, tiles
 from ptq_kernels.triton import configs, launch, workspace
+from watched_memory import watched
 
 
-def split(layout: str) -> None:
+def split(layout: str, rows: int) -> None:
     """Several splits, two launches in a row: the counters are 0 again, the bits are the same, whatever is in memory."""
-    case, x = random_case(136, 2048, 128, symmetric=False, dtype=torch.bfloat16), random_rows(5, 2048, torch.bfloat16)
+    case = random_case(136, 2048, 128, symmetric=False, dtype=torch.bfloat16)
+    x = random_rows(rows, 2048, torch.bfloat16)
     weight = tile_cases.tiled(case, layout)
     order = launch.ORDERS[layout]
-    usual = configs.plan(configs.Gpu(order, 132), configs.Problem(4, 128, 5, 136, 2048))
+    usual = configs.plan(configs.Gpu(order, 132), configs.Problem(4, 128, rows, 136, 2048))
     results = []
     for splits in (1, 3, 8, 8):
         workspace.get(x.device, 0).parts.fill_(float("nan"))
@@ -36,6 +38,30 @@ def split(layout: str) -> None:
         assert not workspace.get(x.device, 0).counters.any()
         assert worst_error(results[-1], x, case, torch.ones(136), 0.0) <= 1, splits
     assert torch.equal(results[2], results[3])
+
+
+def boundaries(layout: str) -> None:
+    """The last number of rows of each way to multiply, and the first of the next: every row is there, and right."""
+    case = random_case(40, 64, 64, dtype=torch.bfloat16)
+    weight = tile_cases.tiled(case, layout)
+    for most in (*configs.BUCKETS, configs.dequantize_from(configs.Gpu(launch.ORDERS[layout], 132)) - 1):
+        for rows in (most, most + 1):
+            x = random_rows(rows, 64, torch.bfloat16)
+            assert worst_error(tile_cases.multiply(x, weight), x, case, None, UNIT[torch.bfloat16]) <= 1, rows
+
+
+def rows_of_any_kind(layout: str) -> None:
+    """No rows; rows that lie apart, or where no multiple of 16 bytes is: as contiguous rows, bit for bit."""
+    case = random_case(40, 72, 72, symmetric=False, dtype=torch.bfloat16)
+    for name in (layout, "canonical"):
+        weight = tile_cases.tiled(case, name)
+        assert tile_cases.multiply(torch.empty(2, 0, 72, dtype=torch.bfloat16), weight).shape == (2, 0, 40)
+        x = random_rows(6, 72, torch.bfloat16)
+        want = tile_cases.multiply(x, weight)
+        memory = torch.full((6 * 72 + 1,), torch.nan, dtype=torch.bfloat16)
+        memory[1:] = x.view(-1)
+        for rows in (x.T.contiguous().T, memory[1:].view(6, 72), torch.stack([x, x], 1)[:, 0]):
+            assert torch.equal(tile_cases.multiply(rows, weight), want)
 
 
 def dense(layout: str) -> None:
@@ -70,7 +96,7 @@ def dequantizer(layout: str, every: bool) -> None:
         weight = tile_cases.tiled(case, layout)
         want = dense_float64(case).float()  # the product of an integer of 8 bits and a float32 scale, rounded once
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            made = launch._layer(torch.empty(1, k, dtype=dtype), weight, False)
+            made = launch._layer(torch.empty(1, k, dtype=dtype), weight, None)
             found = torch.cat([rows.clone() for _, rows in made.chunks(weight.qweight, dtype)])
             if dtype == torch.bfloat16:
                 assert ((found.float() - want).abs() <= 2 * UNIT[dtype] * want.abs()).all(), (bits, n, k, group)
@@ -102,14 +128,9 @@ def warm(layout: str) -> None:
             y = ptq_kernels.matmul(x, *weight[:3], **named)
             error = (y.double() - x.double() @ order_cases.dense(case, g_idx).T).abs().max()
             assert error < 0.5, (rows, error)  # sums of 256 near 10, in bfloat16; the other tests bound it
-        stack.enter_context(patch.object(workspace, "_capturing", lambda device: True))
+        stack.enter_context(patch.object(workspace, "capturing", lambda device: True))
         once = launch._matmul(x[:3], weight, None, 7)  # the stream of a capture takes the spare workspace
         assert torch.equal(once, ptq_kernels.matmul(x[:3], *weight[:3], **named))
-        one, other = workspace.gathered(x, 7), workspace.gathered(x, 7)
-        assert one.data_ptr() != other.data_ptr()  # memory of the graph
-    assert workspace.gathered(x, 0).data_ptr() == workspace.gathered(x[:3], 0).data_ptr()
-    with patch.object(workspace, "GATHERED_BYTES", 0):
-        assert workspace.gathered(x, 0).shape == x.shape
     launch.forget()
 
 
@@ -130,6 +151,7 @@ def overflow(layout: str) -> None:
         assert torch.equal(y, want), (name, rows)
 
 
+@watched()
 def main() -> None:
     part, parts = int(sys.argv[1]), int(sys.argv[2])
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
@@ -142,7 +164,10 @@ def main() -> None:
         if spec.rows < 17:
             assert tile_cases.exact(spec), spec.name
     if part < len(tiles.NAMES):
-        split(tiles.NAMES[part])
+        split(tiles.NAMES[part], 5)
+        split(tiles.NAMES[part], 70)
+        boundaries(tiles.NAMES[part])
+        rows_of_any_kind(tiles.NAMES[part])
         dense(tiles.NAMES[part])
         dequantizer(tiles.NAMES[part], "every" in sys.argv[3:])
         warm(tiles.NAMES[part])

@@ -14,6 +14,7 @@ import torch
 from packed_weights import random_case, random_rows, worst_error
 from pairwise import pairwise
 from tile_cases import ROWS, SCALES
+from watched_memory import watched
 
 # N, K, group size: groups of 32, 64, 128 and one a row; ragged N; groups that a step divides, that none divides, and
 # below one step
@@ -65,6 +66,7 @@ def check(spec: Spec) -> float:
     return worst_error(y, x, case, bias, 0.0)
 
 
+@watched()
 def main() -> None:
     part, parts = int(sys.argv[1]), int(sys.argv[2])
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN

@@ -59,6 +59,7 @@ def matmul(
     weight = PackedWeight(qweight, scales, zeros, bits, group_size, x.shape[-1], layout, perm)
     dispatch.check_name(impl)
     checks.check_activation(activation)
+    checks.check_columns(x, scales, group_size)
     checks.check_weight(weight)
     checks.check_input(x, weight, bias)
     if torch.compiler.is_compiling() and (short := direct.traced(x, weight, bias, scheme)) is not None:

@@ -70,6 +70,19 @@ def _check_scales(weight: PackedWeight) -> None:
         )
 
 
+def check_columns(x: Tensor, scales: Tensor, group_size: int) -> None:
+    """Raise ValueError unless x has the columns of the weight; what is wrong with the weight `check_weight` says."""
+    if scales.dim() != 2 or group_size < 1:
+        return
+    groups = scales.shape[1]
+    if x.shape[-1] != groups * group_size:
+        raise ValueError(
+            f"x must have shape [..., {groups * group_size}], {groups} groups of {group_size} columns as scales "
+            f"{list(scales.shape)} have them, got {list(x.shape)}; pass the input of this layer, correct group_size, "
+            "or transpose scales that are not [N, groups]"
+        )
+
+
 def check_input(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
     """Raise ValueError or TypeError unless `x` and `bias` fit a checked `weight`."""
     if x.dtype not in FLOATS:

@@ -18,7 +18,7 @@ first; thread ``t = 32 w + 4 lh + ll``:
 
 qweight is uint8 ``[bytes]``: the tiles ``[N' / 64, K' / 64, 512 * bits]``, then the scales ``[G', N']`` in their own
 dtype, then the zeros uint8 ``[G', N']`` where there are any. N' and K' are N and K rounded up to 128; G' is the groups
-of K' and one more, which a kernel may fetch ahead, or 1 where a group is the whole row. What is added has scale 0. The
+of K' and two more, which a kernel may fetch ahead, or 1 where a group is the whole row. What is added has scale 0. The
 canonical scales and zeros stay beside it, so the conversion back is exact.
 """
 
@@ -73,7 +73,7 @@ def groups(weight: PackedWeight) -> int:
     """G', the rows of scales."""
     if weight.group_size == weight.in_features:
         return 1
-    return -(-padded(weight.in_features) // weight.group_size) + 1
+    return -(-padded(weight.in_features) // weight.group_size) + 2
 
 
 def tile_bytes(weight: PackedWeight) -> int:

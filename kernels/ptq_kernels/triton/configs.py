@@ -11,6 +11,7 @@ from ptq_kernels.triton.workspace import COUNTERS, PART_BYTES
 SHIPPED = Path(__file__).with_name("configs.json")
 BUCKETS = (16, 32, 64, 128, 256, 512)  # numbers of rows are rounded up to one of these
 _SMALL = 64  # rows of the largest bucket that one tile covers
+_WELL_FILLED = 0.7  # of the GPU: the first tile of the table that does is taken
 FORMAT = 1
 
 
@@ -134,6 +135,12 @@ def splits_by_rule(gpu: Gpu, tile: Tile, problem: Problem) -> int:
     return best
 
 
+def _filled(gpu: Gpu, problem: Problem, plan: Plan) -> float:
+    """The part of the places for programs that one wave of a plan takes."""
+    outputs = -(-problem.n // plan.tile.block_n) * -(-problem.rows // plan.tile.block_m)
+    return min(outputs * plan.splits / (gpu.processors * plan.tile.resident), 1.0)
+
+
 def _listed(path: Path, gpu: Gpu, problem: Problem) -> Plan | None:
     for entry in _read(path)["shapes"]:
         (least_n, most_n), (least_k, most_k) = entry["n"], entry["k"]
@@ -151,10 +158,12 @@ def plan(gpu: Gpu, problem: Problem) -> Plan:
     """The user's table, then the shipped one, then the rule; `problem.rows` is rounded up to its bucket."""
     problem = problem._replace(rows=bucket(problem.rows))
     for path in (user_file(), SHIPPED):
-        if found := _listed(path, gpu, problem):
-            return found
-    tile = candidates(gpu, problem)[0]
-    return Plan(tile, splits_by_rule(gpu, tile, problem))
+        if listed := _listed(path, gpu, problem):
+            return listed
+    found = [Plan(tile, splits_by_rule(gpu, tile, problem)) for tile in candidates(gpu, problem)]
+    filled = [_filled(gpu, problem, each) for each in found]
+    most = min(max(filled), _WELL_FILLED)
+    return next(each for each, fill in zip(found, filled, strict=True) if fill >= most)
 
 
 def recorded_instructions(order: int, tile: Tile, dtype: str, asymmetric: bool) -> float:

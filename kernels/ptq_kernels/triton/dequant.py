@@ -42,7 +42,7 @@ def dequantize_kernel(
     PARTS: tl.constexpr = BK // SPAN
     inner = tl.program_id(0) * BN
     first_k = tl.program_id(1) * BK
-    q_ptrs = tile_pointers(w_ptr, (first_row + inner) // 64, first_k // 64, K, BITS, BN, BK)
+    q_ptrs = tile_pointers(w_ptr, (first_row + inner) // 64, first_k // 64, N, K, BITS, BN, BK)
     t = raised_codes(tl.load(q_ptrs), BITS, ORDER, BN, BK, DTYPE, USE_ASM)
     n = first_row + inner + tl.arange(0, BN)
     row = (first_k + tl.arange(0, PARTS) * SPAN).to(tl.int64)

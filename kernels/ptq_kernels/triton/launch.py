@@ -44,7 +44,7 @@ class _Launch:
         self.compiled: Any = None
 
     def __call__(self, x: Tensor, qweight: Tensor, bias: Tensor | None, y: Tensor, stream: int) -> None:
-        """Fill y ``[M, N]``. Every tensor is contiguous."""
+        """Fill y ``[M, N]``. Every tensor is contiguous and aligned: the compiled kernel takes that for granted."""
         rows, columns = x.shape
         outputs = y.shape[1]
         space = workspace.get(x.device, stream)
@@ -52,23 +52,28 @@ class _Launch:
         grid = (count, self.splits, 1)
         b = x if bias is None else bias
         arguments = (x, qweight, b, y, *space, rows, outputs, columns, *self.constants, not w4a16.interpreted())
-        # The compiled kernel may assume 16-byte alignment, as all memory of torch has; a slice of rows may not have it.
-        aligned = not (x.data_ptr() | qweight.data_ptr() | b.data_ptr()) & 15
-        if self.compiled is not None and aligned:
+        if self.compiled is not None:
             self.compiled[grid](*arguments, stream=stream)
             return
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        if workspace.capturing(x.device) and not w4a16.interpreted():
             raise RuntimeError(
                 f"the kernel for {rows} rows of a {outputs} x {columns} weight must be compiled before a CUDA graph is "
-                "captured, it is not; call ptq_kernels.triton.launch.warmup, or matmul once with so many rows, before"
+                "captured, it is not; call ptq_kernels.warmup, or matmul once with so many rows, before"
             )
         compiled = tiled_kernel[grid](*arguments, **self.options)
-        if aligned and x.is_cuda:
+        if not w4a16.interpreted():
             self.compiled = compiled
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on, as all memory of torch is; a slice of rows may not be."""
+    if tensor.data_ptr() & 15:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous()
+
+
 class _Layer:
-    """All weights of one shape and scheme, with one dtype of rows, on one device."""
+    """All weights of one shape and scheme, with one dtype of rows and one of the bias, on one device."""
 
     def __init__(self, x: Tensor, weight: PackedWeight, has_bias: bool) -> None:
         self.gpu = gpu(x.device.index) if x.is_cuda else _INTERPRETED_GPU
@@ -81,14 +86,18 @@ class _Layer:
         self.scheme = (weight.bits, self.order, group, _SCALES[weight.scales.dtype], asymmetric)
         self.has_bias = has_bias
         self.shape = (weight.out_features, weight.in_features)
-        self.most_rows = configs.dequantize_from(self.gpu) if x.dtype != torch.float32 else 0
+        self.most_rows = self._most_rows() if x.dtype != torch.float32 else 0  # and more are dequantized for
         self.launches: dict[int, _Launch] = {}
+
+    def _most_rows(self) -> int:
+        if _forced:
+            return 0 if _forced[-1] is None else configs.BUCKETS[-1] + 1
+        return min(configs.dequantize_from(self.gpu), configs.BUCKETS[-1] + 1)  # the workspace has room for no more
 
     def plan(self, rows: int) -> Plan:
         """How a number of rows is computed."""
-        return (
-            _forced[-1] if _forced else configs.plan(self.table, Problem(self.scheme[0], self.span, rows, *self.shape))
-        )
+        forced = _forced[-1] if _forced else None
+        return forced or configs.plan(self.table, Problem(self.scheme[0], self.span, rows, *self.shape))
 
     def launch(self, rows: int) -> _Launch:
         """The launcher of the bucket of `rows`."""
@@ -121,17 +130,17 @@ class _Layer:
 
 
 _layers: dict[tuple[Any, ...], _Layer] = {}
-_forced: list[Plan] = []
+_forced: list[Plan | None] = []
 
 
-def _layer(x: Tensor, weight: PackedWeight, has_bias: bool) -> _Layer:
+def _layer(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> _Layer:
     key = (
         x.device, x.dtype, weight.scales.shape, weight.scales.dtype, weight.in_features, weight.bits, weight.group_size,
-        weight.layout, weight.zeros is None, has_bias,
+        weight.layout, weight.zeros is None, None if bias is None else bias.dtype,
     )  # fmt: skip
     found = _layers.get(key)
     if found is None:
-        found = _layers[key] = _Layer(x, weight, has_bias)
+        found = _layers[key] = _Layer(x, weight, bias is not None)
     return found
 
 
@@ -142,8 +151,8 @@ def forget() -> None:
 
 
 @contextmanager
-def forced(plan: Plan) -> Iterator[None]:
-    """Every launch of the kernel inside uses this plan."""
+def forced(plan: Plan | None) -> Iterator[None]:
+    """Every product inside uses this plan, or, without one, the dequantized weight."""
     _forced.append(plan)
     _layers.clear()
     try:
@@ -174,16 +183,15 @@ def _stream(index: int) -> int:
 
 def _matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, stream: int) -> Tensor:
     if weight.perm is not None:
-        x = torch.index_select(x, 1, weight.perm, out=workspace.gathered(x, stream))
+        x = x.index_select(1, weight.perm)
     if weight.layout == "canonical":
         return w4a16.matmul(x, weight, bias)
-    layer = _layer(x, weight, bias is not None)
+    layer = _layer(x, weight, bias)
     rows = x.shape[0]
     y = torch.empty(rows, layer.shape[0], dtype=x.dtype, device=x.device)
-    qweight = weight.qweight if weight.qweight.is_contiguous() else weight.qweight.contiguous()
+    qweight = _aligned(weight.qweight)
     if rows < layer.most_rows:
-        bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
-        layer.launch(rows)(x, qweight, bias, y, stream)
+        layer.launch(rows)(_aligned(x), qweight, None if bias is None else _aligned(bias), y, stream)
         return y
     bias = None if bias is None else bias.to(x.dtype)
     for start, dense in layer.chunks(qweight, x.dtype):
@@ -200,7 +208,7 @@ def grad_input(grad: Tensor, weight: PackedWeight) -> Tensor:
     if grad.is_cuda and grad.device.index != torch.cuda.current_device():
         with torch.cuda.device(grad.device.index):
             return grad_input(grad, weight)
-    layer = _layer(grad, weight, False)
+    layer = _layer(grad, weight, None)
     total = torch.zeros(grad.shape[0], weight.in_features, dtype=torch.float32, device=grad.device)
     for start, dense in layer.chunks(weight.qweight.contiguous(), grad.dtype):
         total += grad[:, start : start + dense.shape[0]] @ dense
@@ -219,7 +227,7 @@ def _warmup_rows(weight: PackedWeight, dtype: torch.dtype) -> list[int]:
     """A number of rows for each way in which the weight is multiplied."""
     if weight.layout == "canonical":
         return [w4a16.SMALL_ROWS, w4a16.SMALL_ROWS + 1]
-    most = _layer(torch.empty(0, dtype=dtype, device=weight.qweight.device), weight, False).most_rows
+    most = _layer(torch.empty(0, dtype=dtype, device=weight.qweight.device), weight, None).most_rows
     by_kernel = {min(size, most - 1) for size in configs.BUCKETS} if most else set()
     return sorted(by_kernel | {max(most, 1)})
 

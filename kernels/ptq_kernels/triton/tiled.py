@@ -27,31 +27,34 @@ def _padded(size):
 @triton.jit
 def scales_of(w_ptr, N, K, BITS: tl.constexpr, SCALES: tl.constexpr):
     """The scales behind the tiles, as a pointer to SCALES."""
-    return (w_ptr + _padded(N).to(tl.int64) * _padded(K) * BITS // 8).to(tl.pointer_type(SCALES), bitcast=True)
+    return (w_ptr + tl.cast(_padded(N), tl.int64) * _padded(K) * BITS // 8).to(tl.pointer_type(SCALES), bitcast=True)
 
 
 @triton.jit
 def zeros_of(w_ptr, N, K, BITS: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr):
     """The zeros behind the scales."""
-    rows = _padded(N).to(tl.int64)
+    rows = tl.cast(_padded(N), tl.int64)
     if GROUP:
-        rows *= (_padded(K) + GROUP - 1) // GROUP + 1
+        rows *= (_padded(K) + GROUP - 1) // GROUP + 2
     scales = scales_of(w_ptr, N, K, BITS, SCALES) + rows
     return scales.to(tl.pointer_type(tl.uint8), bitcast=True)
 
 
 @triton.jit
-def tile_pointers(w_ptr, first_n, first_k, K, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def tile_pointers(w_ptr, first_n, first_k, N, K, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Pointers ``[pieces, 512 * BITS or 2048]`` to rows first_n.. and columns first_k.., both in units of 64.
 
     A piece is a tile of 4 bits, or half a tile of 8 bits (or of 4 where BK is 32). The row varies fastest, as among
-    the warps of a product.
+    the warps of a product. Rows beyond the padded N are those of the last tile.
     """
     PIECE: tl.constexpr = 32 if BITS == 8 or BK == 32 else 64  # columns
     A: tl.constexpr = BN // 64
     piece = tl.arange(0, A * BK // PIECE)
     across = piece // A
-    tile = (first_n + piece % A).to(tl.int64) * (_padded(K) // 64) + first_k + across * PIECE // 64
+    down = first_n + piece % A
+    if BN > 128:  # which N is padded to
+        down = tl.minimum(down, _padded(N) // 64 - 1)
+    tile = down.to(tl.int64) * (_padded(K) // 64) + first_k + across * PIECE // 64
     start = tile * (512 * BITS) + across % (64 // PIECE) * (8 * BITS * PIECE)
     return w_ptr + start[:, None] + tl.arange(0, 8 * BITS * PIECE)[None, :]
 
@@ -64,11 +67,15 @@ def _product(t, x, scale, USE_ASM: tl.constexpr):
 
 
 @triton.jit
-def _load_x(x_ptrs, k, in_m, K, EVEN_K: tl.constexpr):
-    if EVEN_K:
+def _load_x(x_ptrs, k, in_m, K, EVEN_K: tl.constexpr, MASK_M: tl.constexpr):
+    if MASK_M and EVEN_K:
         x = tl.load(x_ptrs, mask=in_m[None, :], other=0.0, eviction_policy="evict_last")
-    else:
+    elif MASK_M:
         x = tl.load(x_ptrs, mask=in_m[None, :] & (k < K)[:, None], other=0.0, eviction_policy="evict_last")
+    elif EVEN_K:
+        x = tl.load(x_ptrs, eviction_policy="evict_last")
+    else:
+        x = tl.load(x_ptrs, mask=(k < K)[:, None], other=0.0, eviction_policy="evict_last")
     return x
 
 
@@ -82,6 +89,17 @@ def _own_steps(K, BK: tl.constexpr, SPLIT: tl.constexpr):
         first = tl.program_id(1) * each
         count = tl.minimum(each, count - first)
     return first, count
+
+
+@triton.jit
+def _scale_pointers(w_ptr, n, first_k, N, K, BITS: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
+                    BN: tl.constexpr):  # fmt: skip
+    """Pointers to the scales and the zeros of rows n and column first_k. Rows beyond the padded N are the last one."""
+    if BN > 128:  # which N is padded to
+        n = tl.minimum(n, _padded(N) - 1)
+    if GROUP:
+        n += tl.cast(first_k // GROUP, tl.int64) * _padded(N)
+    return scales_of(w_ptr, N, K, BITS, SCALES) + n, zeros_of(w_ptr, N, K, BITS, SCALES, GROUP) + n
 
 
 @triton.jit
@@ -167,6 +185,7 @@ def tiled_kernel(
     HALVES: tl.constexpr = GROUP % BK != 0  # the halves of a step may be of two groups
     tl.static_assert(GROUP % (BK // 2) == 0)
     PART: tl.constexpr = BK // 2 if HALVES else BK  # columns that share a scale
+    MASK_M: tl.constexpr = BM < 64
     LOADS: tl.constexpr = 2 if HALVES and (PART == 64 or BITS == 8) else 1  # of the weight, in a step
     rows = tl.cdiv(M, BM)
     pn = tl.program_id(0) // rows
@@ -175,28 +194,29 @@ def tiled_kernel(
     n = pn * BN + tl.arange(0, BN)
     in_m = m < M
     width = _padded(N)
-    scale_ptrs = scales_of(w_ptr, N, K, BITS, SCALES) + n
-    zero_ptrs = zeros_of(w_ptr, N, K, BITS, SCALES, GROUP) + n
-    q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), K, BITS, BN, BK // LOADS)
-    row = (first * BK // max(GROUP, 1)).to(tl.int64) * width if GROUP else 0
-    scale_ptrs += row
-    zero_ptrs += row
+    scale_ptrs, zero_ptrs = _scale_pointers(w_ptr, n, first * BK, N, K, BITS, SCALES, GROUP, BN)
+    q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), N, K, BITS, BN, BK // LOADS)
     k = first * BK + tl.arange(0, PART)
-    x_ptrs = x_ptr + m.to(tl.int64)[None, :] * K + k[:, None]
+    # Many rows: those beyond M read the last one and are not stored, as a mask costs three instructions a copy. Few
+    # rows: a mask, as memory that is not needed costs more.
+    row_of_x = m if MASK_M else tl.minimum(m, M - 1)
+    x_ptrs = x_ptr + row_of_x.to(tl.int64)[None, :] * K + k[:, None]
+    # Pointers stay and offsets of 32 bits move: one instruction a copy instead of three.
+    q_offset, x_offset = 0, 0
     acc = tl.zeros((BN, BM), tl.float32)
     second = _second_row(first, width, BK, GROUP)
     scale, zero = _scale_and_zero(scale_ptrs, zero_ptrs, ASYM)
     if HALVES:
         scale1, zero1 = _scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
     for i in range(count):
-        q = tl.load(q_ptrs, eviction_policy="evict_first")
-        x = _load_x(x_ptrs, k, in_m, K, EVEN_K)
+        q = tl.load(q_ptrs + q_offset, eviction_policy="evict_first")
+        x = _load_x(x_ptrs + x_offset, k + x_offset, in_m, K, EVEN_K, MASK_M)
         if HALVES:
-            x1 = _load_x(x_ptrs + PART, k + PART, in_m, K, EVEN_K)
+            x1 = _load_x(x_ptrs + x_offset + PART, k + x_offset + PART, in_m, K, EVEN_K, MASK_M)
             if LOADS == 2:
-                q1 = tl.load(q_ptrs + PART * (8 * BITS), eviction_policy="evict_first")
+                q1 = tl.load(q_ptrs + q_offset + PART * (8 * BITS), eviction_policy="evict_first")
         # Triton pipelines only the loads that feed the product: the next scales are fetched one step ahead by hand.
-        # After the last step that reads the extra row of the layout.
+        # After the last step that reads the extra rows of the layout.
         next_scale, next_zero = scale, zero
         if GROUP:
             step = first + i + 1
@@ -213,8 +233,7 @@ def tiled_kernel(
             scale1, zero1 = _scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
         t = centered(raised_codes(q, BITS, ORDER, BN, PART, DTYPE, USE_ASM), zero, BITS, ASYM, DTYPE, USE_ASM)
         acc += _product(t, x, scale, USE_ASM)
-        q_ptrs += BK * (8 * BITS)
-        x_ptrs += BK
-        k += BK
+        q_offset += BK * (8 * BITS)
+        x_offset += BK
         scale, zero = next_scale, next_zero
     _store(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS, SPLIT)

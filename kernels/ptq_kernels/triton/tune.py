@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from ptq_kernels import layouts, tiles
 from ptq_kernels.layouts import PackedWeight
@@ -18,9 +19,11 @@ from ptq_kernels.triton import configs, launch
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
 _L2_BYTES = 128 * 2**20  # copies of a weight are rotated through at least so much, so that no cache holds them
+_SMALL = 64  # rows up to which the weight is never dequantized
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 14, 16, 24, 32)
 
-Timer = Callable[[Plan, Problem], float]
+# Microseconds of a product by a plan, or, without one, with the dequantized weight.
+Timer = Callable[[Plan | None, Problem], float]
 
 
 class GraphTimer:
@@ -45,7 +48,7 @@ class GraphTimer:
             self._made[bits, n, k] = copies
         return self._made[bits, n, k]
 
-    def __call__(self, plan: Plan, problem: Problem) -> float:
+    def __call__(self, plan: Plan | None, problem: Problem) -> float:
         """Raise what Triton raises for a plan that does not fit the GPU."""
         weights = self.weights(problem.bits, problem.n, problem.k)
         x = torch.randn(problem.rows, problem.k, dtype=self.dtype, device=self.device)
@@ -87,19 +90,39 @@ def plans(gpu: Gpu, problem: Problem) -> list[Plan]:
 def tune(gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str) -> dict[Problem, tuple[Plan, float]]:
     """Time every plan of every problem, write the best ones to `configs.user_file`, and return them with their times.
 
-    The file keeps its other entries. It is written under a lock and replaced at once, so that several processes may
-    tune at the same time and readers never see half of it.
+    Plans that do not fit the GPU are passed over. Where there are problems of more than 64 rows, the number of rows
+    from which the weight is dequantized is written too. The file keeps its other entries. It is written under a lock
+    and replaced at once, so that several processes may tune at the same time and readers never see half of it.
     """
-    best = {}
+    best: dict[Problem, tuple[Plan, float]] = {}
+    dense: dict[Problem, float] = {}
     for problem in problems:
         problem = problem._replace(rows=configs.bucket(problem.rows))
-        timed = [(timer(plan, problem), plan) for plan in plans(gpu, problem)]
+        timed = []
+        for plan in plans(gpu, problem):
+            with contextlib.suppress(OutOfResources):
+                timed.append((timer(plan, problem), plan))
         fastest = min(timed, key=lambda pair: pair[0])
         best[problem] = (fastest[1], fastest[0])
+        if problem.rows > _SMALL:
+            dense[problem] = timer(None, problem)
     entries = [_entry(gpu, problem, plan, us, provenance) for problem, (plan, us) in best.items()]
-    _merge(configs.user_file(), entries)
+    _merge(
+        configs.user_file(), entries, {f"{gpu.capability}/{gpu.processors}": _threshold(best, dense)} if dense else {}
+    )
     launch.forget()
     return best
+
+
+def _threshold(best: dict[Problem, tuple[Plan, float]], dense: dict[Problem, float]) -> int:
+    """From how many rows on all problems together are faster with the dequantized weight."""
+    rows = configs.BUCKETS[-1] + 1
+    for bucket in reversed([size for size in configs.BUCKETS if any(problem.rows == size for problem in dense)]):
+        same = [problem for problem in dense if problem.rows == bucket]
+        if sum(dense[problem] for problem in same) >= sum(best[problem][1] for problem in same):
+            break
+        rows = configs.BUCKETS[configs.BUCKETS.index(bucket) - 1] + 1
+    return rows
 
 
 def _entry(gpu: Gpu, problem: Problem, plan: Plan, microseconds: float, provenance: str) -> dict[str, Any]:
@@ -118,13 +141,14 @@ def _entry(gpu: Gpu, problem: Problem, plan: Plan, microseconds: float, provenan
     }
 
 
-def _merge(path: Path, entries: list[dict[str, Any]]) -> None:
+def _merge(path: Path, entries: list[dict[str, Any]], dequantize_from: dict[str, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
         empty: dict[str, Any] = {"format": configs.FORMAT, "tiles": {}, "dequantize_from": {}, "shapes": []}
         table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
         kept = {_identity(entry): entry for entry in [*table["shapes"], *entries]}
         table["shapes"] = list(kept.values())
+        table["dequantize_from"] |= dequantize_from
         unfinished = path.with_suffix(f".{os.getpid()}")
         unfinished.write_text(json.dumps(table, indent=1), encoding="utf-8")
         os.replace(unfinished, path)

@@ -51,10 +51,11 @@ def w4a16_kernel(
     HAS_BIAS: tl.constexpr,
     FLOAT32_DOT: tl.constexpr,  # the interpreter multiplies the bit patterns of bfloat16
 ):
-    """One ``[BLOCK_M, BLOCK_N]`` tile of y."""
+    """One ``[BLOCK_M, BLOCK_N]`` tile of y. Program ids: the tile, M fastest (the second id ends at 65535)."""
     STEPS: tl.constexpr = (GROUP + BLOCK_K - 1) // BLOCK_K
-    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(M, BLOCK_M)
+    m = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m, in_n = m < M, n < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(groups * STEPS):
@@ -137,7 +138,7 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     rows, columns = x.shape
     y = torch.empty(rows, weight.out_features, dtype=x.dtype, device=x.device)
     tile = block_m(rows, x.dtype)
-    grid = (triton.cdiv(weight.out_features, BLOCK_N), triton.cdiv(rows, tile))
+    grid = (triton.cdiv(weight.out_features, BLOCK_N) * triton.cdiv(rows, tile),)
     qweight, scales = weight.qweight.contiguous(), weight.scales.contiguous()
     zeros = None if weight.zeros is None else weight.zeros.contiguous()
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():

@@ -1,0 +1,74 @@
+"""Times every tile and number of splits on this GPU, beside what the shipped table chooses, and writes JSON.
+
+Run:    python kernels/bench/gpu_tune.py out.json [--seconds 100] [--tiny]
+The best ones go into the user's table (`ptq_kernels.triton.configs.user_file`), whose text is in the result too.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_linear import GROUP, SHAPES
+from ptq_kernels.triton import configs, launch, tune
+from ptq_kernels.triton.configs import Gpu, Plan, Problem
+
+ROWS = ((16,), (64,), (128, 256, 512))  # the last together: they decide from where the weight is dequantized
+H200 = Gpu(90, 132)
+
+
+def timer(tiny: bool) -> tuple[Gpu, tune.Timer]:
+    """This GPU and its clock; to try the bench itself, an H200 on which fewer splits are faster."""
+    if tiny:
+        return H200, lambda plan, problem: 1.0 if plan is None else float(plan.splits)
+    return launch.gpu(0), tune.GraphTimer(torch.device("cuda:0"), torch.bfloat16, GROUP)
+
+
+def described(plan: Plan) -> dict[str, int]:
+    """What tells a plan from another."""
+    return {"block_m": plan.tile.block_m, "block_n": plan.tile.block_n, "splits": plan.splits}
+
+
+def main() -> None:
+    """Parse the command line, tune, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seconds", type=float, default=100.0, help="no further number of rows is begun after that")
+    parser.add_argument("--tiny", action="store_true", help="a made-up clock, on any machine, to try the bench itself")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    gpu, clock = timer(options.tiny)
+    name = "a made-up clock" if options.tiny else f"timed on {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    records: list[dict[str, Any]] = []
+    shapes = SHAPES[:2] if options.tiny else SHAPES[:-1]  # without the head, which takes longest and has few plans
+    for rows in ROWS:
+        if time.monotonic() > end:
+            break
+        problems = [Problem(4, GROUP, m, n, k) for m in rows for n, k in shapes]
+        shipped = {problem: configs.plan(gpu, problem) for problem in problems}
+        best = tune.tune(gpu, problems, clock, name)
+        for problem, (plan, microseconds) in best.items():
+            records.append(
+                {
+                    "n": problem.n,
+                    "k": problem.k,
+                    "m": problem.rows,
+                    "shipped": described(shipped[problem]),
+                    "shipped_microseconds": clock(shipped[problem], problem),
+                    "best": described(plan),
+                    "best_microseconds": microseconds,
+                    "dequantized_microseconds": clock(None, problem),
+                }
+            )
+        table = json.loads(configs.user_file().read_text(encoding="utf-8"))
+        options.output.write_text(json.dumps({"records": records, "table": table}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
