@@ -185,7 +185,8 @@ def test_an_unforeseen_error_is_not_hidden(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_control_c_in_a_real_process(tmp_path: Path) -> None:
-    settings = [f"--set={item}" for item in [f"output={tmp_path / 'out'}", *SMALL]]
+    long = ["calibration.samples=64", "calibration.sequence_length=512"]  # the signal must reach it before the end
+    settings = [f"--set={item}" for item in [f"output={tmp_path / 'out'}", *SMALL, *long]]
     command = [sys.executable, "-m", "ptq.gptq", "--config", "demo.yaml", *settings]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,

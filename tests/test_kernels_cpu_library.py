@@ -251,14 +251,17 @@ def another_library(path: Path, source: str) -> None:
     subprocess.run([compiler, "-shared", "-fPIC", path.with_suffix(".cpp"), "-o", path], check=True)
 
 
-OLD = """extern "C" { int qmm_version() { return %d; } int qmm_start() { return %d; }
-void qmm_set_parallel_for(void*) {} void qmm_pack() {} void qmm_unpack() {} int qmm_matmul() { return 0; } }"""
+STUB = """extern "C" { int qmm_version() { return %d; } int qmm_start() { return %d; }
+void qmm_set_parallel_for(void*) {} void qmm_set_torch(void*) {} void qmm_boxed() {} void qmm_pack() {} void qmm_unpack() {} int qmm_matmul() { return 0; } }"""
 BROKEN = {
     "missing": (None, r"_qmm_avx2.so was not built; build it with `python -m ptq_kernels.build`"),
     "foreign": ("", r"_qmm_avx2.so cannot be loaded \(.*file too short\); rebuild it"),
     "another": ("int f() { return 0; }", r"_qmm_avx2.so cannot be loaded \(.*qmm_version\); rebuild it"),
-    "old": (OLD % (0, 0), r"_qmm_avx2.so has version 0, 2 is required; rebuild it with"),
-    "no permission": (OLD % (2, 1), "does not grant this process the AMX tile registers"),
+    "old": (
+        'extern "C" int qmm_version() { return 0; }',
+        rf"_qmm_avx2.so cannot be loaded \(it has version 0, {library.VERSION} is required\); rebuild it with",
+    ),
+    "no permission": (STUB % (library.VERSION, 1), "does not grant this process the AMX tile registers"),
 }
 
 

@@ -76,9 +76,11 @@ def preferred() -> tuple[str, ...]:
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    """Load one file; OSError where it is no library, AttributeError where it is another one."""
+    """Load one file; OSError where it is no library of this version, AttributeError where it is another one."""
     handle = ctypes.CDLL(str(path))
     handle.qmm_version.argtypes, handle.qmm_version.restype = [], _INT
+    if (found := handle.qmm_version()) != VERSION:
+        raise OSError(f"it has version {found}, {VERSION} is required")
     handle.qmm_start.argtypes, handle.qmm_start.restype = [], _INT
     for function in (handle.qmm_set_parallel_for, handle.qmm_set_torch):
         function.argtypes, function.restype = [_POINTER], None
@@ -98,8 +100,6 @@ def _loaded(name: str) -> Library | str:
         return f"{path.name} was not built; build it with `{_BUILD}`"
     try:
         handle = _open(path)
-        if (found := handle.qmm_version()) != VERSION:
-            return f"{path.name} has version {found}, {VERSION} is required; rebuild it with `{_BUILD}`"
         if handle.qmm_start() != 0:
             return "the operating system does not grant this process the AMX tile registers"
         handle.qmm_set_parallel_for(torch_core.threads())
