@@ -18,7 +18,7 @@ def current_libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     built = [directory / build.file_name(name) for name in library.SETS]
     with pytest.MonkeyPatch.context() as patch:
         if not all(path.exists() and path.stat().st_mtime >= newest for path in built):
-            directory = _compiled(tmp_path_factory)
+            directory = _compiled(tmp_path_factory.getbasetemp() / "libraries")
             patch.setattr(library, "_DIRECTORY", directory)
         library.forget()
         yield directory
@@ -26,8 +26,8 @@ def current_libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 
 @cache
-def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("libraries")
+def _compiled(directory: Path) -> Path:
+    directory.mkdir()
     if all(build.compile_all(directory).values()):
         pytest.skip("no C++ compiler here")
     return directory
