@@ -253,7 +253,7 @@ def another_library(path: Path, source: str) -> None:
 
 STUB = """extern "C" { int qmm_version() { return %d; } int qmm_start() { return %d; }
 void qmm_set_parallel_for(void*) {} void qmm_set_torch(void*) {} void qmm_boxed() {} void qmm_pack() {}
-void qmm_unpack() {} int qmm_matmul() { return 0; } }"""
+void qmm_unpack() {} int qmm_matmul() { return 0; } void qmm_solve_columns() {} void qmm_descend_columns() {} }"""
 BROKEN = {
     "missing": (None, r"_qmm_avx2.so was not built; build it with `python -m ptq_kernels.build`"),
     "foreign": ("", r"_qmm_avx2.so cannot be loaded \(.*file too short\); rebuild it"),

@@ -71,4 +71,4 @@ def _codes(W: Tensor, start: Blocks, H: Tensor, factor: Factor, sweeps: int, blo
     if found.offset is not None:
         target = (grouped(W, shape.group) + found.offset.to(W.dtype).unsqueeze(-1)).reshape(W.shape)
     codes = gptq_solve(target, factor, grid, block_size=block_size).codes
-    return descend(target, codes, H, factor, grid, sweeps=sweeps, block_size=block_size) if sweeps else codes
+    return descend(target, codes, H, factor, grid, sweeps=sweeps, block_size=block_size).codes if sweeps else codes

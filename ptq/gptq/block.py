@@ -166,9 +166,8 @@ def choose_codes(W: Tensor, H: Tensor, factor: Factor, scheme: Scheme, task: Blo
     codes, grid = solve_candidates(
         W, factor, grid, settings.candidates, scale_dtype=task.scale_dtype, block_size=size
     )  # fmt: skip
-    if settings.sweeps:
-        codes = descend(W, codes, H, factor, grid, sweeps=settings.sweeps, block_size=size)
-    return Choice(codes, grid, quadratic_loss(W - values(codes, grid), H))
+    codes, loss = descend(W, codes, H, factor, grid, sweeps=settings.sweeps, block_size=size)
+    return Choice(codes, grid, loss)
 
 
 def whole(part: Choice, rows: int, ranks: Ranks) -> Choice:

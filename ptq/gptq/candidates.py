@@ -9,8 +9,8 @@ share the loop over columns. Pure functions; letters as in `ptq.gptq.solver`.
 import torch
 from torch import Tensor
 
-from ptq.gptq.solver import Factor, gptq_solve
-from ptq.grid import Grid, round_scales
+from ptq.gptq.solver import Factor, gptq_solve, in_order, out_of_order, solve_columns
+from ptq.grid import Grid, check_finite, round_scales
 
 # Between two multiples of the scales. Finer steps find more by chance alone; coarser ones miss what there is.
 STEP = 1.06
@@ -45,6 +45,7 @@ def solve_candidates(
     """
     if count == 1:
         return gptq_solve(W_NK, factor, grid, block_size=block_size).codes, grid
+    check_finite(W_NK, "weight")
     rows = max(1, CHUNK_WEIGHTS // (count * W_NK.shape[1]))
     codes, scales = [], []
     for start in range(0, len(W_NK), rows):
@@ -69,8 +70,7 @@ def _multiples(grid: Grid, count: int, scale_dtype: torch.dtype) -> Grid:
 
 
 def _solve_rows(W: Tensor, factor: Factor, stacked: Grid, block_size: int) -> tuple[Tensor, Tensor]:
-    count = len(stacked.scales) // len(W)
-    solved = gptq_solve(W.repeat(count, 1), factor, stacked, block_size=block_size)
-    best = solved.row_losses.reshape(count, len(W)).argmin(0)
+    codes, losses = solve_columns(in_order(W, factor), factor, stacked, block_size=block_size)
+    best = losses.reshape(-1, len(W)).argmin(0)
     chosen = best * len(W) + torch.arange(len(W), device=W.device)
-    return solved.codes[chosen], stacked.scales[chosen]
+    return out_of_order(codes[:, chosen], factor), stacked.scales[chosen]

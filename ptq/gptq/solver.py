@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from ptq.errors import NumericsError
+from ptq.gptq.columns import solve_block, steps_of
 from ptq.gptq.inverse import ROWS, invert_to_factor, multiply_by_inverse
-from ptq.grid import Grid, check_finite, values
+from ptq.grid import Grid, check_finite
 
 ActivationOrder = Literal["static", "none"]
-
-# Columns whose errors are pushed on one by one; from there to the end of a block they go as a matrix product.
-STRIP = 16
 
 
 class Factor(NamedTuple):
@@ -119,35 +117,51 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
         NumericsError: W holds NaN or infinity.
     """
     check_finite(W_NK, "weight")
-    U, order, top = factor.U_KK, factor.order_K.to(W_NK.device), grid.top
-    K = len(order)
-    # Transposed, so that a column of W is contiguous.
-    W = W_NK.t()[order].contiguous()
-    group_of = (order // grid.group_size).tolist()
-    scales, zeros = grid.scales.t().contiguous().to(W.dtype), grid.zeros.t().contiguous().to(W.dtype)
+    codes, losses = solve_columns(in_order(W_NK, factor), factor, grid, block_size=block_size)
+    return SolveResult(out_of_order(codes, factor), losses)
+
+
+def in_order(W_NK: Tensor, factor: Factor) -> Tensor:
+    """``[K, N]``: as the columns are visited, each contiguous."""
+    return W_NK.t()[factor.order_K.to(W_NK.device)].contiguous()
+
+
+def out_of_order(codes_KN: Tensor, factor: Factor) -> Tensor:
+    """``[N, K]``, contiguous, in the weight's own order: undoes `in_order`."""
+    found = torch.empty(codes_KN.shape[::-1], dtype=codes_KN.dtype, device=codes_KN.device)
+    found[:, factor.order_K.to(codes_KN.device)] = codes_KN.t()
+    return found
+
+
+def solve_columns(W_KN: Tensor, factor: Factor, grid: Grid, *, block_size: int) -> tuple[Tensor, Tensor]:
+    """GPTQ on a weight as `in_order` gives it, and on several grids at once.
+
+    Args:
+        W_KN: stays as it is.
+        factor: of the input's Hessian.
+        grid: ``[R, G]``, R a multiple of N: the rows of one grid, then those of the next.
+        block_size: as for `gptq_solve`.
+
+    Returns:
+        Codes ``uint8 [K, R]`` in order, and what they lose, float64 ``[R]``.
+    """
+    K, N = W_KN.shape
+    R = len(grid.scales)
+    steps = steps_of(grid, factor.order_K, W_KN.dtype)
+    W = W_KN.repeat(1, R // N)
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    squared = torch.zeros(W.shape[1], dtype=torch.float64, device=W.device)
+    squared, moved = torch.zeros(2, R, dtype=torch.float64, device=W.device)
     for start in range(0, K, block_size):
         end = min(start + block_size, K)
-        rows = U[start:end, start:].to(W.device)
-        block, U_block = W[start:end], rows[:, : end - start]
-        errors, diagonal = torch.empty_like(block), U_block.diagonal().tolist()
-        for first in range(0, end - start, STRIP):
-            last = min(first + STRIP, end - start)
-            for j in range(first, last):
-                w, s, z = block[j], scales[group_of[start + j]], zeros[group_of[start + j]]
-                code = torch.round(w / s).add_(z).clamp_(0, top)
-                codes[start + j] = code
-                torch.sub(w, code.sub_(z).mul_(s), out=errors[j]).div_(diagonal[j])
-                block[j + 1 : last].addr_(U_block[j, j + 1 : last], errors[j], alpha=-1)
-            block[last:].addmm_(U_block[first:last, last:].t(), errors[first:last], alpha=-1)
+        rows = factor.U_KK[start:end, start:].to(W.device)
+        block = W[start:end]
+        errors = solve_block(block, rows[:, : end - start], steps, start, codes[start:end])
         W[end:].addmm_(rows[:, end - start :].t(), errors, alpha=-1)
-        squared += errors.square().sum(0)
-    codes_NK = torch.empty_like(W_NK, dtype=torch.uint8, memory_format=torch.contiguous_format)
-    codes_NK[:, order] = codes.t()
-    moved = (W_NK - values(codes_NK, grid).to(W_NK.dtype)).square().sum(1, dtype=torch.float64)
+        squared += errors.square_().sum(0)
+        difference = block.view(end - start, R // N, N).sub_(W_KN[start:end].unsqueeze(1))
+        moved += difference.square_().sum(0).flatten()
     # A row's sum e^2 is its share of trace(D (H + lam I) D^T) exactly; less the damping's part it is the loss on H.
-    return SolveResult(codes_NK, squared.sub_(moved, alpha=factor.lam).clamp_(min=0))
+    return codes, squared.sub_(moved, alpha=factor.lam).clamp_(min=0)
 
 
 def correction(X_RK: Tensor, factor: Factor, strength: float, device: torch.device | None = None) -> Tensor:

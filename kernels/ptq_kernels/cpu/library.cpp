@@ -1,4 +1,4 @@
-// Product of rows with a weight of 2, 3, 4 or 8 bits, for x86 processors. Compiled once for each instruction set into a
+// Product of rows with a weight of 2, 3, 4 or 8 bits, and the loops of solvers, for x86 processors. Compiled once for each instruction set into a
 // library of its own, with a plain C interface: neither torch's nor Python's ABI.
 #include "codes.h"
 #ifdef __AVX512F__
@@ -7,6 +7,7 @@
 #include "simd256.h"
 #endif
 #include "boxed.h"
+#include "columns.h"
 #include "gemm.h"
 #include "gemv.h"
 #include "tiles_dot.h"
@@ -72,7 +73,7 @@ int32_t product(const Input& in, const Weight& w, const Output& out, int32_t mod
 extern "C" {
 
 // Changes with the meaning of any function or of the packed bytes; Python refuses another one.
-int32_t qmm_version() { return 3; }
+int32_t qmm_version() { return 4; }
 
 // 0 where this processor and kernel let the library run what the compiler was allowed to use.
 int32_t qmm_start() {
@@ -128,6 +129,12 @@ int32_t qmm_matmul(const Linear* linear, const uint8_t* x, int32_t x_type, uint8
     case 8: return product<8>(in, w, out, mode);
     default: return -1;
   }
+}
+
+void qmm_solve_columns(const Columns* columns, float* weight, float* errors) { solve_columns(*columns, weight, errors); }
+
+void qmm_descend_columns(const Columns* columns, float* values, const float* slopes, float* moved) {
+  descend_columns(*columns, values, slopes, moved);
 }
 
 void qmm_set_torch(const Torch* functions) { torch = *functions; }

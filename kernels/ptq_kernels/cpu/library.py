@@ -11,7 +11,7 @@ from ptq_kernels.cpu import torch_core
 
 _log = logging.getLogger("ptq_kernels")
 
-VERSION = 3  # qmm_version() of library.cpp
+VERSION = 4  # qmm_version() of library.cpp
 _DIRECTORY = Path(__file__).resolve().parent
 _CPUINFO = Path("/proc/cpuinfo")
 _BUILD = "python -m ptq_kernels.build"
@@ -41,6 +41,15 @@ class Linear(ctypes.Structure):
     ]
 
 
+class Columns(ctypes.Structure):
+    """A block of columns that a solver decides one after another, as columns.h has it."""
+
+    _fields_ = [
+        *(("count", _LONG), ("rows", _LONG), ("pitch", _LONG), ("factors", _POINTER), ("scales", _POINTER)),
+        *(("zeros", _POINTER), ("group", _POINTER), ("codes", _POINTER), ("top", ctypes.c_float)),
+    ]
+
+
 class Library(NamedTuple):
     """The functions of one loaded library; library.cpp says what they take."""
 
@@ -49,6 +58,8 @@ class Library(NamedTuple):
     unpack: Callable[..., None]
     matmul: Callable[..., int]
     boxed: Any  # `matmul` as torch's dispatcher calls a kernel
+    solve_columns: Callable[..., None]
+    descend_columns: Callable[..., None]
 
 
 class _Processor(NamedTuple):
@@ -86,6 +97,8 @@ def _open(path: Path) -> ctypes.CDLL:
         function.argtypes, function.restype = [_POINTER], None
     for function in (handle.qmm_pack, handle.qmm_unpack):
         function.argtypes, function.restype = [_POINTER, _POINTER, _LONG, _LONG, _INT], None
+    handle.qmm_solve_columns.argtypes, handle.qmm_solve_columns.restype = [_POINTER] * 3, None
+    handle.qmm_descend_columns.argtypes, handle.qmm_descend_columns.restype = [_POINTER] * 4, None
     handle.qmm_matmul.argtypes, handle.qmm_matmul.restype = [_POINTER, _POINTER, _INT, _POINTER, _LONG, _INT], _INT
     return handle
 
@@ -106,7 +119,8 @@ def _loaded(name: str) -> Library | str:
         handle.qmm_set_torch(ctypes.byref(torch_core.functions()))
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded ({error}); rebuild it with `{_BUILD}`"
-    return Library(name, handle.qmm_pack, handle.qmm_unpack, handle.qmm_matmul, handle.qmm_boxed)
+    functions = ("pack", "unpack", "matmul", "boxed", "solve_columns", "descend_columns")
+    return Library(name, *(getattr(handle, f"qmm_{function}") for function in functions))
 
 
 def refuse(name: str) -> str | None:
