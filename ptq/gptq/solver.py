@@ -123,14 +123,13 @@ def gptq_solve(W_NK: Tensor, factor: Factor, grid: Grid, *, block_size: int = 12
 
 def in_order(W_NK: Tensor, factor: Factor) -> Tensor:
     """``[K, N]``: as the columns are visited, each contiguous."""
-    return W_NK.t()[factor.order_K.to(W_NK.device)].contiguous()
+    return W_NK.t().contiguous().index_select(0, factor.order_K.to(W_NK.device))
 
 
 def out_of_order(codes_KN: Tensor, factor: Factor) -> Tensor:
     """``[N, K]``, contiguous, in the weight's own order: undoes `in_order`."""
-    found = torch.empty(codes_KN.shape[::-1], dtype=codes_KN.dtype, device=codes_KN.device)
-    found[:, factor.order_K.to(codes_KN.device)] = codes_KN.t()
-    return found
+    codes_NK = codes_KN.index_select(0, torch.argsort(factor.order_K).to(codes_KN.device)).t()
+    return codes_NK.clone(memory_format=torch.contiguous_format)  # of one row contiguous() would keep the strides
 
 
 def solve_columns(W_KN: Tensor, factor: Factor, grid: Grid, *, block_size: int) -> tuple[Tensor, Tensor]:
