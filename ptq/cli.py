@@ -150,14 +150,15 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _print_plan(config: "RunConfig") -> int:
     from ptq.plan import describe, make_plan
-    from ptq.predict import describe_prediction, home_of, measure_rates, predict
+    from ptq.predict import describe_prediction, home_of, predict
+    from ptq.predict_time import measure_rates
     from ptq.report import anonymous_bytes
 
     plan = make_plan(config, weights=False)
     output = Path(config.output).expanduser().resolve()
     existing = next(parent for parent in output.parents if parent.is_dir())
     print(describe(plan))
-    found = predict(plan, measure_rates(plan.device, existing), anonymous_bytes(), home_of(plan))
+    found = predict(plan, measure_rates(plan.device, existing, plan.dtype), anonymous_bytes(), home_of(plan))
     print(describe_prediction(found))
     return 0
 

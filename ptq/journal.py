@@ -70,6 +70,7 @@ class Journal:
         self._seals: list[str] = []  # of run.json and of every record that is on disk
         self._commits: list[int] = []  # units whose hidden states are on disk
         self._cost, self._since = 0.0, time.perf_counter()
+        self.seconds = 0.0  # that all commits took
         if ranks.first:
             for folder in (self._blocks, self._hidden, self.checkpoint):
                 folder.mkdir(exist_ok=True)
@@ -152,6 +153,7 @@ class Journal:
         self._prune_hidden()
         self._since = time.perf_counter()
         self._cost = self._since - started
+        self.seconds += self._cost
 
     def _write(self, unit: int) -> None:
         record = self.records[unit]

@@ -26,7 +26,8 @@ from ptq.nn.linear import kernels_in_use
 from ptq.page_report import report_page
 from ptq.parent import parent_of
 from ptq.plan import Plan, check_output, estimate_size, head_targets, make_plan
-from ptq.predict import compared, home_of, measure_rates, predict
+from ptq.predict import compared, home_of, predict
+from ptq.predict_time import measure_rates
 from ptq.prepared import Prepared
 from ptq.progress import Progress
 from ptq.report import PeakMemory, Report, anonymous_bytes, hardware, resident_bytes, versions
@@ -184,7 +185,7 @@ def _solve_and_write(
         progress.say(note)
     before = resident_bytes()
     home = home_of(plan)
-    prediction = predict(plan, measure_rates(plan.device, place.path), anonymous_bytes(), home)
+    prediction = predict(plan, measure_rates(plan.device, place.path, plan.dtype), anonymous_bytes(), home)
     started = time.perf_counter()
     with PeakMemory() as peak, progress.stage("solve", max(0, units(plan) - 1 - resumed)):
         walk(plan, ranks.share(batches), journal, progress, ranks, home)
@@ -195,6 +196,7 @@ def _solve_and_write(
         used = peak.bytes if plan.device.type == "cpu" else torch.cuda.max_memory_allocated(plan.device)
         document["prediction"] = compared(prediction, used, time.perf_counter() - started)
     size = estimate_size(plan)
+    document["journal"] = {"seconds": round(journal.seconds, 3)}  # what being able to go on took
     document["memory"] = {"before_solve": before, "peak_of_solve": progress.peaks["solve"]}
     if plan.device.type == "cuda":
         document["memory"]["second_moments"] = str(home)

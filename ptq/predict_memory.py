@@ -62,6 +62,18 @@ def width(plan: Plan) -> int:
     return int(plan.hf_config.get_text_config().hidden_size)
 
 
+def tokens_of(plan: Plan) -> int:
+    """Of the calibration text."""
+    calibration = plan.config.calibration
+    return calibration.samples * calibration.sequence_length if plan.config.calibrates else 0
+
+
+def held_share(plan: Plan, features: int) -> float:
+    """Of the passes that can wait at an input that wide."""
+    needed = tokens_of(plan) * (width(plan) + features) * plan.dtype.itemsize
+    return min(1.0, HELD_BYTES / max(needed, 1))
+
+
 def block_work(plan: Plan, block: Block, *, apart: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes beside the weights of a block: of matrices [K, K], and of all else.
 
@@ -108,9 +120,7 @@ def _drifts(plan: Plan, stage: Stage) -> bool:
 
 
 def _calibrating(plan: Plan, stage: Stage) -> int:
-    calibration = plan.config.calibration
-    tokens = calibration.samples * calibration.sequence_length
-    starved = stage.inputs > 1 and tokens / stage.inputs < stage.features / STARVED
+    starved = stage.inputs > 1 and tokens_of(plan) / stage.inputs < stage.features / STARVED
     return FLOAT * stage.features**2 * stage.inputs * (2 if starved or _drifts(plan, stage) else 1)
 
 
@@ -129,9 +139,7 @@ def _solver(plan: Plan, stage: Stage) -> int:
 
 def _waiting(plan: Plan, stage: Stage) -> int:
     """Of passes that go on once a Linear is quantized: the residual and what the Linear reads."""
-    calibration = plan.config.calibration
-    tokens = calibration.samples * calibration.sequence_length
-    held = min(HELD_BYTES, tokens * (width(plan) + stage.features) * plan.dtype.itemsize)
+    held = min(HELD_BYTES, tokens_of(plan) * (width(plan) + stage.features) * plan.dtype.itemsize)
     return held * (2 if plan.config.follows_float else 1)
 
 

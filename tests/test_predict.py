@@ -1,5 +1,6 @@
 """What a run is predicted to need. Oracle: the run's own peak, sizes on disk, and sums worked out by hand."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,17 @@ from tiny_models import run
 
 from ptq import cli
 from ptq.allocator import give_back
-from ptq.config import CalibrationConfig, RunConfig, scheme_for
+from ptq.config import CalibrationConfig, RefineConfig, RunConfig, scheme_for
 from ptq.formats import CODECS
 from ptq.models.loading import build_skeleton
 from ptq.models.names import SourceNames
 from ptq.models.structure import find_blocks, linears, weight_shape
 from ptq.plan import Plan, make_plan
-from ptq.predict import Rates, compared, describe_prediction, home_of, measure_rates, predict
+from ptq.predict import compared, describe_prediction, home_of, predict
+from ptq.predict_time import Rates, measure_rates
 from ptq.report import PeakMemory, anonymous_bytes
 
-RATES = Rates(1e12, 1e9)
+RATES = Rates(products=1e12, native=4e12, elements=1e10, disk=1e9)
 GPU = 24 * 2**30
 LARGE = {  # hidden, intermediate, blocks, heads, key-value heads
     "70B": (8192, 28672, 80, 64, 8),
@@ -114,9 +116,12 @@ def test_predicted_against_actual(method, tmp_path):
 
 
 def test_rates_are_positive_and_leave_nothing(tmp_path):
-    rates = measure_rates(torch.device("cpu"), tmp_path)
-    assert rates.operations > 1e6
-    assert rates.disk > 1e3
+    for dtype in (torch.float32, torch.bfloat16):
+        rates = measure_rates(torch.device("cpu"), tmp_path, dtype)
+        assert rates.products > 1e6
+        assert rates.native > 1e6
+        assert rates.elements > 1e6
+        assert rates.disk > 1e3
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,6 +147,32 @@ def test_compared():
     document = compared(found, 5, 2.5)
     assert document["memory"] == {"predicted": found.peak, "actual": 5}
     assert document["seconds"]["actual"] == 2.5
+    assert document["seconds"]["predicted"] == pytest.approx(sum(document["stages"].values()), rel=0.01)
+
+
+def test_time_by_hand():
+    """Products and elements of a rounding run and of GPTQ's codes, with rates that make one of the two vanish."""
+    plan = large_plan("70B", "cpu")
+    hidden, inner, depth, heads, kv = LARGE["70B"]
+    shapes = [(hidden, hidden)] * 2 + [(hidden * kv // heads, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
+    weights, squares = sum(n * k for n, k in shapes), sum(n * k * k for n, k in shapes)
+    products = predict(plan, Rates(1e12, 1e30, 1e30, 1e30)).seconds
+    assert products["codes"] == pytest.approx(depth * squares * (7 + 2 + 6) / (0.9 * 1e12))
+    assert products["forward passes"] + products["Hessians"] + products["disk"] < 1e-6
+    elements = predict(plan, Rates(1e30, 1e30, 1e10, 1e30)).seconds
+    assert elements["codes"] == pytest.approx(depth * weights * (6 * 26 + 0.25 * 8 * 64 + 200) / 1e10)
+    assert elements["factorizations"] < 1e-6
+    rounding = predict(plan._replace(config=RunConfig(model="m", output="o", method="rtn")), RATES).seconds
+    assert {name for name, seconds in rounding.items() if seconds} == {"codes", "disk"}
+    refined = predict(plan._replace(config=dataclasses.replace(plan.config, refine=RefineConfig(steps=9))), RATES)
+    assert refined.seconds["refinement"] > 0
+    # Of so much text no pass can wait: every input is reached anew.
+    waiting = predict(plan, Rates(1e30, 1e12, 1e30, 1e30)).seconds["forward passes"]
+    few = CalibrationConfig(samples=1, sequence_length=2048, batch_size=1)
+    short = predict(
+        plan._replace(config=dataclasses.replace(plan.config, calibration=few)), Rates(1e30, 1e12, 1e30, 1e30)
+    )
+    assert waiting > 128 * 1.5 * short.seconds["forward passes"]
 
 
 def test_the_command(tmp_path, capsys):

@@ -1,0 +1,173 @@
+"""How long the stages of a run will take, from the shapes of a model and from rates that are measured for a moment.
+
+Every stage is counted in operations of two kinds, each with a rate of its own: those of large matrix products, in
+float32 or in the model's dtype, and those on single elements, which wait for memory or for their own latency. What is
+counted per element was fitted to runs of small and of wide models on a CPU (docs/performance.md says how well).
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptq.awq.solver import CONFIRMED, CONFIRMED_ROWS, SCREENED_ROWS
+from ptq.grid_search import COARSE, REFITS, SHRINKS
+from ptq.plan import Plan
+from ptq.predict_memory import Block, Stage, held_share, tokens_of, width
+
+# Share of the rate of a large product that the products of a stage reach.
+FORWARD, HESSIAN, FACTOR, COLUMNS = 0.8, 0.4, 0.8, 0.9
+# Operations on an element: of what a Linear puts out, of a token's row of attention, of an input of a Linear; of a
+# weight for every candidate scale, for every column of a block, and for all else; of a weight in a step of refinement.
+OUTPUT, ATTENTION, INPUT = 6, 3, 6
+CANDIDATE, COLUMN, WEIGHT, REFINED = 6, 0.25, 200, 40
+SAMPLE = 0.05  # seconds that a rate is measured for
+
+
+class Rates(NamedTuple):
+    """What a machine does in a second."""
+
+    products: float  # operations of a float32 matrix product
+    native: float  # of one in the model's dtype
+    elements: float  # operations on single float32 elements
+    disk: float  # bytes written
+
+
+def measure_rates(device: torch.device, directory: Path, dtype: torch.dtype = torch.float32) -> Rates:
+    """Time products, an operation on elements and a write of 8 MiB, or of half of what is free.
+
+    Args:
+        device: where the run will be.
+        directory: existing, on the disk of the run.
+        dtype: of the model.
+    """
+    a = torch.randn(1024, 1024, device=device)
+    b, row = a.to(dtype), torch.randn(1 << 16, device=device)
+    products = 2 * 1024**3 * _a_second(lambda: a @ a)
+    native = products if dtype == torch.float32 else 2 * 1024**3 * _a_second(lambda: b @ b)
+    elements = len(row) * _a_second(lambda: row.mul_(1.0))
+    data = bytes(max(1, min(8 * 1024**2, shutil.disk_usage(directory).free // 2)))
+    started = time.perf_counter()
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return Rates(products, native, elements, len(data) / (time.perf_counter() - started))
+
+
+def _a_second(work: Callable[[], Tensor]) -> float:
+    """How often it can be done in a second."""
+    float(work().flatten()[0])  # what the first call sets up is done once
+    done, started = 0, time.perf_counter()
+    while done < 2 or time.perf_counter() - started < SAMPLE:
+        float(work().flatten()[0])
+        done += 1
+    return done / (time.perf_counter() - started)
+
+
+def seconds_of(
+    plan: Plan, block: Block, rates: Rates, disk: Mapping[str, int], journal_share: float
+) -> dict[str, float]:
+    """By stage, of all blocks; ``block`` is the largest, and the others are taken to be like it.
+
+    ``disk``: bytes by kind; of the journal's, ``journal_share`` is written after each block.
+    """
+    blocks = len(list(plan.skeleton.get_submodule(plan.blocks).children()))
+    written = disk["output"] * 2 + blocks * disk["journal of hidden states"] * journal_share
+    found = {
+        "forward passes": blocks * _forward(plan, block, rates, _passes(plan, block)),
+        "Hessians": blocks * _hessians(plan, block, rates),
+        "factorizations": blocks * _factors(plan, block, rates),
+        "codes": blocks * _codes(plan, block, rates),
+        "disk": written / rates.disk,
+    }
+    if plan.config.refine.steps:
+        found["refinement"] = blocks * _refinement(plan, block, rates)
+    return found
+
+
+def _streams(plan: Plan) -> int:
+    return 2 if plan.config.follows_float else 1
+
+
+def _passes(plan: Plan, block: Block) -> float:
+    """Of all tokens through a block: one, and what has to start over because no more passes can wait."""
+    if plan.config.method == "rtn":
+        return 0
+    if plan.config.method == "awq" and plan.config.awq.codes == "round":
+        return 2  # statistics, then the inputs of the next block
+    again = sum(1 - held_share(plan, stage.features) for stage in block.stages) / 2
+    return (1 + again) * _streams(plan) + (1 if plan.config.method == "awq" else 0)
+
+
+def _forward(plan: Plan, block: Block, rates: Rates, passes: float, share: float = 1.0) -> float:
+    """Passes of a share of the tokens."""
+    tokens, length = tokens_of(plan) * share, plan.config.calibration.sequence_length
+    heads = getattr(plan.hf_config.get_text_config(), "num_attention_heads", 1) or 1
+    operations = 2 * tokens * (block.linear + 2 * length * width(plan))
+    elements = tokens * (OUTPUT * sum(n for n, _ in block.weights) + ATTENTION * heads * length / 2)
+    return passes * (operations / (FORWARD * rates.native) + elements / rates.elements)
+
+
+def _hessians(plan: Plan, block: Block, rates: Rates) -> float:
+    if plan.config.method == "rtn":
+        return 0
+    tokens = tokens_of(plan)
+    moments = [(s.features, _streams(plan) if s.inputs == 1 else 1) for s in block.stages]
+    operations = sum(2 * tokens * k**2 * count for k, count in moments)
+    elements = INPUT * sum(tokens * k * count for k, count in moments)
+    return operations / (HESSIAN * rates.native) + elements / rates.elements
+
+
+def _factors(plan: Plan, block: Block, rates: Rates) -> float:
+    if not _solves(plan):
+        return 0
+    return sum(_factor(stage, _streams(plan) > 1) for stage in block.stages) / (FACTOR * rates.products)
+
+
+def _factor(stage: Stage, drifts: bool) -> float:
+    """Operations for the factors of a stage's inputs and the correction of its weights."""
+    k, n = stage.features, sum(stage.rows)
+    corrected = 2 * k * k * (min(n, k) + n) if drifts and stage.inputs == 1 else 0
+    return stage.inputs * 2 / 3 * k**3 + corrected
+
+
+def _solves(plan: Plan) -> bool:
+    return plan.config.method == "gptq" or (plan.config.method == "awq" and plan.config.awq.codes == "gptq")
+
+
+def _codes(plan: Plan, block: Block, rates: Rates) -> float:
+    """Grids, codes and what they lose."""
+    weights = sum(n * k for n, k in block.weights)
+    squares = sum(n * k * k for n, k in block.weights)
+    products, candidates, columns = 0.0, 0.0, 0.0
+    if _solves(plan):
+        settings = plan.config.gptq
+        # Half of all columns are still to come when a block is done; descent and three losses multiply by all of H.
+        products += squares * (settings.candidates + 2 * settings.sweeps + 6)
+        columns += weights * (settings.candidates + settings.sweeps) * settings.block_size / 2
+        candidates += weights * (2 * len(SHRINKS) + REFITS)
+    if plan.config.method == "awq":
+        tried = 2 * plan.config.awq.grid
+        for n, k in block.weights:
+            rows = tried * min(n, SCREENED_ROWS) + (CONFIRMED + 1) * min(n, CONFIRMED_ROWS)
+            products += 2 * rows * k * k
+            candidates += rows * k * (2 * len(COARSE) + REFITS)
+        products += 6 * squares
+    elements = CANDIDATE * candidates + COLUMN * columns + WEIGHT * weights
+    return products / (COLUMNS * rates.products) + elements / rates.elements
+
+
+def _refinement(plan: Plan, block: Block, rates: Rates) -> float:
+    """Steps on one batch each, forward and back, and three passes of everything in float32."""
+    steps, calibration = plan.config.refine.steps, plan.config.calibration
+    share = min(1.0, calibration.batch_size / calibration.samples)
+    exact = rates._replace(native=rates.products)
+    on_weights = steps * REFINED * sum(n * k for n, k in block.weights) / rates.elements
+    return _forward(plan, block, rates, 3 * steps, share) + _forward(plan, block, exact, 3) + on_weights
