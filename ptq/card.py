@@ -86,8 +86,11 @@ def _method(configuration: Document) -> str:
     said = str(METHODS.get(configuration["method"], configuration["method"]))
     if configuration["method"] == "awq" and configuration["awq"].get("codes") == "gptq":
         said += ", codes by GPTQ"
-    steps = configuration.get("refine", {}).get("steps")
-    return f"{said}, {steps} steps of refinement a block" if steps else said
+    refine = configuration.get("refine", {})
+    for key, of in (("steps", "a block"), ("model_steps", "of the whole model")):
+        if refine.get(key):
+            said += f", {refine[key]} steps of refinement {of}"
+    return said
 
 
 def _calibration(document: Document) -> str:

@@ -129,13 +129,15 @@ class AWQConfig:
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Options of the refinement of a block after its codes are set, whatever the method.
+    """Options of the refinement of finished codes, whatever the method.
 
     ``steps``: gradient steps a block, each on one calibration batch, towards the float block's output; 0: no
-    refinement.
+    refinement. ``model_steps``: steps on the whole model once all blocks are finished, towards the parent's
+    predictions; the model, its parent and an optimizer's state must fit into memory together.
     """
 
     steps: int = field(default=0, metadata=at_least(0))
+    model_steps: int = field(default=0, metadata=at_least(0))
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class RunConfig:
     @property
     def solves_with_text(self) -> bool:
         """Whether blocks are run on calibration text while they are quantized."""
-        return self.method != "rtn" or self.refine.steps > 0
+        return self.method != "rtn" or self.refine.steps > 0 or self.refine.model_steps > 0
 
     @property
     def follows_float(self) -> bool:

@@ -7,7 +7,7 @@ such record is sealed by a checksum of its own and names the record before it.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ptq import hidden as hidden_files
 from ptq.distributed import ALONE, Ranks
 from ptq.errors import ConfigError, FormatError
-from ptq.formats.assembly import Part, Piece, assemble, damage, write_part
+from ptq.formats.assembly import Part, Piece, assemble, damage, read_tensor, write_part
 from ptq.formats.sealed import seal, unseal
 from ptq.formats.staging import sync_directory
 from ptq.hidden import Batch, HiddenFile, described
@@ -39,6 +39,7 @@ class Record(NamedTuple):
     pieces: dict[str, Piece]
     hidden: dict[str, list[Batch]] | None  # what the next unit reads; None: was put off
     seconds: float
+    replaces: bool = False  # its tensors stand in for those of that name before it
 
 
 class Journal:
@@ -107,10 +108,28 @@ class Journal:
         found = {s: hidden_files.opened(self._hidden_path(unit, own), hidden[own]) for s, own in mine.items()}
         return found if self._mapped else {stream: [t.clone() for t in tensors] for stream, tensors in found.items()}
 
-    def add(self, rows: dict[str, Row], tensors: Mapping[str, Tensor], streams: Streams, seconds: float) -> None:
+    def names(self) -> set[str]:
+        """Of all tensors of the finished units."""
+        return {name for record in self.records for name in record.pieces}
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of finished units, those of the names that are there."""
+        units = {name: unit for unit, record in enumerate(self.records) for name in record.pieces}
+        return {name: read_tensor(self._part_path(units[name]), name) for name in names if name in units}
+
+    def add(
+        self,
+        rows: dict[str, Row],
+        tensors: Mapping[str, Tensor],
+        streams: Streams,
+        seconds: float,
+        *,
+        replaces: bool = False,
+    ) -> None:
         """Record a finished unit and what the next one reads.
 
         Its tensors are on disk afterwards. It is committed with those before it, unless that costs too much now.
+        ``replaces``: its rows and tensors stand in for earlier ones of the same names.
 
         Raises:
             FormatError: a tensor that safetensors cannot hold.
@@ -118,7 +137,7 @@ class Journal:
         """
         unit = len(self.records)
         pieces = dict(write_part(self._part_path(unit), tensors).pieces) if self._ranks.first else {}
-        self.records.append(Record(rows, pieces, None, seconds))
+        self.records.append(Record(rows, pieces, None, seconds, replaces))
         allowed = max(SECONDS, SHARE * (time.perf_counter() - self._since))
         if self._ranks.told(self._cost <= allowed or unit + 1 == self._units):
             self._commit(unit, streams)
@@ -245,7 +264,16 @@ class Journal:
         return Part(self._part_path(unit), self.records[unit].pieces)
 
     def _parts(self) -> list[Part]:
-        return [self._part(unit) for unit in range(len(self.records))]
+        """Of the checkpoint: what was replaced is left out."""
+        replaced: set[str] = set()
+        parts = []
+        for unit in reversed(range(len(self.records))):
+            record = self.records[unit]
+            pieces = {name: piece for name, piece in record.pieces.items() if name not in replaced}
+            parts.append(Part(self._part_path(unit), pieces))
+            if record.replaces:
+                replaced |= record.pieces.keys()
+        return parts[::-1]
 
     def _part_path(self, unit: int) -> Path:
         return self._blocks / f"{unit:04d}.safetensors"
@@ -275,6 +303,7 @@ def _record(content: Mapping[str, Any]) -> Record:
             for stream, batches in hidden.items()
         },
         content["seconds"],
+        content["replaces"],
     )  # fmt: skip
 
 

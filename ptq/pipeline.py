@@ -32,7 +32,7 @@ from ptq.prepared import Prepared
 from ptq.progress import Progress
 from ptq.report import PeakMemory, Report, anonymous_bytes, hardware, resident_bytes, versions
 from ptq.version import VERSION
-from ptq.walk import units, walk
+from ptq.walk import block_count, units, walk
 
 # Weights and what describes them are written anew; everything else beside them is the parent's.
 NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
@@ -105,11 +105,12 @@ def _follow(config: RunConfig, ranks: Ranks) -> Report:
 
 
 def _check_shared(config: RunConfig, ranks: Ranks) -> None:
-    if config.refine.steps:
-        raise ConfigError(
-            f"refine.steps must be 0 where several processes share a run; found {config.refine.steps} with "
-            f"{ranks.size} processes: start one, or set refine.steps to 0"
-        )
+    for name, steps in (("steps", config.refine.steps), ("model_steps", config.refine.model_steps)):
+        if steps:
+            raise ConfigError(
+                f"refine.{name} must be 0 where several processes share a run; found {steps} with {ranks.size} "
+                f"processes: start one, or set refine.{name} to 0"
+            )
 
 
 def _planned(config: RunConfig, ranks: Ranks) -> Plan:
@@ -178,8 +179,8 @@ def _solve_and_write(
     journal = Journal(place.path, signature, units(plan), mapped=mapped, ranks=ranks)
     resumed = len(journal.records)
     if resumed:
-        progress.say(f"continuing a run that was cut short: {min(resumed, units(plan) - 1)} blocks are finished")
-        document["resumed"] = {"blocks": min(resumed, units(plan) - 1), "notes": journal.notes,
+        progress.say(f"continuing a run that was cut short: {min(resumed, block_count(plan))} blocks are finished")
+        document["resumed"] = {"blocks": min(resumed, block_count(plan)), "notes": journal.notes,
                                "seconds_before": round(sum(r.seconds for r in journal.records), 2)}  # fmt: skip
     for note in journal.notes:
         progress.say(note)
@@ -187,7 +188,7 @@ def _solve_and_write(
     home = home_of(plan)
     prediction = predict(plan, measure_rates(plan.device, place.path, plan.dtype), anonymous_bytes(), home)
     started = time.perf_counter()
-    with PeakMemory() as peak, progress.stage("solve", max(0, units(plan) - 1 - resumed)):
+    with PeakMemory() as peak, progress.stage("solve", max(0, block_count(plan) - resumed)):
         walk(plan, ranks.share(batches), journal, progress, ranks, home)
     with progress.stage("write"):
         journal.assemble(config.max_shard_bytes)

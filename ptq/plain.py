@@ -67,6 +67,11 @@ def quantize_linears(
         "symmetric": symmetric, "exclude": list(exclude), "gptq": asdict(gptq or GPTQConfig()),
         "awq": asdict(awq or AWQConfig()), "refine": asdict(refine or RefineConfig()),
     })  # fmt: skip
+    if config.refine.model_steps:
+        raise ConfigError(
+            "refine.model_steps must be 0 for a module, which predicts no tokens; use refine.steps, or python -m "
+            "ptq.gptq for a language model"
+        )
     schemes = _schemes(module, config)
     batches = list(calibration_batches)
     if config.solves_with_text and not batches:

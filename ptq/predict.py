@@ -11,7 +11,7 @@ import torch
 
 from ptq.journal import KEPT
 from ptq.plan import Plan, estimate_size
-from ptq.predict_memory import block_work, largest_block, outer_bytes, tokens_of, width
+from ptq.predict_memory import block_work, largest_block, model_work, outer_bytes, tokens_of, width
 from ptq.predict_time import Rates, seconds_of
 
 # Of a GPU's free memory: the rest goes to fragments and to what libraries allocate.
@@ -57,6 +57,11 @@ def predict(plan: Plan, rates: Rates, base: int = 0, home: torch.device | None =
         memory |= {"block": block.parameters, "float block": block.parameters * (streams - 1), **work}
     else:
         memory |= {"block": block.parameters, "embeddings and head": outer}
+    if (
+        plan.config.refine.model_steps
+        and sum((whole := model_work(plan, block)).values()) > sum(memory.values()) - base
+    ):
+        memory = {"process": base, **whole}
     if plan.device.type == "cuda":
         host |= {"process": base, "hidden states": kept_in_memory, "finished block": block.parameters}
         memory["process"] = 0

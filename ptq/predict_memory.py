@@ -23,6 +23,12 @@ WEIGHTS = 7  # float32 matrices alive while some rows are solved for: weight, ta
 COPIES = 4  # of the weights that several candidates are solved for together: stacked, in order, their values, codes
 
 
+# Bytes of a weight that is refined with the whole model: its code, gradient, two moments, value and its gradient.
+REFINED = 6 * FLOAT
+SAVED = 9  # bytes that the way back needs, for every output of a Linear
+LOGITS = 5 * FLOAT  # of the two models, their logarithms and the gradient
+
+
 class Stage(NamedTuple):
     """Linears that are calibrated together: those with one input, or the same ones of all experts."""
 
@@ -100,6 +106,26 @@ def block_work(plan: Plan, block: Block, *, apart: bool = False) -> tuple[dict[s
     else:
         moments, work = max(needs, key=lambda need: need[0] + sum(need[1].values()))
     return {"second moments": moments}, work
+
+
+def model_work(plan: Plan, block: Block) -> dict[str, int]:
+    """Bytes of the refinement of a whole model, beside the process; the blocks are taken to be like ``block``."""
+    calibration, parameters = plan.config.calibration, _bytes(plan.skeleton, plan)
+    tokens = min(calibration.batch_size, calibration.samples) * calibration.sequence_length
+    blocks = len(plan.skeleton.get_submodule(plan.blocks)._modules)
+    outputs = blocks * sum(n for n, _ in block.weights)
+    return {
+        "parent": parameters,
+        "float32 copy": parameters * FLOAT // plan.dtype.itemsize,
+        "refined weights": REFINED * sum(n * k for n, k in (plan.shapes[name] for name in plan.targets)),
+        "activations": SAVED * tokens * outputs,
+        "logits": LOGITS * tokens * vocabulary(plan),
+    }
+
+
+def vocabulary(plan: Plan) -> int:
+    """Tokens that a logit is computed for."""
+    return int(plan.hf_config.get_text_config().vocab_size)
 
 
 def _bytes(module: nn.Module, plan: Plan) -> int:

@@ -19,14 +19,15 @@ from torch import Tensor
 from ptq.awq.solver import CONFIRMED, CONFIRMED_ROWS, SCREENED_ROWS
 from ptq.grid_search import COARSE, REFITS, SHRINKS
 from ptq.plan import Plan
-from ptq.predict_memory import Block, Stage, held_share, tokens_of, width
+from ptq.predict_memory import Block, Stage, held_share, tokens_of, vocabulary, width
 
 # Share of the rate of a large product that the products of a stage reach.
 FORWARD, HESSIAN, FACTOR, COLUMNS = 0.8, 0.4, 0.8, 0.9
 # Operations on an element: of what a Linear puts out, of a token's row of attention, of an input of a Linear; of a
-# weight for every candidate scale, for every column of a block, and for all else; of a weight in a step of refinement.
+# weight for every candidate scale, for every column of a block, and for all else; of a weight and of a logit in a step
+# of refinement.
 OUTPUT, ATTENTION, INPUT = 6, 3, 6
-CANDIDATE, COLUMN, WEIGHT, REFINED = 6, 0.25, 200, 40
+CANDIDATE, COLUMN, WEIGHT, REFINED, LOGIT = 6, 0.25, 200, 40, 20
 SAMPLE = 0.05  # seconds that a rate is measured for
 
 
@@ -89,6 +90,8 @@ def seconds_of(
     }
     if plan.config.refine.steps:
         found["refinement"] = blocks * _refinement(plan, block, rates)
+    if plan.config.refine.model_steps:
+        found["refinement of the model"] = _model_refinement(plan, block, rates, blocks)
     return found
 
 
@@ -171,3 +174,13 @@ def _refinement(plan: Plan, block: Block, rates: Rates) -> float:
     exact = rates._replace(native=rates.products)
     on_weights = steps * REFINED * sum(n * k for n, k in block.weights) / rates.elements
     return _forward(plan, block, rates, 3 * steps, share) + _forward(plan, block, exact, 3) + on_weights
+
+
+def _model_refinement(plan: Plan, block: Block, rates: Rates, blocks: int) -> float:
+    """Steps on one batch each: the parent, the student, and the way back at twice its price."""
+    steps, calibration = plan.config.refine.model_steps, plan.config.calibration
+    tokens = min(calibration.batch_size, calibration.samples) * calibration.sequence_length
+    share, logits = tokens / tokens_of(plan), tokens * vocabulary(plan)
+    head = 4 * 2 * logits * width(plan) / (FORWARD * rates.native) + LOGIT * logits / rates.elements
+    on_weights = REFINED * blocks * sum(n * k for n, k in block.weights) / rates.elements
+    return steps * (blocks * _forward(plan, block, rates, 4, share) + head + on_weights)

@@ -15,6 +15,7 @@ from ptq.block import quantize_block
 from ptq.calibration.held import Run, held
 from ptq.config import RefineConfig
 from ptq.distributed import ALONE, Ranks
+from ptq.end_to_end import refine_end_to_end
 from ptq.formats.codec import Scheme
 from ptq.grid import check_finite
 from ptq.journal import Journal, Streams
@@ -56,9 +57,14 @@ class Walk(NamedTuple):
         return {name: each for name, each in (("quantized", self.hidden), ("float", self.floating)) if each}
 
 
+def block_count(plan: Plan) -> int:
+    """Blocks of the model."""
+    return len(plan.skeleton.get_submodule(plan.blocks)._modules)
+
+
 def units(plan: Plan) -> int:
-    """What a walk finishes one after another: the blocks, and the rest of the model."""
-    return len(plan.skeleton.get_submodule(plan.blocks)._modules) + 1
+    """What a walk finishes one after another: the blocks, the rest of the model, and where it is asked refinement."""
+    return block_count(plan) + 1 + (plan.config.refine.model_steps > 0)
 
 
 def walk(
@@ -74,11 +80,26 @@ def walk(
     Of several processes that share a run each has ``batches`` of its own. Second moments lie on ``home``, by default
     the plan's device.
     """
-    total = units(plan) - 1
+    total = block_count(plan)
     first = len(journal.records)
-    if first > total:
-        return
-    state = _enter(plan, batches, journal, ranks)._replace(home=home or plan.device)
+    if first <= total:
+        _walk_blocks(plan, batches, journal, progress, ranks, home or plan.device)
+    if len(journal.records) < units(plan):
+        started = time.perf_counter()
+        results = refine_end_to_end(plan, batches, journal)
+        finished = Finished(results, _encoded(plan, results))
+        row = next(iter(finished.rows.values()), {})
+        gained = f"{row['model_loss']:.5f} to {row['model_loss_refined']:.5f}" if row else "no better, left as it was"
+        progress.say(f"refinement of the model: KL divergence to its parent {gained}")
+        journal.add(finished.rows, finished.tensors, {}, time.perf_counter() - started, replaces=True)
+
+
+def _walk_blocks(
+    plan: Plan, batches: Sequence[Tensor], journal: Journal, progress: Progress, ranks: Ranks, home: torch.device
+) -> None:
+    """Blocks, and what is not in the blocks."""
+    total, first = block_count(plan), len(journal.records)
+    state = _enter(plan, batches, journal, ranks)._replace(home=home)
     for index in range(first, total):
         started = time.perf_counter()
         progress.module(state.stream.block_path(index))
@@ -119,7 +140,7 @@ def _quantize(state: Walk, index: int, journal: Journal) -> Finished:
         task = BlockTask(path, schemes, plan.config, plan.dtype, probe, twin, state.ranks, state.home)
         runs = _waiting([_runner(stream, index, i, hidden) for i in range(len(hidden))], plan, path, hidden)
         found = quantize_block(block, runs, task) if task.schemes else {}
-        if twin is not None and index + 2 < units(plan):
+        if twin is not None and index + 1 < block_count(plan):
             _advance(state.floating, twin.runs, journal.keeper(index + 1, "float"))
         else:
             state.floating.clear()
@@ -131,7 +152,7 @@ def _quantize(state: Walk, index: int, journal: Journal) -> Finished:
 
 def _read_after(plan: Plan, index: int) -> bool:
     """Whether anything reads what a block puts out: the next block, or a head that is quantized."""
-    return index + 2 < units(plan) or bool(head_targets(plan))
+    return index + 1 < block_count(plan) or bool(head_targets(plan))
 
 
 def _advance(hidden: list[Tensor], runs: Sequence[Run], keep: Callable[[Tensor], Tensor]) -> None:
@@ -182,6 +203,10 @@ def _block_tensors(plan: Plan, path: str, block: nn.Module, results: Mapping[str
     return tensors
 
 
+def _encoded(plan: Plan, results: Mapping[str, ModuleResult]) -> dict[str, Tensor]:
+    return {name: tensor for path, result in results.items() for name, tensor in _encode(plan, path, result).items()}
+
+
 def _encode(plan: Plan, module: str, result: ModuleResult) -> dict[str, Tensor]:
     cpu = result.quantized._replace(
         codes=result.quantized.codes.cpu(), scales=result.quantized.scales.cpu(), zeros=result.quantized.zeros.cpu()
@@ -213,9 +238,7 @@ def _outer(state: Walk) -> Finished:
             if value.is_floating_point():
                 check_finite(value, name)
             tensors[name] = value.to(working_dtype(plan.skeleton, name, value, plan.dtype))
-    for name, result in results.items():
-        tensors |= _encode(plan, name, result)
-    return Finished(results, tensors)
+    return Finished(results, tensors | _encoded(plan, results))
 
 
 def _check_weights(module: nn.Module, path: str) -> None:

@@ -104,6 +104,8 @@ def test_the_method_says_what_ran() -> None:
     assert "| method | round to nearest |" in plain
     assert "| calibration | none |" in plain
     assert "| method | GPTQ, 40 steps of refinement a block |" in card(report(configuration={"refine": {"steps": 40}}))
+    both = card(report(configuration={"refine": {"steps": 4, "model_steps": 9}}))
+    assert "4 steps of refinement a block, 9 steps of refinement of the whole model |" in both
 
 
 def test_only_what_loads_has_a_command() -> None:

@@ -162,9 +162,10 @@ def test_a_death_ends_the_run_and_the_same_command_goes_on(offload, found):
     assert death["once more"][1].startswith(LOST)
 
 
-def test_refinement_is_refused(tmp_path):
-    config = replace(small_run(tmp_path, tmp_path / "out"), refine=RefineConfig(steps=2))
-    sentence = "refine.steps must be 0 where several processes share a run; found 2 with 3 processes: start one, or set"
+@pytest.mark.parametrize("name", ["steps", "model_steps"])
+def test_refinement_is_refused(name, tmp_path):
+    config = replace(small_run(tmp_path, tmp_path / "out"), refine=RefineConfig(**{name: 2}))
+    sentence = f"refine.{name} must be 0 where several processes share a run; found 2 with 3 processes: start one, or"
     with pytest.raises(ConfigError, match=sentence):
         quantize(config, ranks=Ranks(1, 3))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
+import safetensors
 from torch import Tensor
 
 from ptq.errors import FormatError
@@ -60,6 +61,13 @@ def write_part(path: Path, tensors: Mapping[str, Tensor]) -> Part:
 
     _write(path, entries, data())
     return Part(path, {name: pieces[name] for name in tensors})
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a part."""
+    with safetensors.safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def damage(path: Path, pieces: Mapping[str, Piece]) -> str | None:

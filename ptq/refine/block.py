@@ -148,7 +148,7 @@ class _Tuning:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         device = next(iter(self.weights.values())).log_factor.device
         bfloat16 = self._task.scale_dtype == torch.bfloat16
-        for batch in islice(_shuffled(len(self._runs), seed), steps):
+        for batch in islice(shuffled(len(self._runs), seed), steps):
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 loss = self._loss(batch)
             if not loss.requires_grad:
@@ -185,7 +185,7 @@ class _Tuning:
         return found
 
 
-def _shuffled(count: int, seed: int) -> Iterator[int]:
+def shuffled(count: int, seed: int) -> Iterator[int]:
     """Every batch once, in random order, then again in another."""
     generator = torch.Generator().manual_seed(seed)
     while True:

@@ -1,0 +1,57 @@
+"""The last unit of a run that refines its model as a whole: it reads what the others wrote, and replaces it."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from ptq.journal import Journal
+from ptq.plan import Plan, parent_stream, taken_apart
+from ptq.refine import refine_model
+from ptq.task import ModuleResult
+
+
+def refine_end_to_end(plan: Plan, batches: Sequence[Tensor], journal: Journal) -> dict[str, ModuleResult]:
+    """Results that replace those in the journal, by module; none where refinement gained nothing.
+
+    The parent, a float32 copy and what an optimizer keeps of every weight are in memory: `ptq.predict` says how much.
+    """
+    stream, device = parent_stream(plan), plan.device
+    with ExitStack() as stack:
+        stack.enter_context(stream.outer())
+        for index in range(len(stream.blocks)):
+            stack.enter_context(stream.block(index))
+        parent = stream.model.eval()
+        student = copy.deepcopy(parent).float()
+        _take_over(plan, student, journal)
+        start = {}
+        for name, scheme in plan.targets.items():
+            stored = plan.names.of_module(name)
+            found = plan.codec.decode(stored, journal.tensors(plan.codec.tensor_names(stored, scheme)), scheme)
+            start[name] = found._replace(
+                codes=found.codes.to(device), scales=found.scales.to(device), zeros=found.zeros.to(device)
+            )
+        refined = refine_model(
+            parent, student, start, [batch.to(device) for batch in batches], steps=plan.config.refine.model_steps,
+            seed=plan.config.calibration.seed, scale_dtype=plan.dtype, from_parent=plan.config.method != "awq",
+        )  # fmt: skip
+    if not refined.after < refined.before:
+        return {}
+    rows, results = journal.rows, {}
+    for name, quantized in refined.weights.items():
+        row = {"model_loss": refined.before, "model_loss_refined": refined.after,
+               "codes_refined_by_model": float((quantized.codes != start[name].codes).float().mean())}  # fmt: skip
+        results[name] = ModuleResult(quantized, {**rows[name], **row})
+    return results
+
+
+@torch.no_grad()
+def _take_over(plan: Plan, student: nn.Module, journal: Journal) -> None:
+    """What a method changed beside the weights it packed: norms that took scales, say."""
+    apart, written = taken_apart(plan), journal.names()
+    for path, parameter in student.named_parameters():
+        name = plan.names.written_as(path, apart)
+        if name is not None and name in written and path.removesuffix(".weight") not in plan.targets:
+            parameter.copy_(journal.tensors([name])[name])

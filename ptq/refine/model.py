@@ -1,0 +1,140 @@
+"""Refining a whole model: gradient steps that bring its predictions nearer to the parent's, within the packed format.
+
+A block that comes near to its float block may still predict another token, and what its errors do later in the model no
+block knows. Here the loss is what the result is judged by, the KL divergence of the next token's distribution. The idea
+is that of the second phase of EfficientQAT (https://arxiv.org/abs/2407.11062), which tunes scales; codes and zeros are
+tuned as well.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ptq.errors import UnsupportedModelError
+from ptq.formats.codec import QuantizedWeight
+from ptq.models.structure import is_transposed
+from ptq.refine.block import BETAS, SCALE_RATE, shuffled
+from ptq.refine.weight import TunedWeight
+
+# How far a code or zero comes, in codes, when every step goes the same way, and the most it may come in the first step.
+CODE_TRAVEL, CODE_RATE = 0.36, 1.2e-2
+# Of so many batches one is not tuned on: by it the result is judged.
+JUDGED = 8
+
+
+class Refined(NamedTuple):
+    """Weights by module, and the mean KL divergence to the parent in nats a token before and after."""
+
+    weights: dict[str, QuantizedWeight]
+    before: float
+    after: float
+
+
+def refine_model(
+    parent: nn.Module,
+    student: nn.Module,
+    start: Mapping[str, QuantizedWeight],
+    batches: Sequence[Tensor],
+    *,
+    steps: int,
+    seed: int,
+    scale_dtype: torch.dtype,
+    from_parent: bool = True,
+) -> Refined:
+    """Tune the weights of a quantized model.
+
+    Args:
+        parent: the float model, called with ``input_ids`` and returning ``logits``; stays as it is.
+        student: a float32 copy with everything that the quantized model holds beside the packed weights.
+        start: the packed weights, by module.
+        batches: token ids, int64 ``[B, T]``. One of every `JUDGED` is kept apart, and the loss is that on these; of
+            fewer batches it is that on all.
+        steps: gradient steps, each on one batch.
+        seed: of the order of the batches.
+        scale_dtype: dtype the checkpoint keeps scales in.
+        from_parent: codes stand for the parent's weights as they are (not where channels were scaled).
+
+    Returns:
+        What was tuned, or, where the loss did not fall, ``start``.
+
+    Raises:
+        UnsupportedModelError: no gradient reaches the logits.
+    """
+    with torch.enable_grad():
+        tuning = _Tuning(parent, student, start, scale_dtype, from_parent)
+        judged = list(batches[JUDGED - 1 :: JUDGED]) or list(batches)
+        tuned = [b for i, b in enumerate(batches) if i % JUDGED != JUDGED - 1]
+        before = tuning.loss_of_all(judged)
+        tuning.descend(tuned, steps, seed)
+        after = tuning.loss_of_all(judged)
+    if not after < before:
+        return Refined(dict(start), before, before)
+    return Refined({name: weight.result() for name, weight in tuning.weights.items()}, before, after)
+
+
+class _Tuning:
+    def __init__(
+        self,
+        parent: nn.Module,
+        student: nn.Module,
+        start: Mapping[str, QuantizedWeight],
+        scale_dtype: torch.dtype,
+        from_parent: bool,
+    ) -> None:
+        self._parent, self._student, self._scale_dtype = parent, student.requires_grad_(False), scale_dtype
+        self._transposed = {name: is_transposed(student.get_submodule(name)) for name in start}
+        self.weights = {
+            name: TunedWeight(quantized, scale_dtype, self._float_weight(name) if from_parent else None)
+            for name, quantized in start.items()
+        }
+
+    def loss_of_all(self, batches: Sequence[Tensor]) -> float:
+        """Mean over the batches, in float32."""
+        with torch.no_grad():
+            return sum(float(self._loss(batch)) for batch in batches) / len(batches)
+
+    def descend(self, batches: Sequence[Tensor], steps: int, seed: int) -> None:
+        """Adam, at rates that fall linearly to zero."""
+        weights, code_rate = self.weights.values(), min(CODE_RATE, 2 * CODE_TRAVEL / steps)
+        groups = [
+            {"params": [w.log_factor for w in weights], "lr": SCALE_RATE},
+            {"params": [w.codes for w in weights], "lr": code_rate},
+            {"params": [w.zeros for w in weights if w.zeros.requires_grad], "lr": code_rate},
+        ]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        short = self._scale_dtype == torch.bfloat16
+        for index in islice(shuffled(len(batches), seed), steps):
+            with torch.autocast(batches[index].device.type, torch.bfloat16, enabled=short):
+                loss = self._loss(batches[index])
+            if not loss.requires_grad:
+                raise UnsupportedModelError(
+                    f"refine.model_steps needs gradients; the logits of {type(self._student).__name__} have none with "
+                    "respect to its Linears (a forward under no_grad?): set refine.model_steps to 0"
+                )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+    def _float_weight(self, name: str) -> Tensor:
+        weight = self._student.get_submodule(name).get_parameter("weight")
+        return weight.t() if self._transposed[name] else weight
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        call = {"input_ids": batch, "use_cache": False}
+        with torch.no_grad():
+            wanted = self._parent(**call).logits.float().log_softmax(-1)
+        # A head that shares its weight with the embeddings shares it no more once it is packed.
+        found = functional_call(self._student, self._parameters(), kwargs=call, tie_weights=False).logits
+        tokens = batch.numel()
+        return nn.functional.kl_div(found.float().log_softmax(-1), wanted, log_target=True, reduction="sum") / tokens
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """What stands in for the student's own: the values that the checkpoint would hold now."""
+        dense = {name: weight.dense() for name, weight in self.weights.items()}
+        return {f"{name}.weight": d.t() if self._transposed[name] else d for name, d in dense.items()}

@@ -1,0 +1,158 @@
+"""Refinement of a whole model. Oracles: the KL divergence written out in float64, what the format can hold, and a run
+that was cut short against one that was not."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from crashes import small_parent, small_run
+from tiny_models import run
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import ptq
+from ptq import walk
+from ptq.calibration.data import calibration_batches
+from ptq.config import RefineConfig
+from ptq.errors import ConfigError, UnsupportedModelError
+from ptq.formats.checkpoint import CheckpointReader
+from ptq.formats.codec import QuantizedWeight, Scheme
+from ptq.grid import round_scales
+from ptq.models.loading import load_tokenizer
+from ptq.models.structure import linears
+from ptq.plain import quantize_linears
+from ptq.refine import refine_model
+from ptq.refine.model import JUDGED
+from ptq.rtn import rtn_solve
+
+
+def parent_model(seed: int = 0, tied: bool = False) -> nn.Module:
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4 if parameter.dim() > 1 else 1)  # so that predictions are no coin tosses
+    return model
+
+
+def text(count: int = 9, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 96, (4, 24), generator=generator) for _ in range(count)]
+
+
+def rounded(model: nn.Module, scheme: Scheme, *names: str) -> dict[str, QuantizedWeight]:
+    found = {name: module for name, module in linears(model) if name in names or (not names and "head" not in name)}
+    return {name: rtn_solve(m.weight.detach(), scheme, scale_dtype=torch.float32) for name, m in found.items()}
+
+
+def divergence(parent: nn.Module, weights: dict[str, QuantizedWeight], batches: list[Tensor]) -> float:
+    """Mean over tokens of sum p (log p - log q), in float64, with the weights put in by hand."""
+    parent = copy.deepcopy(parent).double()
+    student = copy.deepcopy(parent)
+    for name, weight in weights.items():
+        student.get_submodule(name).weight = nn.Parameter(weight.dequantize().double())
+    losses = []
+    with torch.no_grad():
+        for batch in batches:
+            p, q = (m(input_ids=batch).logits.log_softmax(-1) for m in (parent, student))
+            losses.append((p.exp() * (p - q)).sum(-1).mean())
+    return float(torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("scheme", [Scheme(3, 16, True), Scheme(2, 16, False)], ids=str)
+def test_the_divergence_falls_on_text_that_was_not_tuned_on(scheme: Scheme) -> None:
+    parent, batches = parent_model(), text(2 * JUDGED)
+    start = rounded(parent, scheme)
+    before = copy.deepcopy(parent.state_dict())
+    found = refine_model(
+        parent, copy.deepcopy(parent), start, batches, steps=40, seed=0, scale_dtype=torch.float16
+    )  # fmt: skip
+    judged = [batches[JUDGED - 1], batches[2 * JUDGED - 1]]
+    assert found.before == pytest.approx(divergence(parent, start, judged), rel=1e-4)
+    assert found.after == pytest.approx(divergence(parent, found.weights, judged), rel=1e-4)
+    assert found.after < 0.9 * found.before
+    for name, weight in found.weights.items():
+        assert int(weight.codes.max()) <= 2**scheme.bits - 1
+        assert torch.equal(weight.scales, round_scales(weight.scales, torch.float16))
+        assert not scheme.symmetric or torch.equal(weight.zeros, start[name].zeros)
+    assert any(not torch.equal(found.weights[name].codes, start[name].codes) for name in start)
+    assert all(torch.equal(before[name], value) for name, value in parent.state_dict().items())
+
+
+def test_a_head_that_shares_its_weight_leaves_the_embeddings_alone() -> None:
+    parent, batches = parent_model(tied=True), text(2)
+    start = rounded(parent, Scheme(4, 16, True), "lm_head")
+    found = refine_model(parent, copy.deepcopy(parent), start, batches, steps=1, seed=0, scale_dtype=torch.float32)
+    assert found.before == pytest.approx(divergence(parent, start, batches), rel=1e-4)
+
+
+def test_where_nothing_is_gained_the_weights_stay() -> None:
+    parent, batches = parent_model(), text(2)
+    exact = {name: rtn_solve(m.weight.detach(), Scheme(8, 16, True), scale_dtype=torch.float32)
+             for name, m in linears(parent) if "head" not in name}  # fmt: skip
+    student = copy.deepcopy(parent)
+    for name, weight in exact.items():
+        parent.get_submodule(name).weight.data.copy_(weight.dequantize())
+    found = refine_model(parent, student, exact, batches, steps=3, seed=0, scale_dtype=torch.float32, from_parent=False)
+    assert found.before == found.after == pytest.approx(0, abs=1e-6)
+    assert all(torch.equal(found.weights[name].codes, weight.codes) for name, weight in exact.items())
+
+
+def test_a_model_without_gradients_is_refused() -> None:
+    parent = parent_model()
+    student = copy.deepcopy(parent)
+    student.forward = torch.no_grad()(student.forward)  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedModelError, match=r"refine.model_steps needs gradients; the logits of .* have none"):
+        refine_model(parent, student, rounded(parent, Scheme(4, 16, True)), text(2), steps=1, seed=0,
+                     scale_dtype=torch.float32)  # fmt: skip
+
+
+def test_a_plain_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match="refine.model_steps must be 0 for a module, which predicts no tokens"):
+        quantize_linears(nn.Sequential(nn.Linear(32, 32)), [torch.zeros(1, 32)], method="gptq",
+                         refine=RefineConfig(model_steps=1))  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+def test_a_run_goes_on_from_the_blocks_and_replaces_their_tensors(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = small_parent(tmp_path / "parent")
+    config = replace(small_run(parent, tmp_path / "plain", method), max_shard_size="5GB")
+    plain = run(config)
+    refined = replace(config, output=str(tmp_path / "whole"), refine=RefineConfig(model_steps=12))
+    rows = run(refined).document["modules"]
+    assert {row["model_loss"] > row["model_loss_refined"] for row in rows.values()} == {True}
+    assert rows.keys() == plain.document["modules"].keys()
+
+    real = walk.refine_end_to_end
+
+    def killed(*arguments: object) -> None:
+        real(*arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(walk, "refine_end_to_end", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(refined, output=str(tmp_path / "cut")))
+    monkeypatch.setattr(walk, "refine_end_to_end", real)
+    again = run(replace(refined, output=str(tmp_path / "cut")))
+    assert again.document["resumed"]["blocks"] == 3
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "whole", "cut")]
+    assert files[1] == files[2] != files[0]
+    names = [set(CheckpointReader(tmp_path / name).names()) for name in ("plain", "whole")]
+    assert names[0] == names[1]
+    # What is loaded loses what the report says, on a text so short that all of it is judged by.
+    batches = calibration_batches(refined.calibration, load_tokenizer(parent, False))
+    one = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.bfloat16)
+    other = ptq.load(str(tmp_path / "whole"), device="cpu", dtype="float32")
+    losses = []
+    with torch.no_grad():
+        for batch in batches:
+            p, q = (m(input_ids=batch).logits.float().log_softmax(-1) for m in (one, other))
+            losses.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert rows["model.layers.0.self_attn.o_proj"]["model_loss_refined"] == pytest.approx(sum(losses) / 2, rel=0.01)
