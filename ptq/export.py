@@ -1,24 +1,20 @@
 """A model as one GGUF file: a checkpoint's codes carried over, a float model's solved for the block formats."""
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ptq.calibration.capture import collect, trace_groups
-from ptq.calibration.data import calibration_batches
-from ptq.calibration.held import Run
-from ptq.config import GPTQConfig, RunConfig
+from ptq.config import RunConfig
 from ptq.errors import ConfigError, NumericsError
+from ptq.export_solve import Job, calibration_for, follows_float, is_solved, solve_block, solve_head
 from ptq.formats.capability import describe
 from ptq.formats.codec import QuantizedWeight
-from ptq.gguf.block import BlockFormats, SolvedLinear, solve_linears
+from ptq.gguf.block import SolvedLinear
 from ptq.gguf.blocks import KINDS, encode
 from ptq.gguf.carry import carry, fits
 from ptq.gguf.file import PLAIN, GgufFile, gguf_file, refuse_existing
@@ -35,13 +31,10 @@ from ptq.gguf.mix import FILE_TYPES, FLOAT, FileType, file_type
 from ptq.gguf.rounding import round_blocks
 from ptq.gguf.tokens import Value, tokenizer_keys
 from ptq.models.loading import load_tokenizer
-from ptq.models.streamed import StreamedModel
 from ptq.nn.linear import QuantLinear
 from ptq.parent import recorded_parent
-from ptq.plan import resolve_device
 from ptq.progress import Progress
 from ptq.runtime import Checkpoint, open_checkpoint, open_stream
-from ptq.task import FloatTwin
 from ptq.version import VERSION
 
 LARGEST_HALF = 65504.0
@@ -57,24 +50,6 @@ class Exported(NamedTuple):
     deviation: float  # of carried values at most, as a share of a step (Q4_1 minimums are rounded to float16)
     loss: float | None  # mean loss of the solved tensors as a share of rounding's
     notes: tuple[str, ...]
-
-
-class Calibration(NamedTuple):
-    """Text to solve on, and how."""
-
-    batches: list[Tensor]
-    settings: GPTQConfig
-    strict: bool
-    device: torch.device
-
-
-class Job(NamedTuple):
-    """One export, checked."""
-
-    source: Checkpoint
-    model: Model
-    targets: list[Target]
-    calibration: Calibration | None
 
 
 def export_gguf(
@@ -132,8 +107,8 @@ def export_gguf(
                              trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
         return solved._replace(notes=(*solved.notes, f"solved from {parent}, because {misfit}"))
     calibration = None
-    if any(_is_solved(source, target) for target in found):
-        calibration = _calibration(run, source, tokenizer, type_name)
+    if any(is_solved(source, target) for target in found):
+        calibration = calibration_for(run, source, tokenizer, type_name)
     job = Job(source, model, found, calibration)
     losses: list[float] = []
     deviations: list[float] = []
@@ -246,36 +221,14 @@ def _parameters(source: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield name, tuple(parameter.shape)
 
 
-def _is_solved(source: Checkpoint, target: Target) -> bool:
-    """Whether a tensor needs text: a float one that becomes blocks, the embedding too where it serves as the head."""
-    is_input = target.name == "token_embd.weight"
-    packed = target.parameter.removesuffix(".weight") in source.schemes
-    return target.kind in KINDS and not packed and not is_input
-
-
-def _calibration(run: RunConfig | None, source: Checkpoint, tokenizer: Any, type_name: str) -> Calibration:
-    if run is None:
-        raise ConfigError(
-            f"a float model is solved for {type_name} on text: pass --text FILE or --config FILE, or export F16"
-        )
-    limit = source.hf_config.max_position_embeddings
-    if run.calibration.sequence_length > limit:
-        raise ConfigError(
-            f"calibration sequences must be at most the model's context of {limit} tokens; found "
-            f"{run.calibration.sequence_length}: pass a shorter --length"
-        )
-    batches = calibration_batches(run.calibration, tokenizer)
-    return Calibration(batches, run.gptq, run.strict, resolve_device(run.device))
-
-
 def _write(job: Job, output: GgufFile, progress: Progress, losses: list[float], deviations: list[float]) -> None:
     stream = None if job.calibration is None else open_stream(job.source, job.calibration.device)
     hidden = stream.enter(job.calibration.batches) if stream and job.calibration else []
-    twin_hidden = list(hidden) if job.calibration and _follows_float(job) else []
+    twin_hidden = list(hidden) if job.calibration and follows_float(job) else []
     for index in range(job.model.blocks):
         started, solved = time.perf_counter(), {}
         if stream is not None:
-            solved = _solve_block(job, stream, index, hidden, twin_hidden)
+            solved = solve_block(job, stream, index, hidden, twin_hidden)
         here = _losses(solved)
         losses += here
         for target in job.targets:
@@ -284,73 +237,15 @@ def _write(job: Job, output: GgufFile, progress: Progress, losses: list[float], 
         progress.step(index, job.model.blocks, here, time.perf_counter() - started)
     solved, importance = {}, None
     if stream is not None:
-        solved, importance = _solve_head(job, stream, hidden)
+        solved, importance = solve_head(job, stream, hidden)
         losses += _losses(solved)
     for target in job.targets:
         if target.block < 0:
             output.add(target, _content(job, target, solved, importance, deviations))
 
 
-def _follows_float(job: Job) -> bool:
-    """Whether the float model is run beside, to correct for what the solved blocks change."""
-    assert job.calibration is not None
-    return not job.source.schemes and job.calibration.settings.correct_inputs > 0
-
-
 def _losses(solved: Mapping[str, SolvedLinear]) -> list[float]:
     return [each.solved.loss / each.solved.rounding for each in solved.values() if each.solved.rounding > 0]
-
-
-def _solve_block(
-    job: Job, stream: StreamedModel, index: int, hidden: list[Tensor], twin_hidden: list[Tensor]
-) -> dict[str, SolvedLinear]:
-    """Solve one block and advance both streams of hidden states; results by the Linear's path in the model."""
-    assert job.calibration is not None
-    path = stream.block_path(index)
-    with stream.block(index) as block:
-        runs: list[Run] = [partial(stream.run_block, index, i, h) for i, h in enumerate(hidden)]
-        twin = None
-        if twin_hidden:
-            copied = copy.deepcopy(block)
-            twin = FloatTwin(copied, [partial(stream.run_as_block, index, copied, i, h)
-                                      for i, h in enumerate(twin_hidden)])  # fmt: skip
-        task = BlockFormats(path, _kinds(job, path), job.calibration.settings, job.calibration.strict, twin)
-        solved = solve_linears(block, runs, task)
-        if twin is not None:
-            twin_hidden[:] = [run().cpu() for run in twin.runs]
-        hidden[:] = [run().cpu() for run in runs]
-    return {f"{path}.{name}": each for name, each in solved.items()}
-
-
-def _kinds(job: Job, path: str) -> dict[str, str]:
-    """Float Linears below a path that become blocks."""
-    return {
-        target.parameter.removesuffix(".weight").removeprefix(f"{path}."): target.kind
-        for target in job.targets
-        if target.parameter.startswith(f"{path}.") and _is_solved(job.source, target)
-    }
-
-
-def _solve_head(job: Job, stream: StreamedModel, hidden: list[Tensor]) -> tuple[dict[str, SolvedLinear], Tensor | None]:
-    """The output head solved; or, where the embedding serves as one, what each of its columns is worth."""
-    assert job.calibration is not None
-    head = next((t for t in job.targets if t.name == "output.weight"), None)
-    embedding = next(t for t in job.targets if t.name == "token_embd.weight")
-    with stream.outer():
-        pairs = zip(job.calibration.batches, hidden, strict=True)
-        runs: list[Run] = [partial(stream.logits, batch, h) for batch, h in pairs]
-        if head is not None:
-            if not _is_solved(job.source, head):
-                return {}, None
-            kinds = {head.parameter.removesuffix(".weight"): head.kind}
-            return solve_linears(stream.model, runs, BlockFormats("", kinds, *job.calibration[1:3])), None
-        if embedding.kind not in KINDS:
-            return {}, None
-        modules: dict[str, nn.Module] = {"lm_head": stream.model.get_submodule("lm_head")}
-        stats = collect(modules, trace_groups(modules, runs[0]), runs)[0]
-        diagonal = stats.hessian.diagonal()
-        # As an embedding every column counts alike; as a head, by its input.
-        return {}, diagonal + diagonal.mean()
 
 
 def _content(

@@ -14,7 +14,7 @@ import torch
 
 from ptq.version import VERSION
 
-PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "datasets", "triton")
+PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "datasets", "triton", "greenlet")
 
 
 @dataclass

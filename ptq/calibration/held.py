@@ -77,6 +77,16 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return x
 
 
+def run_watched(run: Run, module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+    """Run with ``before`` called whenever ``module`` is; it ends the run by raising StopForward."""
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: before(args, kwargs), with_kwargs=True)
+    try:
+        with suppress(StopForward):
+            run()
+    finally:
+        handle.remove()
+
+
 def can_hold() -> bool:
     """Whether runs can wait: with the package greenlet."""
     from importlib.util import find_spec
@@ -98,18 +108,13 @@ def rows_of(module: nn.Module, calls: int, run: Run) -> Tensor | None:
         return None if x is None else x.reshape(-1, x.shape[-1])
     inputs: list[Tensor] = []
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_input(args, kwargs)
         inputs.append(x.reshape(-1, x.shape[-1]))
         if len(inputs) == calls:
             raise StopForward
 
-    handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        with suppress(StopForward):
-            run()
-    finally:
-        handle.remove()
+    run_watched(run, module, note)
     if not inputs:
         return None
     return torch.cat(inputs) if len(inputs) > 1 else inputs[0]

@@ -1,12 +1,11 @@
 """Running a copy of a block in float32 on what the block itself is called with."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ptq.calibration.held import Run, StopForward
+from ptq.calibration.held import Run, StopForward, run_watched
 
 
 class Call(NamedTuple):
@@ -20,16 +19,11 @@ def call_of(module: nn.Module, run: Run) -> Call:
     """What ``run`` calls the module with, floating-point tensors in float32; the module itself does not run."""
     seen: list[Call] = []
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(Call(args, kwargs))
         raise StopForward
 
-    handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        with suppress(StopForward):
-            run()
-    finally:
-        handle.remove()
+    run_watched(run, module, note)
     return Call(_mapped(seen[0].args, _float32), _mapped(seen[0].kwargs, _float32))
 
 
