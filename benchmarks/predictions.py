@@ -16,10 +16,11 @@ RUNS = {
     "gptq, 4 bits": ["method=gptq"],
     "gptq, 3 bits": ["method=gptq", "bits=3"],
     "gptq, 4 bits, 16 sequences": ["method=gptq", "calibration.samples=16"],
-    "gptq, 4 bits, asymmetric, groups of 32": ["method=gptq", "symmetric=false", "group_size=32"],
+    "gptq, 4 bits, asymmetric, groups of 32": ["method=gptq", "format=gptq_v2", "symmetric=false", "group_size=32"],
     "awq": ["method=awq", "format=awq", "symmetric=false"],
     "awq, then gptq": ["method=awq", "awq.codes=gptq"],
-    "refined, 40 steps": ["method=gptq", "refine.steps=40"],
+    "refined, 40 steps a block": ["method=gptq", "refine.steps=40"],
+    "refined, 10 steps of the model": ["method=gptq", "refine.model_steps=10"],
     "rounding": ["method=rtn"],
 }
 
@@ -28,9 +29,11 @@ def measured(changes: list[str]) -> dict[str, object]:
     """Of one run."""
     with tempfile.TemporaryDirectory() as folder:
         sets = [f"output={folder}/out", "evaluation=null", *changes]
-        method = "awq" if "method=awq" in changes else "gptq"
-        command = [sys.executable, "-m", f"ptq.{method}", "--config", "demo.yaml"]
-        subprocess.run([*command, *(w for each in sets for w in ("--set", each))], check=True, capture_output=True)
+        command = [sys.executable, "-m", "ptq", "quantize", "--config", "demo.yaml"]
+        command += [word for each in sets for word in ("--set", each)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
         report = json.loads((Path(folder) / "out" / "report.json").read_text(encoding="utf-8"))
     return {**report["prediction"], "journal": report["journal"]["seconds"], "hardware": report["hardware"]}
 

@@ -66,7 +66,8 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         if not _is_out_of_memory(error):
             raise
         first = str(error).partition("\n")[0]
-        return _fail(options, f"out of memory ({first}): lower calibration.batch_size or calibration.samples", 1)
+        return _fail(options, f"out of memory ({first}): lower calibration.batch_size or calibration.samples, or set "
+                     "refine.model_steps to 0", 1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(options, f"the disk is full ({error}): free space or choose another `output`", 1)

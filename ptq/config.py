@@ -210,12 +210,12 @@ class RunConfig:
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is needed."""
-        return self.solves_with_text or isinstance(self.bits, BitBudget)
+        return self.solves_with_text or self.refine.model_steps > 0 or isinstance(self.bits, BitBudget)
 
     @property
     def solves_with_text(self) -> bool:
         """Whether blocks are run on calibration text while they are quantized."""
-        return self.method != "rtn" or self.refine.steps > 0 or self.refine.model_steps > 0
+        return self.method != "rtn" or self.refine.steps > 0
 
     @property
     def follows_float(self) -> bool:

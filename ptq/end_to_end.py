@@ -3,18 +3,27 @@
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ptq.journal import Journal
 from ptq.plan import Plan, parent_stream, taken_apart
+from ptq.progress import Progress
 from ptq.refine import refine_model
 from ptq.task import ModuleResult
 
 
-def refine_end_to_end(plan: Plan, batches: Sequence[Tensor], journal: Journal) -> dict[str, ModuleResult]:
-    """Results that replace those in the journal, by module; none where refinement gained nothing.
+class RefinedModel(NamedTuple):
+    """Report rows of all modules, and results that replace those in the journal; none where nothing was gained."""
+
+    rows: dict[str, dict[str, object]]
+    results: dict[str, ModuleResult]
+
+
+def refine_end_to_end(plan: Plan, batches: Sequence[Tensor], journal: Journal, progress: Progress) -> RefinedModel:
+    """Tune all packed weights of a run whose other units are finished.
 
     The parent, a float32 copy and what an optimizer keeps of every weight are in memory: `ptq.predict` says how much.
     """
@@ -37,14 +46,14 @@ def refine_end_to_end(plan: Plan, batches: Sequence[Tensor], journal: Journal) -
             parent, student, start, [batch.to(device) for batch in batches], steps=plan.config.refine.model_steps,
             seed=plan.config.calibration.seed, scale_dtype=plan.dtype, from_parent=plan.config.method != "awq",
         )  # fmt: skip
-    if not refined.after < refined.before:
-        return {}
-    rows, results = journal.rows, {}
+    progress.say(f"KL divergence to the parent: {refined.before:.5f} before refinement, {refined.after:.5f} after")
+    rows: dict[str, dict[str, object]] = {}
     for name, quantized in refined.weights.items():
-        row = {"model_loss": refined.before, "model_loss_refined": refined.after,
-               "codes_refined_by_model": float((quantized.codes != start[name].codes).float().mean())}  # fmt: skip
-        results[name] = ModuleResult(quantized, {**rows[name], **row})
-    return results
+        changed = float((quantized.codes != start[name].codes).float().mean())
+        rows[name] = {**journal.rows[name], "model_steps": plan.config.refine.model_steps, "model_loss": refined.before,
+                      "model_loss_refined": refined.after, "codes_refined_by_model": changed}  # fmt: skip
+    gained = refined.after < refined.before
+    return RefinedModel(rows, {name: ModuleResult(q, rows[name]) for name, q in refined.weights.items() if gained})
 
 
 @torch.no_grad()

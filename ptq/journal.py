@@ -139,11 +139,16 @@ class Journal:
         pieces = dict(write_part(self._part_path(unit), tensors).pieces) if self._ranks.first else {}
         self.records.append(Record(rows, pieces, None, seconds, replaces))
         allowed = max(SECONDS, SHARE * (time.perf_counter() - self._since))
-        if self._ranks.told(self._cost <= allowed or unit + 1 == self._units):
+        # Without hidden states a commit costs nothing, and what comes next may take long.
+        if self._ranks.told(self._cost <= allowed or not streams):
             self._commit(unit, streams)
         elif self._ranks.first:
             self._prune_hidden(unit + 1)
         self._ranks.meet()  # nobody may be at a later unit, whose files would not be kept
+
+    def drop_last(self) -> None:
+        """Forget the last unit, which no other depends on."""
+        self._forget_from(len(self.records) - 1)
 
     def assemble(self, limit: float) -> None:
         """Put the shards of the checkpoint together from the finished units. Raises as `assembly.assemble`."""

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from ptq.calibration.data import token_hash
 from ptq.formats.digest import digest
+from ptq.gptq.columns import columns_library
 from ptq.plan import Plan
 from ptq.report import versions
 
 # Keys that do not change what is written, and places: what is there goes in instead.
-FREE = ("model", "output", "evaluation", "calibration.offload", "calibration.dataset.files")
+FREE = (
+    *("model", "output", "evaluation", "calibration.offload", "calibration.dataset.files"),
+    "refine.model_steps",  # no block depends on it, and what does says it
+)
 DESCRIPTIONS = (".json", ".jinja", ".model", ".txt", ".py")  # of model and tokenizer
 PACKAGES = ("ptq", "torch", "transformers")
 SAMPLES = 256
@@ -38,6 +42,8 @@ def signature_of(plan: Plan, batches: Sequence[Tensor] | None, processes: int = 
         "machine.threads": str(torch.get_num_threads()),
         "machine.processor": torch.backends.cpu.get_cpu_capability(),
     }
+    if plan.device.type == "cpu":
+        signature["machine.columns"] = columns_library() or "torch"
     if plan.device.type == "cuda":
         signature["machine.gpu"] = torch.cuda.get_device_name(plan.device)
     weights = set(plan.reader.files())

@@ -122,8 +122,10 @@ def _finished_before(place: RunDirectory, plan: Plan, overwrite: bool, ranks: Ra
     """The report of a run like this one that was cut short after its checkpoint was whole."""
     if not place.published:
         return None
-    if place.began_as(signature_of(plan, None, ranks.size)):
-        return Report(Path(plan.config.output), read_json(place.final / "report.json"))
+    report = Report(Path(plan.config.output), read_json(place.final / "report.json"))
+    steps = report.document["configuration"]["refine"]["model_steps"]
+    if place.began_as(signature_of(plan, None, ranks.size)) and steps == plan.config.refine.model_steps:
+        return report
     place.restart(overwrite)
     return None
 
@@ -167,7 +169,7 @@ def _calibrate(
         with progress.stage("budget", len(plan.skeleton.get_submodule(plan.blocks)._modules)):
             measured = ranks.told(prepared.measured(plan, progress) if ranks.first else [])
             plan, document["budget"] = spend(plan, measured)
-    return plan, batches if config.solves_with_text else []
+    return plan, batches if config.solves_with_text or config.refine.model_steps else []
 
 
 def _solve_and_write(

@@ -5,6 +5,7 @@ is in `ptq.predict_memory`, how time is in `ptq.predict_time`.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -57,20 +58,20 @@ def predict(plan: Plan, rates: Rates, base: int = 0, home: torch.device | None =
         memory |= {"block": block.parameters, "float block": block.parameters * (streams - 1), **work}
     else:
         memory |= {"block": block.parameters, "embeddings and head": outer}
-    if (
-        plan.config.refine.model_steps
-        and sum((whole := model_work(plan, block)).values()) > sum(memory.values()) - base
-    ):
-        memory = {"process": base, **whole}
     if plan.device.type == "cuda":
         host |= {"process": base, "hidden states": kept_in_memory, "finished block": block.parameters}
         memory["process"] = 0
     else:
         memory["hidden states"] = kept_in_memory
+    if plan.config.refine.model_steps:
+        whole = {"process": memory["process"], **model_work(plan, block)}
+        memory = max(memory, whole, key=lambda parts: sum(parts.values()))
     size = estimate_size(plan)
     shard = min(size.after, plan.config.max_shard_bytes)
     journal = hidden * streams * (KEPT + 1)
     disk = {"output": size.after, "shard in the making": shard, "journal of hidden states": journal}
+    if plan.config.refine.model_steps:
+        disk["refined weights"] = size.after  # beside those they replace
     return Prediction(
         {k: v for k, v in memory.items() if v}, host, disk, seconds_of(plan, block, rates, disk, 1 / (KEPT + 1))
     )
@@ -86,7 +87,9 @@ def home_of(plan: Plan, room: int | None = None) -> torch.device:
     if plan.device.type != "cuda" or plan.config.method != "gptq":
         return plan.device
     free = torch.cuda.mem_get_info(plan.device)[0] if room is None else room
-    fits = predict(plan, Rates(1, 1, 1, 1)).peak <= SHARE_OF_GPU * free
+    # Refinement of the whole model comes later, and keeps no second moments.
+    blocks = plan._replace(config=replace(plan.config, refine=replace(plan.config.refine, model_steps=0)))
+    fits = predict(blocks, Rates(1, 1, 1, 1)).peak <= SHARE_OF_GPU * free
     return plan.device if fits else torch.device("cpu")
 
 

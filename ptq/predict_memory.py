@@ -20,11 +20,12 @@ from ptq.walk import HELD_BYTES
 
 FLOAT = 4  # bytes of float32
 WEIGHTS = 7  # float32 matrices alive while some rows are solved for: weight, target, errors, what the search compares
-COPIES = 4  # of the weights that several candidates are solved for together: stacked, in order, their values, codes
+COPIES = 4  # of the weights that several candidates are solved for together: stacked, and what is made of them
 
 
-# Bytes of a weight that is refined with the whole model: its code, gradient, two moments, value and its gradient.
-REFINED = 6 * FLOAT
+# Bytes of a weight that is refined with the whole model: its code, two moments, what stands in for it on the way
+# forward and back.
+REFINED = 7 * FLOAT
 SAVED = 9  # bytes that the way back needs, for every output of a Linear
 LOGITS = 5 * FLOAT  # of the two models, their logarithms and the gradient
 

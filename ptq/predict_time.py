@@ -5,7 +5,6 @@ float32 or in the model's dtype, and those on single elements, which wait for me
 counted per element was fitted to runs of small and of wide models on a CPU (docs/performance.md says how well).
 """
 
-import itertools
 import os
 import shutil
 import tempfile
@@ -69,14 +68,10 @@ def measure_rates(device: torch.device, directory: Path, dtype: torch.dtype = to
 def _a_second(work: Callable[[], Tensor]) -> float:
     """How often it can be done in a second, by the fastest time: what else runs on the machine only ever slows it."""
     fastest, end = float("inf"), time.perf_counter() + SAMPLE
-    for count in itertools.count():
-        started = time.perf_counter()
+    while (started := time.perf_counter()) < end:
         float(work().flatten()[0])  # waits for a GPU
-        now = time.perf_counter()
-        fastest = min(fastest, now - started)
-        if now > end and count > 1:
-            return 1 / fastest
-    raise AssertionError
+        fastest = min(fastest, time.perf_counter() - started)
+    return 1 / fastest
 
 
 def seconds_of(
@@ -87,7 +82,8 @@ def seconds_of(
     ``disk``: bytes by kind; of the journal's, ``journal_share`` is written after each block.
     """
     blocks = len(list(plan.skeleton.get_submodule(plan.blocks).children()))
-    written = disk["output"] * 2 + blocks * disk["journal of hidden states"] * journal_share
+    written: float = disk["output"] * 2 + disk.get("refined weights", 0)
+    written += blocks * disk["journal of hidden states"] * journal_share
     found = {
         "forward passes": blocks * _forward(plan, block, rates, _passes(plan, block)),
         "Hessians": blocks * _hessians(plan, block, rates),

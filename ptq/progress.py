@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from ptq.report import resident_bytes, start_counting_peak
+from ptq.report import anonymous_bytes, resident_bytes, start_counting_peak
 
 
 class Progress:
@@ -66,4 +66,4 @@ class Progress:
 
 
 def _memory() -> str:
-    return f"{resident_bytes() / 2**30:.2f} GiB"
+    return f"{anonymous_bytes() / 2**30:.2f} GiB"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.compare import PARENT, compare_checkpoints
-from ptq.config import RunConfig, dump, load_config
+from ptq.config import RunConfig, load_config
 from ptq.config_paths import resolve_config_path
 from ptq.errors import ConfigError
 from ptq.formats.checkpoint import atomic_write_text, read_json
@@ -123,7 +123,10 @@ def sweep(
 def _finished(config: RunConfig) -> bool:
     """Whether the output is a whole checkpoint of this very configuration."""
     made = Path(config.output) / "ptq_config.yaml"
-    return made.is_file() and made.read_text(encoding="utf-8") == dump(config)
+    try:
+        return made.is_file() and load_config(made) == config
+    except ConfigError:  # of a version with other options
+        return False
 
 
 def _complete(output: Path, name: str, document: Mapping[str, Any]) -> None:

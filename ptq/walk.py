@@ -80,18 +80,16 @@ def walk(
     Of several processes that share a run each has ``batches`` of its own. Second moments lie on ``home``, by default
     the plan's device.
     """
-    total = block_count(plan)
-    first = len(journal.records)
-    if first <= total:
-        _walk_blocks(plan, batches, journal, progress, ranks, home or plan.device)
+    if len(journal.records) <= block_count(plan):
+        text = batches if plan.config.solves_with_text else []
+        _walk_blocks(plan, text, journal, progress, ranks, home or plan.device)
+    steps = plan.config.refine.model_steps
+    if journal.records[-1].replaces and next(iter(journal.records[-1].rows.values()))["model_steps"] != steps:
+        journal.drop_last()
     if len(journal.records) < units(plan):
         started = time.perf_counter()
-        results = refine_end_to_end(plan, batches, journal)
-        finished = Finished(results, _encoded(plan, results))
-        row = next(iter(finished.rows.values()), {})
-        gained = f"{row['model_loss']:.5f} to {row['model_loss_refined']:.5f}" if row else "no better, left as it was"
-        progress.say(f"refinement of the model: KL divergence to its parent {gained}")
-        journal.add(finished.rows, finished.tensors, {}, time.perf_counter() - started, replaces=True)
+        refined = refine_end_to_end(plan, batches, journal, progress)
+        journal.add(refined.rows, _encoded(plan, refined.results), {}, time.perf_counter() - started, replaces=True)
 
 
 def _walk_blocks(

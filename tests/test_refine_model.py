@@ -2,21 +2,22 @@
 that was cut short against one that was not."""
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from crashes import small_parent, small_run
-from tiny_models import run
+from tiny_models import build, run, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ptq
-from ptq import walk
 from ptq.calibration.data import calibration_batches
-from ptq.config import RefineConfig
-from ptq.errors import ConfigError, UnsupportedModelError
+from ptq.config import RefineConfig, RunConfig
+from ptq.errors import ConfigError, FormatError, NumericsError, UnsupportedModelError
+from ptq.formats.assembly import read_tensor
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import QuantizedWeight, Scheme
 from ptq.grid import round_scales
@@ -118,41 +119,90 @@ def test_a_plain_module_is_refused() -> None:
                          refine=RefineConfig(model_steps=1))  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
-def test_a_run_goes_on_from_the_blocks_and_replaces_their_tensors(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parent = small_parent(tmp_path / "parent")
-    config = replace(small_run(parent, tmp_path / "plain", method), max_shard_size="5GB")
-    plain = run(config)
-    refined = replace(config, output=str(tmp_path / "whole"), refine=RefineConfig(model_steps=12))
-    rows = run(refined).document["modules"]
-    assert {row["model_loss"] > row["model_loss_refined"] for row in rows.values()} == {True}
-    assert rows.keys() == plain.document["modules"].keys()
+def cut_short(config: RunConfig, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """A run that ends when it calls a function of ptq.walk or of the journal."""
 
-    real = walk.refine_end_to_end
-
-    def killed(*arguments: object) -> None:
-        real(*arguments)  # type: ignore[arg-type]
+    def killed(*arguments: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(walk, "refine_end_to_end", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(replace(refined, output=str(tmp_path / "cut")))
-    monkeypatch.setattr(walk, "refine_end_to_end", real)
-    again = run(replace(refined, output=str(tmp_path / "cut")))
-    assert again.document["resumed"]["blocks"] == 3
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "whole", "cut")]
-    assert files[1] == files[2] != files[0]
-    names = [set(CheckpointReader(tmp_path / name).names()) for name in ("plain", "whole")]
-    assert names[0] == names[1]
-    # What is loaded loses what the report says, on a text so short that all of it is judged by.
-    batches = calibration_batches(refined.calibration, load_tokenizer(parent, False))
-    one = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.bfloat16)
-    other = ptq.load(str(tmp_path / "whole"), device="cpu", dtype="float32")
-    losses = []
+    with monkeypatch.context() as patch:
+        patch.setattr(at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+
+
+def loss_of(parent: Path, output: Path, config: RunConfig) -> float:
+    """KL divergence of a checkpoint to its parent on the calibration text, in nats a token."""
+    one = AutoModelForCausalLM.from_pretrained(parent, dtype="auto")
+    other = ptq.load(str(output), device="cpu", dtype="float32")
+    batches, total = calibration_batches(config.calibration, load_tokenizer(parent, False)), 0.0
     with torch.no_grad():
         for batch in batches:
             p, q = (m(input_ids=batch).logits.float().log_softmax(-1) for m in (one, other))
-            losses.append(float((p.exp() * (p - q)).sum(-1).mean()))
-    assert rows["model.layers.0.self_attn.o_proj"]["model_loss_refined"] == pytest.approx(sum(losses) / 2, rel=0.01)
+            total += float((p.exp() * (p - q)).sum())
+    return total / sum(batch.numel() for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "shards"),
+    [("llama", "gptq", "5GB"), ("llama", "awq", "12KB"), ("llama", "rtn", "12KB"), ("gpt2", "gptq", "5GB")],
+)
+def test_a_run_goes_on_from_the_blocks_and_replaces_their_tensors(
+    family: str, method: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = small_parent(tmp_path / "parent") if family == "llama" else save(build(family), tmp_path / "parent")
+    config = replace(small_run(parent, tmp_path / "plain", method), max_shard_size=shards)
+    if family == "gpt2":
+        config = replace(config, exclude=("lm_head",))
+    plain = run(config)
+    refined = replace(config, output=str(tmp_path / "whole"), refine=RefineConfig(model_steps=12))
+    rows = run(refined).document["modules"]
+    assert rows.keys() == plain.document["modules"].keys()
+    row = next(iter(rows.values()))
+    assert row["model_loss"] > row["model_loss_refined"]
+    assert row["model_loss_refined"] == pytest.approx(loss_of(parent, tmp_path / "whole", refined), rel=0.02)
+    cut = replace(refined, output=str(tmp_path / "cut"))
+    cut_short(cut, monkeypatch, "ptq.walk.refine_end_to_end")
+    cut_short(cut, monkeypatch, "ptq.journal.assemble")  # after refinement, which is not done again
+    monkeypatch.setattr("ptq.walk.refine_end_to_end", None)
+    again = run(cut)
+    monkeypatch.undo()
+    blocks = {re.sub(r"\D*(\d+).*", r"\1", name) for name in rows}
+    assert again.document["resumed"]["blocks"] == len(blocks)
+    bytes_of = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors*")}
+        for name in ("plain", "whole", "cut")
+    ]
+    assert bytes_of[1] == bytes_of[2] != bytes_of[0]
+    names = [set(CheckpointReader(tmp_path / name).names()) for name in ("plain", "whole")]
+    assert names[0] == names[1]
+
+
+def test_steps_may_change_when_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = small_parent(tmp_path / "parent")
+    config = replace(small_run(parent, tmp_path / "out"), refine=RefineConfig(model_steps=9))
+    cut_short(config, monkeypatch, "ptq.walk.refine_end_to_end")  # out of memory, say
+    cut_short(config, monkeypatch, "ptq.journal.assemble")
+    monkeypatch.setattr("ptq.walk.quantize_block", None)
+    found = run(replace(config, refine=RefineConfig(model_steps=0)))
+    assert found.document["resumed"]["blocks"] == 3
+    assert not any("model_loss" in row for row in found.document["modules"].values())
+    monkeypatch.undo()
+    run(replace(config, output=str(tmp_path / "plain"), refine=RefineConfig()))
+    names = [path.name for path in (tmp_path / "plain").glob("*.safetensors")]
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_predictions_that_are_not_finite_are_an_error() -> None:
+    parent = parent_model()
+    student = copy.deepcopy(parent)
+    parent.get_submodule("model.norm").weight.data.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="predictions must be finite before refinement; the KL .* is nan"):
+        refine_model(parent, student, rounded(student, Scheme(4, 16, True)), text(2), steps=1, seed=0,
+                     scale_dtype=torch.float32)  # fmt: skip
+
+
+def test_a_part_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"0000.safetensors is missing; .* start over with --fresh"):
+        read_tensor(tmp_path / "0000.safetensors", "a")

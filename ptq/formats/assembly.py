@@ -64,7 +64,9 @@ def write_part(path: Path, tensors: Mapping[str, Tensor]) -> Part:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a part."""
+    """One tensor of a part. Raises FormatError where the part is gone."""
+    if not path.is_file():
+        raise FormatError(f"{path} is missing; the run cannot go on without it: start over with --fresh")
     with safetensors.safe_open(path, "pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor

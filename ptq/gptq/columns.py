@@ -17,6 +17,11 @@ from ptq.grid import Grid
 STRIP = 16
 
 
+def columns_library() -> str | None:
+    """Which library runs the loops on a CPU; None: torch does."""
+    return library.name()
+
+
 class Steps(NamedTuple):
     """A grid as the columns meet it."""
 

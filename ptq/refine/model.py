@@ -6,6 +6,7 @@ is that of the second phase of EfficientQAT (https://arxiv.org/abs/2407.11062), 
 tuned as well.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ptq.errors import UnsupportedModelError
+from ptq.errors import NumericsError, UnsupportedModelError
 from ptq.formats.codec import QuantizedWeight
 from ptq.models.structure import is_transposed
 from ptq.refine.block import BETAS, SCALE_RATE, shuffled
@@ -62,6 +63,7 @@ def refine_model(
         What was tuned, or, where the loss did not fall, ``start``.
 
     Raises:
+        NumericsError: the loss is NaN or infinite before the first step.
         UnsupportedModelError: no gradient reaches the logits.
     """
     with torch.enable_grad():
@@ -69,6 +71,11 @@ def refine_model(
         judged = list(batches[JUDGED - 1 :: JUDGED]) or list(batches)
         tuned = [b for i, b in enumerate(batches) if i % JUDGED != JUDGED - 1]
         before = tuning.loss_of_all(judged)
+        if not math.isfinite(before):
+            raise NumericsError(
+                f"predictions must be finite before refinement; the KL divergence to the parent is {before}: check the "
+                "checkpoint and the calibration text, or set refine.model_steps to 0"
+            )
         tuning.descend(tuned, steps, seed)
         after = tuning.loss_of_all(judged)
     if not after < before:
@@ -93,9 +100,10 @@ class _Tuning:
         }
 
     def loss_of_all(self, batches: Sequence[Tensor]) -> float:
-        """Mean over the batches, in float32."""
+        """Mean over the tokens, in float32."""
         with torch.no_grad():
-            return sum(float(self._loss(batch)) for batch in batches) / len(batches)
+            tokens = sum(batch.numel() for batch in batches)
+            return sum(float(self._loss(batch)) * batch.numel() for batch in batches) / tokens
 
     def descend(self, batches: Sequence[Tensor], steps: int, seed: int) -> None:
         """Adam, at rates that fall linearly to zero."""

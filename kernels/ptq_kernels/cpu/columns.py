@@ -30,6 +30,12 @@ def serves(columns: Columns, *matrices: Tensor) -> bool:
     return fits and library.best() is not None
 
 
+def name() -> str | None:
+    """The instruction set of the library that serves them; None without one."""
+    found = library.best()
+    return None if found is None else found.name
+
+
 def solve(columns: Columns, weight: Tensor, errors: Tensor) -> None:
     """GPTQ within the block: ``weight [B, R]`` becomes the values of the codes, ``errors [B, R]`` what they miss.
 
