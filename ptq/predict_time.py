@@ -21,13 +21,14 @@ from ptq.grid_search import COARSE, REFITS, SHRINKS
 from ptq.plan import Plan
 from ptq.predict_memory import Block, Stage, held_share, tokens_of, vocabulary, width
 
-# Share of the rate of a large product that the products of a stage reach.
-FORWARD, HESSIAN, FACTOR, COLUMNS = 0.8, 0.4, 0.8, 0.9
+# What the products of a stage reach, as a share of the rate of a product of 1024 x 1024 (the larger ones are faster).
+FORWARD, HESSIAN, FACTOR, COLUMNS = 0.8, 0.4, 1.0, 1.1
 # Operations on an element: of what a Linear puts out, of a token's row of attention, of an input of a Linear; of a
 # weight for every candidate scale, for every column of a block, and for all else; of a weight and of a logit in a step
 # of refinement.
-OUTPUT, ATTENTION, INPUT = 6, 3, 6
-CANDIDATE, COLUMN, WEIGHT, REFINED, LOGIT = 6, 0.25, 200, 40, 20
+OUTPUT, ATTENTION, INPUT = 12, 9, 8
+CANDIDATE, COLUMN, WEIGHT, REFINED, LOGIT = 22, 0.86, 800, 200, 60
+LINEAR = 0.012  # seconds for every Linear, however small: calls, bookkeeping, files
 SAMPLE = 0.05  # seconds that a rate is measured for
 REPEATS = 16  # of a short operation that is timed
 
@@ -167,7 +168,7 @@ def _codes(plan: Plan, block: Block, rates: Rates) -> float:
             candidates += rows * k * (2 * len(COARSE) + REFITS)
         products += 6 * squares
     elements = CANDIDATE * candidates + COLUMN * columns + WEIGHT * weights
-    return products / (COLUMNS * rates.products) + elements / rates.elements
+    return products / (COLUMNS * rates.products) + elements / rates.elements + LINEAR * len(block.weights)
 
 
 def _refinement(plan: Plan, block: Block, rates: Rates) -> float:

@@ -157,10 +157,10 @@ def test_time_by_hand():
     shapes = [(hidden, hidden)] * 2 + [(hidden * kv // heads, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
     weights, squares = sum(n * k for n, k in shapes), sum(n * k * k for n, k in shapes)
     products = predict(plan, Rates(1e12, 1e30, 1e30, 1e30)).seconds
-    assert products["codes"] == pytest.approx(depth * squares * (7 + 2 + 6) / (0.9 * 1e12))
+    assert products["codes"] == pytest.approx(depth * (squares * (7 + 2 + 6) / (1.1 * 1e12) + 7 * 0.012))
     assert products["forward passes"] + products["Hessians"] + products["disk"] < 1e-6
     elements = predict(plan, Rates(1e30, 1e30, 1e10, 1e30)).seconds
-    assert elements["codes"] == pytest.approx(depth * weights * (6 * 26 + 0.25 * 8 * 64 + 200) / 1e10)
+    assert elements["codes"] == pytest.approx(depth * (weights * (22 * 26 + 0.86 * 8 * 64 + 800) / 1e10 + 7 * 0.012))
     assert elements["factorizations"] < 1e-6
     rounding = predict(plan._replace(config=RunConfig(model="m", output="o", method="rtn")), RATES).seconds
     assert {name for name, seconds in rounding.items() if seconds} == {"codes", "disk"}

@@ -22,7 +22,7 @@ from ptq.refine.block import BETAS, SCALE_RATE, shuffled
 from ptq.refine.weight import TunedWeight
 
 # How far a code or zero comes, in codes, when every step goes the same way, and the most it may come in the first step.
-CODE_TRAVEL, CODE_RATE = 0.36, 1.2e-2
+CODE_TRAVEL, CODE_RATE = 0.6, 1.2e-2
 # Of so many batches one is not tuned on: by it the result is judged.
 JUDGED = 8
 
