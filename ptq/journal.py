@@ -24,7 +24,7 @@ from ptq.journal_directory import RUN
 
 # A commit of hidden states that would take longer than both is put off to a later block.
 SHARE = 0.04  # of the time since the last one
-SECONDS = 0.25
+SECONDS = 0.05
 KEPT = 2  # commits whose hidden states stay: if the last is damaged, the one before serves
 SHOWN = 5  # differences named in a message
 

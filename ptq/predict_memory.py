@@ -27,7 +27,7 @@ COPIES = 4  # of the weights that several candidates are solved for together: st
 # forward and back.
 REFINED = 7 * FLOAT
 SAVED = 9  # bytes that the way back needs, for every output of a Linear
-LOGITS = 5 * FLOAT  # of the two models, their logarithms and the gradient
+LOGITS = 4  # held at once, in the dtype of the model: of the two models, and the gradient twice
 
 
 class Stage(NamedTuple):
@@ -101,7 +101,8 @@ def block_work(plan: Plan, block: Block, *, apart: bool = False) -> tuple[dict[s
         moments = FLOAT * (sum(stage.features**2 * stage.inputs for stage in block.stages) + 2 * widest**2)
         copies = {"float32 block": 2 * block.parameters * FLOAT // plan.dtype.itemsize}
         activations = max(_activations(plan, stage) for stage in block.stages)
-        needs = [(moments, {**copies, "solver": solver, "activations": activations})]
+        alone = (moments, {**copies, "solver": solver, "activations": activations})
+        needs = [alone] if plan.config.awq.codes == "round" else [alone, *((m, copies | work) for m, work in needs)]
     if apart:
         moments, work = max(m for m, _ in needs), max((w for _, w in needs), key=lambda w: sum(w.values()))
     else:
@@ -120,7 +121,7 @@ def model_work(plan: Plan, block: Block) -> dict[str, int]:
         "float32 copy": parameters * FLOAT // plan.dtype.itemsize,
         "refined weights": REFINED * sum(n * k for n, k in (plan.shapes[name] for name in plan.targets)),
         "activations": SAVED * tokens * outputs,
-        "logits": LOGITS * tokens * vocabulary(plan),
+        "logits": LOGITS * plan.dtype.itemsize * tokens * vocabulary(plan),
     }
 
 

@@ -28,6 +28,8 @@ FORWARD, HESSIAN, FACTOR, COLUMNS = 0.8, 0.4, 1.0, 1.1
 # of refinement.
 OUTPUT, ATTENTION, INPUT = 12, 9, 8
 CANDIDATE, COLUMN, WEIGHT, REFINED, LOGIT = 22, 0.86, 800, 200, 60
+GROUPED = 0.2  # as COLUMNS, of the many small products with the Hessian's diagonal blocks
+JUDGE = 0.002  # seconds that every look at a candidate for AWQ's scales takes, however small
 LINEAR = 0.012  # seconds for every Linear, however small: calls, bookkeeping, files
 SAMPLE = 0.05  # seconds that a rate is measured for
 REPEATS = 16  # of a short operation that is timed
@@ -161,14 +163,23 @@ def _codes(plan: Plan, block: Block, rates: Rates) -> float:
         columns += weights * (settings.candidates + settings.sweeps) * settings.block_size / 2
         candidates += weights * (2 * len(SHRINKS) + REFITS)
     if plan.config.method == "awq":
-        tried = 2 * plan.config.awq.grid
-        for n, k in block.weights:
-            rows = tried * min(n, SCREENED_ROWS) + (CONFIRMED + 1) * min(n, CONFIRMED_ROWS)
-            products += 2 * rows * k * k
-            candidates += rows * k * (2 * len(COARSE) + REFITS)
         products += 6 * squares
     elements = CANDIDATE * candidates + COLUMN * columns + WEIGHT * weights
-    return products / (COLUMNS * rates.products) + elements / rates.elements + LINEAR * len(block.weights)
+    solving = products / (COLUMNS * rates.products) + elements / rates.elements + LINEAR * len(block.weights)
+    return solving + (_awq_search(plan, block, rates) if plan.config.method == "awq" else 0)
+
+
+def _awq_search(plan: Plan, block: Block, rates: Rates) -> float:
+    """Channel scales, judged on some rows of each weight, then ranges of all rows; both weigh errors group by group."""
+    tried, products, judged = 2 * plan.config.awq.grid, 0.0, 0.0
+    for n, k in block.weights:
+        rows = tried * min(n, SCREENED_ROWS) + (CONFIRMED + 1) * min(n, CONFIRMED_ROWS)
+        products += 2 * rows * k * k
+        judged += rows * k * (2 * len(COARSE) + REFITS) + n * k * (2 * len(SHRINKS) + REFITS)
+    group = plan.config.group_size if plan.config.group_size > 0 else max(k for _, k in block.weights)
+    grouped = 2 * group * judged / (GROUPED * rates.products)
+    calls = JUDGE * len(block.weights) * (tried + CONFIRMED + 1)
+    return products / (COLUMNS * rates.products) + grouped + CANDIDATE * judged / rates.elements + calls
 
 
 def _refinement(plan: Plan, block: Block, rates: Rates) -> float:

@@ -9,7 +9,7 @@ tuned as well.
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,35 @@ from ptq.refine.weight import TunedWeight
 CODE_TRAVEL, CODE_RATE = 0.6, 1.2e-2
 # Of so many batches one is not tuned on: by it the result is judged.
 JUDGED = 8
+AT_ONCE = 1 << 20  # logits whose probabilities are in memory
+
+
+class Divergence(torch.autograd.Function):
+    """Mean KL divergence of logits ``[..., V]`` from other logits, in nats a token, with the gradient to the former.
+
+    Some tokens at a time, value and gradient together: probabilities of a large vocabulary would take more memory than
+    all else, several times over.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, wanted: Tensor) -> Tensor:
+        """float32."""
+        rows, others = found.flatten(0, -2), wanted.flatten(0, -2)
+        gradient, total = torch.empty_like(rows), torch.zeros((), device=rows.device)
+        count = max(1, AT_ONCE // rows.shape[-1])
+        for q, p, g in zip(rows.split(count), others.split(count), gradient.split(count), strict=True):
+            q, p = q.float().log_softmax(-1), p.float().log_softmax(-1)
+            likely = p.exp()
+            total += (p.sub_(q)).mul_(likely).sum()
+            g.copy_(q.exp_().sub_(likely).div_(len(rows)))
+        ctx.save_for_backward(gradient.view_as(found))
+        return total / len(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        """In the dtype of the logits."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0], None
 
 
 class Refined(NamedTuple):
@@ -136,11 +165,11 @@ class _Tuning:
     def _loss(self, batch: Tensor) -> Tensor:
         call = {"input_ids": batch, "use_cache": False}
         with torch.no_grad():
-            wanted = self._parent(**call).logits.float().log_softmax(-1)
+            wanted = self._parent(**call).logits
         # A head that shares its weight with the embeddings shares it no more once it is packed.
         found = functional_call(self._student, self._parameters(), kwargs=call, tie_weights=False).logits
-        tokens = batch.numel()
-        return nn.functional.kl_div(found.float().log_softmax(-1), wanted, log_target=True, reduction="sum") / tokens
+        loss: Tensor = Divergence.apply(found, wanted)  # type: ignore[no-untyped-call]
+        return loss
 
     def _parameters(self) -> dict[str, Tensor]:
         """What stands in for the student's own: the values that the checkpoint would hold now."""
