@@ -166,9 +166,11 @@ class Ranks:
         except RuntimeError as error:
             if type(error).__name__ == "OutOfMemoryError":
                 raise
-            raise RankError(
-                f"all {self.size} processes of a run must stay to its end; another one has ended: {GOES_ON}"
-            ) from error
+            raise _left(self.size) from error
+
+
+def _left(size: int) -> RankError:
+    return RankError(f"all {size} processes of a run must stay to its end; another one has ended: {GOES_ON}")
 
 
 ALONE = Ranks()
@@ -178,6 +180,9 @@ def joined() -> Ranks:
     """The processes that torchrun started with this one; `ALONE` where it started no other.
 
     Once they have joined, SIGTERM, by which torchrun ends those that are left, is answered by a sentence.
+
+    Raises:
+        RankError: another one ended before this one had joined it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -186,9 +191,12 @@ def joined() -> Ranks:
     from torch.distributed.rendezvous import rendezvous
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    work, words = PrefixStore("work", store), PrefixStore("words", store.clone())
-    dist.init_process_group(backend, store=work, rank=rank, world_size=size, timeout=PATIENCE)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        work, words = PrefixStore("work", store), PrefixStore("words", store.clone())
+        dist.init_process_group(backend, store=work, rank=rank, world_size=size, timeout=PATIENCE)
+    except RuntimeError as error:
+        raise _left(size) from error
     ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), words)
     _answer_termination(ranks)
     return ranks

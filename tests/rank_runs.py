@@ -59,7 +59,7 @@ def together(size: int, action: Callable[[Ranks], Any], place: Path) -> list[Any
             try:
                 os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{size}", LOCAL_RANK=f"{rank}", MASTER_ADDR="localhost",
                                   MASTER_PORT=f"{port}")  # fmt: skip
-                torch.save(_outcome(action, joined()), file)
+                torch.save(_outcome(lambda _: action(joined()), Ranks()), file)
             except BaseException:  # noqa: BLE001  (a child must not go on as its parent)
                 traceback.print_exc()
             finally:

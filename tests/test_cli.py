@@ -47,7 +47,7 @@ def test_the_run_ends_with_a_table_and_a_report(tmp_path: Path, capsys: pytest.C
     report = json.loads((output / "report.json").read_text())
     assert set(report) == {"versions", "hardware", "configuration", "parent", "calibration", "memory", "size",
                            "modules", "kept_in_float", "kernels", "evaluation", "seconds", "peak_bytes",
-                           "prediction"}  # fmt: skip
+                           "prediction", "journal"}  # fmt: skip
     assert len(report["modules"]) == 56
     assert report["calibration"]["tokens"] == 64
     assert report["configuration"]["calibration"]["samples"] == 2

@@ -57,5 +57,5 @@ def descend(
             moved = descend_block(Q[start:end], M[start:end], H_block, steps, start, found[start:end])
             M.addmm_(rows.t(), moved, alpha=-1)
     D = W.sub_(Q)
-    loss = max(0.0, float(M.sub_(D, alpha=factor.lam).mul_(D).sum(dtype=torch.float64)))
+    loss = float(M.sub_(D, alpha=factor.lam).mul_(D).sum(dtype=torch.float64))
     return Descended(out_of_order(found, factor), loss)
