@@ -166,11 +166,9 @@ class Ranks:
         except RuntimeError as error:
             if type(error).__name__ == "OutOfMemoryError":
                 raise
-            raise _left(self.size) from error
-
-
-def _left(size: int) -> RankError:
-    return RankError(f"all {size} processes of a run must stay to its end; another one has ended: {GOES_ON}")
+            raise RankError(
+                f"all {self.size} processes of a run must stay to its end; another one has ended: {GOES_ON}"
+            ) from error
 
 
 ALONE = Ranks()
@@ -182,7 +180,7 @@ def joined() -> Ranks:
     Once they have joined, SIGTERM, by which torchrun ends those that are left, is answered by a sentence.
 
     Raises:
-        RankError: another one ended before this one had joined it.
+        RankError: they could not be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -196,7 +194,11 @@ def joined() -> Ranks:
         work, words = PrefixStore("work", store), PrefixStore("words", store.clone())
         dist.init_process_group(backend, store=work, rank=rank, world_size=size, timeout=PATIENCE)
     except RuntimeError as error:
-        raise _left(size) from error
+        reason = str(error).partition("\n")[0]
+        raise RankError(
+            f"all {size} processes of a run must join; one could not be reached ({reason}): it has "
+            f"ended, or MASTER_ADDR and MASTER_PORT are not those of the first; {GOES_ON}"
+        ) from error
     ranks = Ranks(rank, size, int(os.environ.get("LOCAL_RANK", "0")), words)
     _answer_termination(ranks)
     return ranks

@@ -27,6 +27,7 @@ def refine_end_to_end(plan: Plan, batches: Sequence[Tensor], journal: Journal, p
 
     The parent, a float32 copy and what an optimizer keeps of every weight are in memory: `ptq.predict` says how much.
     """
+    progress.say(f"refining the model as a whole: {plan.config.refine.model_steps} steps")
     stream, device = parent_stream(plan), plan.device
     with ExitStack() as stack:
         stack.enter_context(stream.outer())
@@ -47,10 +48,10 @@ def refine_end_to_end(plan: Plan, batches: Sequence[Tensor], journal: Journal, p
             seed=plan.config.calibration.seed, scale_dtype=plan.dtype, from_parent=plan.config.method != "awq",
         )  # fmt: skip
     progress.say(f"KL divergence to the parent: {refined.before:.5f} before refinement, {refined.after:.5f} after")
-    rows: dict[str, dict[str, object]] = {}
+    before, rows = journal.rows, dict[str, dict[str, object]]()
     for name, quantized in refined.weights.items():
         changed = float((quantized.codes != start[name].codes).float().mean())
-        rows[name] = {**journal.rows[name], "model_steps": plan.config.refine.model_steps, "model_loss": refined.before,
+        rows[name] = {**before[name], "model_steps": plan.config.refine.model_steps, "model_loss": refined.before,
                       "model_loss_refined": refined.after, "codes_refined_by_model": changed}  # fmt: skip
     gained = refined.after < refined.before
     return RefinedModel(rows, {name: ModuleResult(q, rows[name]) for name, q in refined.weights.items() if gained})

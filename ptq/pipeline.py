@@ -25,14 +25,14 @@ from ptq.models.experts import routers
 from ptq.nn.linear import kernels_in_use
 from ptq.page_report import report_page
 from ptq.parent import parent_of
-from ptq.plan import Plan, check_output, estimate_size, head_targets, make_plan
+from ptq.plan import Plan, block_count, check_output, estimate_size, head_targets, make_plan
 from ptq.predict import compared, home_of, predict
 from ptq.predict_time import measure_rates
 from ptq.prepared import Prepared
 from ptq.progress import Progress
 from ptq.report import PeakMemory, Report, anonymous_bytes, hardware, resident_bytes, versions
 from ptq.version import VERSION
-from ptq.walk import block_count, units, walk
+from ptq.walk import units, walk
 
 # Weights and what describes them are written anew; everything else beside them is the parent's.
 NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
@@ -166,7 +166,7 @@ def _calibrate(
         "seed": config.calibration.seed,
     }
     if isinstance(config.bits, BitBudget):
-        with progress.stage("budget", len(plan.skeleton.get_submodule(plan.blocks)._modules)):
+        with progress.stage("budget", block_count(plan)):
             measured = ranks.told(prepared.measured(plan, progress) if ranks.first else [])
             plan, document["budget"] = spend(plan, measured)
     return plan, batches if config.solves_with_text or config.refine.model_steps else []

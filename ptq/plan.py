@@ -239,6 +239,11 @@ def taken_apart(plan: Plan) -> list[str]:
     return [path for path in experts_of(plan.skeleton) if any(name.startswith(f"{path}.") for name in plan.targets)]
 
 
+def block_count(plan: Plan) -> int:
+    """Blocks of the model."""
+    return len(plan.skeleton.get_submodule(plan.blocks)._modules)
+
+
 def head_targets(plan: Plan) -> dict[str, Scheme]:
     """The Linears to be quantized that are not in the blocks."""
     return {name: scheme for name, scheme in plan.targets.items() if not name.startswith(plan.blocks + ".")}
@@ -250,7 +255,7 @@ def describe(plan: Plan) -> str:
     kinds = Counter((scheme, plan.shapes[path]) for path, scheme in plan.targets.items())
     lines = [
         f"model      {plan.config.model} ({type(plan.skeleton).__name__}, {plan.dtype}, {len(plan.schemes)} Linears)",
-        f"blocks     {plan.blocks}, {len(list(plan.skeleton.get_submodule(plan.blocks).children()))} of them",
+        f"blocks     {plan.blocks}, {block_count(plan)} of them",
         f"method     {plan.config.method} on {plan.device}",
         f"format     {plan.config.format}, written to {plan.config.output}",
     ]

@@ -14,15 +14,13 @@ from ptq.calibration.capture import CHUNK_ROWS, STARVED
 from ptq.gptq.candidates import CHUNK_WEIGHTS as CANDIDATE_WEIGHTS
 from ptq.gptq.inverse import ROWS
 from ptq.models.structure import linears
-from ptq.plan import Plan
+from ptq.plan import Plan, block_count
 from ptq.task import CHUNK_WEIGHTS
 from ptq.walk import HELD_BYTES
 
 FLOAT = 4  # bytes of float32
 WEIGHTS = 7  # float32 matrices alive while some rows are solved for: weight, target, errors, what the search compares
 COPIES = 4  # of the weights that several candidates are solved for together: stacked, and what is made of them
-
-
 # Bytes of a weight that is refined with the whole model: its code, two moments, what stands in for it on the way
 # forward and back.
 REFINED = 7 * FLOAT
@@ -114,8 +112,7 @@ def model_work(plan: Plan, block: Block) -> dict[str, int]:
     """Bytes of the refinement of a whole model, beside the process; the blocks are taken to be like ``block``."""
     calibration, parameters = plan.config.calibration, _bytes(plan.skeleton, plan)
     tokens = min(calibration.batch_size, calibration.samples) * calibration.sequence_length
-    blocks = len(plan.skeleton.get_submodule(plan.blocks)._modules)
-    outputs = blocks * sum(n for n, _ in block.weights)
+    outputs = block_count(plan) * sum(n for n, _ in block.weights)
     return {
         "parent": parameters,
         "float32 copy": parameters * FLOAT // plan.dtype.itemsize,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ptq.awq.solver import CONFIRMED, CONFIRMED_ROWS, SCREENED_ROWS
 from ptq.grid_search import COARSE, REFITS, SHRINKS
-from ptq.plan import Plan
+from ptq.plan import Plan, block_count
 from ptq.predict_memory import Block, Stage, held_share, tokens_of, vocabulary, width
 
 # What the products of a stage reach, as a share of the rate of a product of 1024 x 1024 (the larger ones are faster).
@@ -84,7 +84,7 @@ def seconds_of(
 
     ``disk``: bytes by kind; of the journal's, ``journal_share`` is written after each block.
     """
-    blocks = len(list(plan.skeleton.get_submodule(plan.blocks).children()))
+    blocks = block_count(plan)
     written: float = disk["output"] * 2 + disk.get("refined weights", 0)
     written += blocks * disk["journal of hidden states"] * journal_share
     found = {

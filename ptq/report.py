@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ptq.gptq.columns import columns_library
 from ptq.version import VERSION
 
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "datasets", "triton", "greenlet")
@@ -43,8 +44,10 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The machine a result was made on."""
+    """The machine a result was made on, and on a CPU the library that solved its columns (``torch``: none)."""
     row: dict[str, Any] = {"device": str(device), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    if device.type == "cpu":
+        row["columns"] = columns_library() or "torch"
     if device.type == "cuda":
         row["gpu"] = torch.cuda.get_device_name(device)
     return row

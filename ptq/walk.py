@@ -21,7 +21,7 @@ from ptq.grid import check_finite
 from ptq.journal import Journal, Streams
 from ptq.models.loading import working_dtype
 from ptq.models.streamed import StreamedModel
-from ptq.plan import Plan, head_targets, parent_stream, replaced_tensors, taken_apart
+from ptq.plan import Plan, block_count, head_targets, parent_stream, replaced_tensors, taken_apart
 from ptq.progress import Progress
 from ptq.task import BlockTask, FloatTwin, ModuleResult
 
@@ -55,11 +55,6 @@ class Walk(NamedTuple):
     def streams(self) -> Streams:
         """The hidden states by name."""
         return {name: each for name, each in (("quantized", self.hidden), ("float", self.floating)) if each}
-
-
-def block_count(plan: Plan) -> int:
-    """Blocks of the model."""
-    return len(plan.skeleton.get_submodule(plan.blocks)._modules)
 
 
 def units(plan: Plan) -> int:

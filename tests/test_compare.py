@@ -22,6 +22,7 @@ from ptq.inspection import packed_bits
 from ptq.models.loading import load_tokenizer
 from ptq.progress import Progress
 from ptq.runtime import open_checkpoint
+from ptq.sweep import _finished as finished
 from ptq.sweep import load_variants, sweep
 
 EVALUATION = EvaluationConfig(files=(str(TEXT),), tokens=256, window=64, stride=64)
@@ -214,6 +215,13 @@ def test_a_sweep_shares_what_it_can(files, made, tmp_path, monkeypatch) -> None:
     again = sweep(configs, progress=Progress(progress))
     assert again["models"] == document["models"]
     assert progress.getvalue().count("kept, ") == 4
+    made = tmp_path / "out" / "three" / "ptq_config.yaml"
+    text = made.read_text()
+    assert "  model_steps: 0\n" in text
+    made.write_text(text.replace("  model_steps: 0\n", ""))  # as a version without that option wrote it
+    assert finished(replace(configs["three"], evaluation=None))
+    made.write_text(text.replace("model_steps", "other_steps"))
+    assert not finished(replace(configs["three"], evaluation=None))
 
 
 def test_the_sweep_on_the_command_line(files, tmp_path, capsys) -> None:

@@ -6,9 +6,11 @@ the bytes of a run of as many processes that was left alone.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,11 @@ from crashes import checksums, small_run
 from safetensors.torch import load_file
 
 import ptq.distributed
+from ptq import distributed
 from ptq.awq.block import _clip_and_round
 from ptq.config import RefineConfig, RunConfig, dump
 from ptq.distributed import ALONE, Ranks, joined
-from ptq.errors import ConfigError
+from ptq.errors import ConfigError, RankError
 from ptq.formats.codec import Scheme
 from ptq.gptq.block import choose_codes
 from ptq.gptq.solver import factorize
@@ -30,6 +33,7 @@ from ptq.task import BlockTask
 
 HERE = Path(__file__).resolve().parent
 LOST = "RankError: all 2 processes of a run must stay to its end; another one has ended: the same command goes on"
+ABSENT = "RankError: all 2 processes of a run must join; one could not be reached"
 
 
 def environment():
@@ -159,7 +163,7 @@ def test_a_death_ends_the_run_and_the_same_command_goes_on(offload, found):
     assert death["same"]
     assert death["left"] == []
     assert "exists; choose another `output`" in death["once more"][0]
-    assert death["once more"][1].startswith(LOST)
+    assert death["once more"][1].startswith((LOST, ABSENT))  # the first may have ended before the second had joined
 
 
 @pytest.mark.parametrize("name", ["steps", "model_steps"])
@@ -197,6 +201,17 @@ def test_torchrun_and_a_process_that_is_killed(place, tmp_path):
     whole = checksums(place / "deaths" / "out-memory whole")
     changed = {name for name, each in checksums(tmp_path / "out").items() if each != whole[name]}
     assert changed == {"ptq_config.yaml"}  # which names the output
+
+
+def test_processes_that_cannot_be_reached(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in (("WORLD_SIZE", 2), ("RANK", 1), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "PATIENCE", timedelta(seconds=2))
+    with pytest.raises(RankError, match=r"must join; one could not be reached \(.+\): it has ended, or"):
+        joined()
 
 
 def test_one_process_joins_nobody(monkeypatch):

@@ -134,7 +134,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not() -> None:
 
 def test_what_did_not_get_better_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     # steps so large that every scale is off by orders of magnitude
-    monkeypatch.setattr("ptq.refine.block.SCALE_RATE", 5.0)
+    monkeypatch.setattr("ptq.refine.steps.SCALE_RATE", 5.0)
     block, task = Block(), task_of()
     plain = copy.deepcopy(block)
     with torch.no_grad():

@@ -4,7 +4,9 @@ import io
 import re
 from pathlib import Path
 
+import pytest
 import torch
+from ptq_kernels.cpu import library
 
 from ptq.progress import Progress
 from ptq.report import Report, hardware, resident_bytes, start_counting_peak, summary, table, versions
@@ -68,7 +70,9 @@ def test_peak_counts_from_where_it_is_told_to() -> None:
     assert after >= resident_bytes() * 0.9  # a peak is not below the present; pages come and go meanwhile
 
 
-def test_versions_and_hardware_name_what_a_result_depends_on() -> None:
+def test_versions_and_hardware_name_what_a_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert versions()["ptq"] == VERSION
     assert versions()["torch"] == torch.__version__
     assert hardware(torch.device("cpu"))["threads"] == torch.get_num_threads()
+    monkeypatch.setattr(library, "best", lambda: None)
+    assert hardware(torch.device("cpu"))["columns"] == "torch"

@@ -42,10 +42,9 @@ def descend(
     """
     order = factor.order_K.to(W_NK.device)
     steps = steps_of(grid, factor.order_K, W_NK.dtype)
-    W = in_order(W_NK, factor)
-    Q = in_order(values(codes, grid).to(W_NK.dtype), factor)
-    found = in_order(codes, factor)
-    D = W_NK - values(codes, grid).to(W_NK.dtype)
+    dense = values(codes, grid).to(W_NK.dtype)
+    W, Q, found = (in_order(each, factor) for each in (W_NK, dense, codes))
+    D = W_NK - dense
     M = in_order(times(D, H_KK).add_(D, alpha=factor.lam), factor)
     for _ in range(sweeps):
         for start in range(0, len(order), block_size):

@@ -8,28 +8,26 @@ the block reads what the quantized model has there, the target is what the float
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ptq.calibration.held import Run
-from ptq.errors import ConfigError, NumericsError, UnsupportedModelError
+from ptq.errors import ConfigError, NumericsError
 from ptq.models.structure import is_transposed, linears, set_weight, weight_of
 from ptq.refine.call import call_of, floating
+from ptq.refine.steps import descend
 from ptq.refine.weight import TunedWeight
 from ptq.task import TINY, BlockTask, ModuleResult
 
-# First steps of Adam: of the logarithm of a scale, and (at most) of codes and zeros, in codes.
-SCALE_RATE = 3e-3
+# First step of codes and zeros at most, in codes.
 CODE_RATE = 8e-3
 # How far a code or zero comes, in codes, when every step goes the same way, however many there are (codes that change
 # all at once make up for the same error many times over).
 CODE_TRAVEL = 0.25
-BETAS = (0.9, 0.95)
 
 
 class FloatBlock(NamedTuple):
@@ -143,32 +141,12 @@ class _Tuning:
             return sum(float(self._loss(i)) for i in range(len(self._runs))) / len(self._runs)
 
     def descend(self, steps: int, seed: int) -> None:
-        """Adam, each step on one batch, at rates that fall linearly to zero."""
-        optimizer = torch.optim.Adam(self._rates(steps), betas=BETAS)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        device = next(iter(self.weights.values())).log_factor.device
-        bfloat16 = self._task.scale_dtype == torch.bfloat16
-        for batch in islice(shuffled(len(self._runs), seed), steps):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                loss = self._loss(batch)
-            if not loss.requires_grad:
-                raise UnsupportedModelError(
-                    f"refine needs gradients; the output of {self._task.name or type(self._block).__name__} has none "
-                    "with respect to its Linears (a forward under no_grad?): set refine.steps to 0"
-                )
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-
-    def _rates(self, steps: int) -> list[dict[str, Any]]:
-        weights, code_rate = self.weights.values(), min(CODE_RATE, 2 * CODE_TRAVEL / steps)
-        groups = [
-            {"params": [w.log_factor for w in weights], "lr": SCALE_RATE},
-            {"params": [w.codes for w in weights], "lr": code_rate},
-            {"params": [w.zeros for w in weights if w.zeros.requires_grad], "lr": code_rate},
-        ]
-        return [group for group in groups if group["params"]]
+        """Gradient steps, each on one batch."""
+        descend(
+            self.weights.values(), self._loss, len(self._runs), steps=steps, seed=seed,
+            code_rate=min(CODE_RATE, 2 * CODE_TRAVEL / steps), bfloat16=self._task.scale_dtype == torch.bfloat16,
+            what=f"the output of {self._task.name or type(self._block).__name__}",
+        )  # fmt: skip
 
     def _loss(self, batch: int) -> Tensor:
         call = call_of(self._block, self._runs[batch])
@@ -183,13 +161,6 @@ class _Tuning:
             dense = weight.dense()
             found[f"{path}.weight"] = dense.t() if is_transposed(self._copy.get_submodule(path)) else dense
         return found
-
-
-def shuffled(count: int, seed: int) -> Iterator[int]:
-    """Every batch once, in random order, then again in another."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
 
 
 def _distance(y: Tensor, target: Tensor) -> Tensor:

@@ -8,17 +8,16 @@ tuned as well.
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ptq.errors import NumericsError, UnsupportedModelError
+from ptq.errors import NumericsError
 from ptq.formats.codec import QuantizedWeight
 from ptq.models.structure import is_transposed
-from ptq.refine.block import BETAS, SCALE_RATE, shuffled
+from ptq.refine.steps import descend
 from ptq.refine.weight import TunedWeight
 
 # How far a code or zero comes, in codes, when every step goes the same way, and the most it may come in the first step.
@@ -135,28 +134,12 @@ class _Tuning:
             return sum(float(self._loss(batch)) * batch.numel() for batch in batches) / tokens
 
     def descend(self, batches: Sequence[Tensor], steps: int, seed: int) -> None:
-        """Adam, at rates that fall linearly to zero."""
-        weights, code_rate = self.weights.values(), min(CODE_RATE, 2 * CODE_TRAVEL / steps)
-        groups = [
-            {"params": [w.log_factor for w in weights], "lr": SCALE_RATE},
-            {"params": [w.codes for w in weights], "lr": code_rate},
-            {"params": [w.zeros for w in weights if w.zeros.requires_grad], "lr": code_rate},
-        ]
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        short = self._scale_dtype == torch.bfloat16
-        for index in islice(shuffled(len(batches), seed), steps):
-            with torch.autocast(batches[index].device.type, torch.bfloat16, enabled=short):
-                loss = self._loss(batches[index])
-            if not loss.requires_grad:
-                raise UnsupportedModelError(
-                    f"refine.model_steps needs gradients; the logits of {type(self._student).__name__} have none with "
-                    "respect to its Linears (a forward under no_grad?): set refine.model_steps to 0"
-                )
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+        """Gradient steps, each on one batch."""
+        descend(
+            self.weights.values(), lambda index: self._loss(batches[index]), len(batches), steps=steps, seed=seed,
+            code_rate=min(CODE_RATE, 2 * CODE_TRAVEL / steps), bfloat16=self._scale_dtype == torch.bfloat16,
+            what=f"the output of {type(self._student).__name__}",
+        )  # fmt: skip
 
     def _float_weight(self, name: str) -> Tensor:
         weight = self._student.get_submodule(name).get_parameter("weight")

@@ -66,57 +66,53 @@ inline void push(const Columns& c, int64_t j, const Lanes error, Lanes* rest) {
   }
 }
 
-// GPTQ. weight: [count][rows], compensated for all columns before; becomes the values of the codes. errors: [count][rows]:
-// of each column, divided by its factors[j][j].
-void solve_columns(const Columns& c, float* weight, float* errors) {
+// Some rows at a time in the first cache: tiles of two matrices [count][rows], the second of which need not be read
+// (other_in null). `column` is called for each column in turn; then the tiles go to `one` and to `other_out`.
+template <class F>
+void by_rows(const Columns& c, float* one, const float* other_in, float* other_out, F column) {
   run((c.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, 1, [&](int64_t begin, int64_t end) {
-    thread_local Scratch weight_scratch, error_scratch;
-    auto tile = reinterpret_cast<Lanes*>(weight_scratch.get<float>(c.count * ROWS_AT_ONCE));
-    auto error = reinterpret_cast<Lanes*>(error_scratch.get<float>(c.count * ROWS_AT_ONCE));
+    thread_local Scratch scratch;
+    auto tile = reinterpret_cast<Lanes*>(scratch.get<float>(2 * c.count * ROWS_AT_ONCE));
+    auto other = tile + c.count;
     for (int64_t part = begin; part < end; part++) {
       const int64_t first = part * ROWS_AT_ONCE, n = std::min<int64_t>(ROWS_AT_ONCE, c.rows - first);
-      fetch<float>(tile, weight + first, c.count, c.rows, n, 0.0f);
-      for (int64_t j = 0; j < c.count; j++) {
-        Lanes value;
-        round_to_grid(c, j, first, n, tile[j], value);
-        const float diagonal = c.factors[j * c.pitch + j];
-        for (int r = 0; r < ROWS_AT_ONCE; r += LANES) {
-          store(error[j] + r, div(sub(load(tile[j] + r), load(value + r)), set1(diagonal)));
-        }
-        std::memcpy(tile[j], value, sizeof value);
-        push(c, j, error[j], tile);
-      }
-      put<float>(tile, weight + first, c.count, c.rows, n);
-      put<float>(error, errors + first, c.count, c.rows, n);
+      fetch<float>(tile, one + first, c.count, c.rows, n, 0.0f);
+      if (other_in != nullptr) fetch<float>(other, other_in + first, c.count, c.rows, n, 0.0f);
+      for (int64_t j = 0; j < c.count; j++) column(j, first, n, tile, other);
+      put<float>(tile, one + first, c.count, c.rows, n);
+      put<float>(other, other_out + first, c.count, c.rows, n);
     }
   });
 }
 
-// Coordinate descent. values: [count][rows] of the codes so far, becomes those of the new ones; slopes: [count][rows], of
-// the loss (not written); moved: [count][rows], how far each value went.
-void descend_columns(const Columns& c, float* values, const float* slopes, float* moved) {
-  run((c.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, 1, [&](int64_t begin, int64_t end) {
-    thread_local Scratch value_scratch, slope_scratch;
-    auto value = reinterpret_cast<Lanes*>(value_scratch.get<float>(c.count * ROWS_AT_ONCE));
-    auto slope = reinterpret_cast<Lanes*>(slope_scratch.get<float>(c.count * ROWS_AT_ONCE));
-    for (int64_t part = begin; part < end; part++) {
-      const int64_t first = part * ROWS_AT_ONCE, n = std::min<int64_t>(ROWS_AT_ONCE, c.rows - first);
-      fetch<float>(value, values + first, c.count, c.rows, n, 0.0f);
-      fetch<float>(slope, slopes + first, c.count, c.rows, n, 0.0f);
-      for (int64_t j = 0; j < c.count; j++) {
-        Lanes wanted, next;
-        const float curvature = c.factors[j * c.pitch + j];
-        for (int r = 0; r < ROWS_AT_ONCE; r += LANES) {
-          store(wanted + r, add(load(value[j] + r), div(load(slope[j] + r), set1(curvature))));
-        }
-        round_to_grid(c, j, first, n, wanted, next);
-        for (int r = 0; r < ROWS_AT_ONCE; r += LANES) store(slope[j] + r, sub(load(next + r), load(value[j] + r)));
-        std::memcpy(value[j], next, sizeof next);
-        push(c, j, slope[j], slope);
-      }
-      put<float>(value, values + first, c.count, c.rows, n);
-      put<float>(slope, moved + first, c.count, c.rows, n);
+// GPTQ. weight: [count][rows], compensated for all columns before; becomes the values of the codes. errors:
+// [count][rows], of each column, divided by its factors[j][j].
+void solve_columns(const Columns& c, float* weight, float* errors) {
+  by_rows(c, weight, nullptr, errors, [&](int64_t j, int64_t first, int64_t n, Lanes* tile, Lanes* error) {
+    Lanes value;
+    round_to_grid(c, j, first, n, tile[j], value);
+    const Floats diagonal = set1(c.factors[j * c.pitch + j]);
+    for (int r = 0; r < ROWS_AT_ONCE; r += LANES) {
+      store(error[j] + r, div(sub(load(tile[j] + r), load(value + r)), diagonal));
     }
+    std::memcpy(tile[j], value, sizeof value);
+    push(c, j, error[j], tile);
+  });
+}
+
+// Coordinate descent. values: [count][rows] of the codes so far, becomes those of the new ones; slopes: [count][rows],
+// of the loss (not written); moved: [count][rows], how far each value went.
+void descend_columns(const Columns& c, float* values, const float* slopes, float* moved) {
+  by_rows(c, values, slopes, moved, [&](int64_t j, int64_t first, int64_t n, Lanes* value, Lanes* slope) {
+    Lanes wanted, next;
+    const Floats curvature = set1(c.factors[j * c.pitch + j]);
+    for (int r = 0; r < ROWS_AT_ONCE; r += LANES) {
+      store(wanted + r, add(load(value[j] + r), div(load(slope[j] + r), curvature)));
+    }
+    round_to_grid(c, j, first, n, wanted, next);
+    for (int r = 0; r < ROWS_AT_ONCE; r += LANES) store(slope[j] + r, sub(load(next + r), load(value[j] + r)));
+    std::memcpy(value[j], next, sizeof next);
+    push(c, j, slope[j], slope);
   });
 }
 

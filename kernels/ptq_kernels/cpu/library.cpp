@@ -131,7 +131,9 @@ int32_t qmm_matmul(const Linear* linear, const uint8_t* x, int32_t x_type, uint8
   }
 }
 
-void qmm_solve_columns(const Columns* columns, float* weight, float* errors) { solve_columns(*columns, weight, errors); }
+void qmm_solve_columns(const Columns* columns, float* weight, float* errors) {
+  solve_columns(*columns, weight, errors);
+}
 
 void qmm_descend_columns(const Columns* columns, float* values, const float* slopes, float* moved) {
   descend_columns(*columns, values, slopes, moved);
