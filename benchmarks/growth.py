@@ -103,7 +103,8 @@ def main() -> None:
         document = {"width": options.width, "depth": DEPTH, "samples": SAMPLES, "length": LENGTH, "growth": growth}
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if options.svg:
-        options.svg.write_text(drawn(growth), encoding="utf-8")
+        options.svg.parent.mkdir(parents=True, exist_ok=True)
+    options.svg.write_text(drawn(growth), encoding="utf-8")
 
 
 if __name__ == "__main__":
