@@ -25,7 +25,7 @@ from ptq.models.loading import load_tokenizer
 from ptq.models.structure import linears
 from ptq.plain import quantize_linears
 from ptq.refine import refine_model
-from ptq.refine.model import JUDGED
+from ptq.refine.model import JUDGED, SPOKEN, respoken
 from ptq.rtn import rtn_solve
 
 
@@ -104,6 +104,60 @@ def test_where_nothing_is_gained_the_weights_stay() -> None:
     assert all(torch.equal(found.weights[name].codes, weight.codes) for name, weight in exact.items())
 
 
+def test_what_the_parent_says_is_drawn_from_its_predictions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.full((40, 501), 7)
+    logits = torch.tensor([0.5, 0.2, 0.0, 0.3]).log().repeat(40, 501, 1)
+    found = respoken(tokens, logits, generator)
+    assert (found[:, 0] == 7).all()
+    said = found[found != 7]
+    assert len(said) / 20_000 == pytest.approx(SPOKEN, abs=0.02)  # 0.6 of them, give or take 0.0035
+    shares = torch.bincount(said, minlength=4) / len(said)
+    assert torch.allclose(shares, torch.tensor([0.5, 0.2, 0.0, 0.3]), atol=0.02)
+    assert shares[2] == 0
+    assert (tokens == 7).all()
+    certain = torch.nn.functional.one_hot(torch.arange(501) % 4).float().mul(100).expand(40, -1, -1)
+    found = respoken(tokens, certain, generator)
+    places = torch.arange(500).expand(40, -1) % 4  # each is said after the place that predicts it
+    assert torch.equal(found[:, 1:], torch.where(found[:, 1:] == 7, 7, places))
+
+
+def test_a_batch_is_read_as_it_is_once_and_then_as_the_parent_speaks() -> None:
+    parent, batches = parent_model(), text(2)
+    student, read = copy.deepcopy(parent), list[Tensor]()
+    parent.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"]), with_kwargs=True)
+    start = rounded(parent, Scheme(4, 16, True))
+    refine_model(parent, student, start, batches, steps=6, seed=0, scale_dtype=torch.float32)
+    judged, tuned = read[:2] + read[-2:], read[2:-2]
+    assert all(torch.equal(*pair) for pair in zip(judged, batches * 2, strict=True))
+    assert len(tuned) == 6
+    assert all(any(torch.equal(one, batch) for one in tuned[:2]) for batch in batches)
+    for again in tuned[2:]:
+        kept = max(float((again == batch).float().mean()) for batch in batches)
+        assert 0.25 < kept < 0.7
+    assert not torch.equal(tuned[2], tuned[4])
+    assert not torch.equal(tuned[2], tuned[5])
+
+
+@pytest.mark.parametrize(("dtype", "lacks", "expected"), [
+    (torch.bfloat16, None, torch.bfloat16), (torch.bfloat16, "this processor lacks it", torch.float32),
+    (torch.float32, None, torch.float32),
+])  # fmt: skip
+def test_products_are_in_the_models_dtype_where_that_is_fast(
+    dtype: torch.dtype, lacks: str | None, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptq_kernels.cpu.library.refuse", lambda name: lacks)
+    parent = parent_model().to(dtype)
+    student = copy.deepcopy(parent).float()
+    found = list[torch.dtype]()
+    student.get_submodule("lm_head").register_forward_hook(
+        lambda *given: found.append(given[2].dtype) if torch.is_grad_enabled() else None
+    )
+    refine_model(parent, student, rounded(student, Scheme(4, 16, True)), text(2), steps=2, seed=0,
+                 scale_dtype=torch.float16)  # fmt: skip
+    assert found == [expected] * 2
+
+
 def test_a_model_without_gradients_is_refused() -> None:
     parent = parent_model()
     student = copy.deepcopy(parent)
@@ -152,6 +206,7 @@ def test_a_run_goes_on_from_the_blocks_and_replaces_their_tensors(
 ) -> None:
     parent = small_parent(tmp_path / "parent") if family == "llama" else save(build(family), tmp_path / "parent")
     config = replace(small_run(parent, tmp_path / "plain", method), max_shard_size=shards)
+    monkeypatch.setattr("ptq.refine.model.SPOKEN", 0.0)  # random models say nothing like the text they are judged by
     if family == "gpt2":
         config = replace(config, exclude=("lm_head",))
     plain = run(config)
@@ -164,9 +219,9 @@ def test_a_run_goes_on_from_the_blocks_and_replaces_their_tensors(
     cut = replace(refined, output=str(tmp_path / "cut"))
     cut_short(cut, monkeypatch, "ptq.walk.refine_end_to_end")
     cut_short(cut, monkeypatch, "ptq.journal.assemble")  # after refinement, which is not done again
-    monkeypatch.setattr("ptq.walk.refine_end_to_end", None)
-    again = run(cut)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("ptq.walk.refine_end_to_end", None)
+        again = run(cut)
     blocks = {re.sub(r"\D*(\d+).*", r"\1", name) for name in rows}
     assert again.document["resumed"]["blocks"] == len(blocks)
     bytes_of = [

@@ -168,7 +168,7 @@ def test_the_kernels_need_torch_only(name):
 
 def test_few_modules_of_ptq_know_the_kernels():
     users = {name for name in OURS for used in imports(name) if used.module.split(".")[0] == "ptq_kernels"}
-    assert users <= {"ptq.nn.linear", "ptq.gptq.columns", "ptq.cli"}
+    assert users <= {"ptq.nn.linear", "ptq.gptq.columns", "ptq.refine.steps", "ptq.cli"}
 
 
 def test_implementations_of_a_kernel_do_not_know_each_other():

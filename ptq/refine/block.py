@@ -144,7 +144,7 @@ class _Tuning:
         """Gradient steps, each on one batch."""
         descend(
             self.weights.values(), self._loss, len(self._runs), steps=steps, seed=seed,
-            code_rate=min(CODE_RATE, 2 * CODE_TRAVEL / steps), bfloat16=self._task.scale_dtype == torch.bfloat16,
+            code_rate=min(CODE_RATE, 2 * CODE_TRAVEL / steps), dtype=self._task.scale_dtype,
             what=f"the output of {self._task.name or type(self._block).__name__}",
         )  # fmt: skip
 

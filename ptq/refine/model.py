@@ -4,6 +4,9 @@ A block that comes near to its float block may still predict another token, and 
 block knows. Here the loss is what the result is judged by, the KL divergence of the next token's distribution. The idea
 is that of the second phase of EfficientQAT (https://arxiv.org/abs/2407.11062), which tunes scales; codes and zeros are
 tuned as well.
+
+So many latents learn a little text by heart, and then come nearer to the parent there and nowhere else. So no batch is
+read twice as it is: the parent also speaks (after LLM-QAT, https://arxiv.org/abs/2305.17888, where it writes all text).
 """
 
 import math
@@ -24,6 +27,8 @@ from ptq.refine.weight import TunedWeight
 CODE_TRAVEL, CODE_RATE = 0.6, 1.2e-2
 # Of so many batches one is not tuned on: by it the result is judged.
 JUDGED = 8
+# Of so many tokens of a batch that was read before, the parent says what stands there now.
+SPOKEN = 0.6
 AT_ONCE = 1 << 20  # logits whose probabilities are in memory
 
 
@@ -55,6 +60,27 @@ class Divergence(torch.autograd.Function):
         return gradient * outer[0], None
 
 
+def respoken(tokens: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A text where `SPOKEN` of the tokens are drawn from the parent's predictions for their places.
+
+    It predicts all places from the text as it was, in the one pass that was made anyway, so what was drawn for a place
+    does not know what was drawn before it.
+
+    Args:
+        tokens: int64 ``[B, T]``; the first of each row stays.
+        logits: ``[B, T, V]``, at each place those of the token after it.
+        generator: of the CPU, so that every device draws alike.
+    """
+    found, count = tokens.clone(), max(1, AT_ONCE // logits.shape[-1])
+    chosen = torch.rand(tokens[:, 1:].shape, generator=generator).lt(SPOKEN).nonzero().to(tokens.device)
+    for row, place in (some.unbind(-1) for some in chosen.split(count)):
+        below = logits[row, place].float().softmax(-1).cumsum(-1)
+        at = torch.rand((len(row), 1), generator=generator).to(below.device) * below[:, -1:]
+        drawn = torch.searchsorted(below, at, right=True).squeeze(1)
+        found[row, place + 1] = drawn.clamp_(max=logits.shape[-1] - 1)
+    return found
+
+
 class Refined(NamedTuple):
     """Weights by module, and the mean KL divergence to the parent in nats a token before and after."""
 
@@ -83,7 +109,7 @@ def refine_model(
         batches: token ids, int64 ``[B, T]``. One of every `JUDGED` is kept apart, and the loss is that on these; of
             fewer batches it is that on all.
         steps: gradient steps, each on one batch.
-        seed: of the order of the batches.
+        seed: of the order of the batches, and of what the parent says.
         scale_dtype: dtype the checkpoint keeps scales in.
         from_parent: codes stand for the parent's weights as they are (not where channels were scaled).
 
@@ -131,13 +157,22 @@ class _Tuning:
         """Mean over the tokens, in float32."""
         with torch.no_grad():
             tokens = sum(batch.numel() for batch in batches)
-            return sum(float(self._loss(batch)) * batch.numel() for batch in batches) / tokens
+            losses = [float(self._loss(batch, self._parent_on(batch))) * batch.numel() for batch in batches]
+            return sum(losses) / tokens
 
     def descend(self, batches: Sequence[Tensor], steps: int, seed: int) -> None:
-        """Gradient steps, each on one batch."""
+        """Gradient steps, each on one batch, of which the parent says much anew each time."""
+        texts, generator = list(batches), torch.Generator().manual_seed(seed)
+
+        def loss_of(index: int) -> Tensor:
+            wanted = self._parent_on(texts[index])
+            loss = self._loss(texts[index], wanted)
+            texts[index] = respoken(batches[index], wanted, generator)
+            return loss
+
         descend(
-            self.weights.values(), lambda index: self._loss(batches[index]), len(batches), steps=steps, seed=seed,
-            code_rate=min(CODE_RATE, 2 * CODE_TRAVEL / steps), bfloat16=self._scale_dtype == torch.bfloat16,
+            self.weights.values(), loss_of, len(texts), steps=steps, seed=seed,
+            code_rate=min(CODE_RATE, 2 * CODE_TRAVEL / steps), dtype=next(self._parent.parameters()).dtype,
             what=f"the output of {type(self._student).__name__}",
         )  # fmt: skip
 
@@ -145,10 +180,13 @@ class _Tuning:
         weight = self._student.get_submodule(name).get_parameter("weight")
         return weight.t() if self._transposed[name] else weight
 
-    def _loss(self, batch: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _parent_on(self, batch: Tensor) -> Tensor:
+        logits: Tensor = self._parent(input_ids=batch, use_cache=False).logits
+        return logits
+
+    def _loss(self, batch: Tensor, wanted: Tensor) -> Tensor:
         call = {"input_ids": batch, "use_cache": False}
-        with torch.no_grad():
-            wanted = self._parent(**call).logits
         # A head that shares its weight with the embeddings shares it no more once it is packed.
         found = functional_call(self._student, self._parameters(), kwargs=call, tie_weights=False).logits
         loss: Tensor = Divergence.apply(found, wanted)  # type: ignore[no-untyped-call]

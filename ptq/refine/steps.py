@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
 import torch
+from ptq_kernels.cpu import library
 from torch import Tensor
 
 from ptq.errors import UnsupportedModelError
@@ -22,7 +23,7 @@ def descend(
     steps: int,
     code_rate: float,
     seed: int,
-    bfloat16: bool,
+    dtype: torch.dtype,
     what: str,
 ) -> None:
     """Adam, each step on one batch, at rates that fall linearly to zero.
@@ -34,7 +35,7 @@ def descend(
         steps: how many.
         code_rate: first step of codes and zeros, in codes.
         seed: of the order of the batches.
-        bfloat16: whether forward passes multiply in bfloat16.
+        dtype: products are in bfloat16 where this is, and the device multiplies it faster than float32.
         what: the loss is of, for the message.
 
     Raises:
@@ -48,6 +49,7 @@ def descend(
     optimizer = torch.optim.Adam([group for group in groups if group["params"]], betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     device = next(iter(weights)).log_factor.device
+    bfloat16 = dtype == torch.bfloat16 and _is_fast(device)
     for batch in islice(_shuffled(batches, seed), steps):
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss = loss_of(batch)
@@ -67,3 +69,8 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
+
+
+def _is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 is worth it there; older processors do it in several steps of float32."""
+    return device.type != "cpu" or library.refuse("avx512bf16") is None
