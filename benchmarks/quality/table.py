@@ -3,15 +3,26 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.quality.cells import CELLS, OURS, ROWS
+from benchmarks.quality.cells import CELLS, OURS, ROWS, SEEDS
 
 HEAD = ("", "KL nonfiction", "KL novel", "KL both", "of best peer", "top-1", "perplexity", "bits", "seconds", "MB")
 Entries = list[Mapping[str, Any]]
+REFINED, STEPS = (OURS, "GPTQ, refined"), ("AutoRound", "200 steps")
+# ptq's row, those it is measured by (the best of them counts), and what of them.
+RATIOS = {
+    "KL: GPTQ / best other GPTQ": ((OURS, "GPTQ"), "GPTQ", "kl"),
+    "KL: GPTQ / AutoRound": ((OURS, "GPTQ"), STEPS, "kl"),
+    "KL: refined / AutoRound": (REFINED, STEPS, "kl"),
+    "KL: AWQ+GPTQ / GPTQ": ((OURS, "AWQ+GPTQ"), (OURS, "GPTQ"), "kl"),
+    "s: GPTQ / fastest other GPTQ": ((OURS, "GPTQ"), "GPTQ", "seconds"),
+    "s: GPTQ / AutoRound": ((OURS, "GPTQ"), STEPS, "seconds"),
+    "s: refined / AutoRound": (REFINED, STEPS, "seconds"),
+}
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """One table for each parent and cell; means over the seeds, with half the range between them after ±."""
-    parts = []
+    parts = ["\n".join(_ratios(document))]
     for parent, facts in document["parents"].items():
         both, millions = facts["metrics"]["both"], facts["parameters"] / 1e6
         parts.append(
@@ -23,6 +34,33 @@ def markdown(document: Mapping[str, Any]) -> str:
             if entries:
                 parts.append(f"### {cell.name}\n\n" + "\n".join(_lines(entries)) + _remarks(entries))
     return "\n\n".join(parts) + "\n"
+
+
+def _ratios(document: Mapping[str, Any]) -> Iterable[str]:
+    """ptq beside the others, by parent, cell and calibration seed."""
+    yield "| | seed | " + " | ".join(RATIOS) + " |"
+    yield "|---|---|" + "---:|" * len(RATIOS)
+    done = [e for e in document["checkpoints"].values() if "metrics" in e]
+    for parent in document["parents"]:
+        for cell in CELLS:
+            for seed in SEEDS:
+                entries = [e for e in done if (e["parent"], e["cell"], e["seed"]) == (parent, cell.name, seed)]
+                found = [_ratio(entries, *each) for each in RATIOS.values()]
+                if any(each != "-" for each in found):
+                    yield f"| {parent} {cell.name} | {seed} | " + " | ".join(found) + " |"
+
+
+def _ratio(entries: Entries, ours: tuple[str, str], theirs: tuple[str, str] | str, key: str) -> str:
+    def values(chosen: Entries) -> list[float]:
+        return [e["seconds"] if key == "seconds" else e["metrics"]["both"][key] for e in chosen]
+
+    own = values([e for e in entries if (e["tool"], e["label"]) == ours])
+    others = values(
+        [e for e in entries if (e["tool"], e["label"]) == theirs]
+        if isinstance(theirs, tuple)
+        else [e for e in entries if e["tool"] != OURS and e["label"].startswith(theirs)]
+    )
+    return f"{own[0] / min(others):.2f}" if own and others else "-"
 
 
 def _lines(entries: Entries) -> Iterable[str]:

@@ -25,6 +25,7 @@ from ptq_kernels.triton.configs import Tile
 from ptq_kernels.triton.tiled import tiled_kernel
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_MOST_SPILLED = 8  # bytes
 _SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB; each resident program takes 1 KiB of it besides its own
 _MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB of one program
 _THREADS_OF_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048}
@@ -244,7 +245,7 @@ def violations(form: Form, report: Report) -> list[str]:
     scales = 2 if tile.span < tile.block_k else 1  # loads of scales in a step
     wide = order_of(form.capability) == 90
     rules = [
-        (report.stack == 0, f"spills {report.stack} bytes"),
+        (_spills_little(form, report), f"spills {report.stack} bytes"),
         (not report.overwrites, f"writes operands of unfinished wgmma: {report.overwrites[:3]}"),
         (loop["I2F"] + loop["I2FP"] == 0, "converts integers to floats in the loop"),
         (loop["LDSM"] == 0 or not wide, "sends the weight through shared memory (LDSM)"),
@@ -256,6 +257,15 @@ def violations(form: Form, report: Report) -> list[str]:
         (report.per_weight <= most_instructions(form), f"{report.per_weight:.2f} instructions a weight"),
     ]
     return [message for holds, message in rules if not holds]
+
+
+def _spills_little(form: Form, report: Report) -> bool:
+    """No register of the loop; around it two, and with a ragged last step, which is rare, there as well.
+
+    Triton 3.6, 3.7.1 and 3.9 each spill two registers in other forms.
+    """
+    in_loop = report.loop["LDL"] + report.loop["STL"]
+    return report.stack <= _MOST_SPILLED and (in_loop == 0 or not form.even)
 
 
 def _most_permutations(form: Form, report: Report) -> float:
