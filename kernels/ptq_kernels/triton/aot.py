@@ -25,7 +25,7 @@ from ptq_kernels.triton.configs import Tile
 from ptq_kernels.triton.tiled import tiled_kernel
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_MOST_SPILLED = 8  # bytes
+_MOST_SPILLED, _MOST_SPILLED_RAGGED = 8, 32  # bytes
 _SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB; each resident program takes 1 KiB of it besides its own
 _MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB of one program
 _THREADS_OF_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048}
@@ -260,12 +260,13 @@ def violations(form: Form, report: Report) -> list[str]:
 
 
 def _spills_little(form: Form, report: Report) -> bool:
-    """No register of the loop; around it two, and with a ragged last step, which is rare, there as well.
+    """Two registers around the loop and none in it; with a ragged last step, which is rare, eight anywhere.
 
-    Triton 3.6, 3.7.1 and 3.9 each spill two registers in other forms.
+    Triton 3.6 spills none; 3.7.1 and 3.9 a few in some forms, each in others.
     """
-    in_loop = report.loop["LDL"] + report.loop["STL"]
-    return report.stack <= _MOST_SPILLED and (in_loop == 0 or not form.even)
+    if not form.even:
+        return report.stack <= _MOST_SPILLED_RAGGED
+    return report.stack <= _MOST_SPILLED and report.loop["LDL"] + report.loop["STL"] == 0
 
 
 def _most_permutations(form: Form, report: Report) -> float:
