@@ -47,13 +47,14 @@ def refine_end_to_end(plan: Plan, batches: Sequence[Tensor], journal: Journal, p
             parent, student, start, [batch.to(device) for batch in batches], steps=plan.config.refine.model_steps,
             seed=plan.config.calibration.seed, scale_dtype=plan.dtype, from_parent=plan.config.method != "awq",
         )  # fmt: skip
-    progress.say(f"KL divergence to the parent: {refined.before:.5f} before refinement, {refined.after:.5f} after")
+    gained = refined.after < refined.before
+    after = f"{refined.after:.5f} after" if gained else "no less after it: the weights stay as they were"
+    progress.say(f"KL divergence to the parent: {refined.before:.5f} before refinement, {after}")
     before, rows = journal.rows, dict[str, dict[str, object]]()
     for name, quantized in refined.weights.items():
         changed = float((quantized.codes != start[name].codes).float().mean())
         rows[name] = {**before[name], "model_steps": plan.config.refine.model_steps, "model_loss": refined.before,
                       "model_loss_refined": refined.after, "codes_refined_by_model": changed}  # fmt: skip
-    gained = refined.after < refined.before
     return RefinedModel(rows, {name: ModuleResult(q, rows[name]) for name, q in refined.weights.items() if gained})
 
 
