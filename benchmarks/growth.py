@@ -104,7 +104,7 @@ def main() -> None:
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if options.svg:
         options.svg.parent.mkdir(parents=True, exist_ok=True)
-    options.svg.write_text(drawn(growth), encoding="utf-8")
+        options.svg.write_text(drawn(growth), encoding="utf-8")
 
 
 if __name__ == "__main__":

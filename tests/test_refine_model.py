@@ -70,9 +70,12 @@ def test_the_divergence_falls_on_text_that_was_not_tuned_on(scheme: Scheme) -> N
     parent, batches = parent_model(), text(2 * JUDGED)
     start = rounded(parent, scheme)
     before = copy.deepcopy(parent.state_dict())
-    found = refine_model(
-        parent, copy.deepcopy(parent), start, batches, steps=40, seed=0, scale_dtype=torch.float16
-    )  # fmt: skip
+    found, same, other = (
+        refine_model(parent, copy.deepcopy(parent), start, batches, steps=40, seed=seed, scale_dtype=torch.float16)
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(same.weights[name].codes, weight.codes) for name, weight in found.weights.items())
+    assert other.after != found.after == same.after
     judged = [batches[JUDGED - 1], batches[2 * JUDGED - 1]]
     assert found.before == pytest.approx(divergence(parent, start, judged), rel=1e-4)
     assert found.after == pytest.approx(divergence(parent, found.weights, judged), rel=1e-4)
@@ -134,7 +137,7 @@ def test_a_batch_is_read_as_it_is_once_and_then_as_the_parent_speaks() -> None:
     assert all(any(torch.equal(one, batch) for one in tuned[:2]) for batch in batches)
     for again in tuned[2:]:
         kept = max(float((again == batch).float().mean()) for batch in batches)
-        assert 0.25 < kept < 0.7
+        assert 0.25 < kept < 0.7  # 0.4 of them, the first of each row, and what was drawn as it was
     assert not torch.equal(tuned[2], tuned[4])
     assert not torch.equal(tuned[2], tuned[5])
 

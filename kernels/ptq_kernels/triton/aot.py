@@ -25,7 +25,7 @@ from ptq_kernels.triton.configs import Tile
 from ptq_kernels.triton.tiled import tiled_kernel
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_MOST_SPILLED, _MOST_SPILLED_RAGGED = 8, 32  # bytes
+_MOST_SPILLED, _MOST_SPILLED_RAGGED = 8, 24  # bytes
 _SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB; each resident program takes 1 KiB of it besides its own
 _MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB of one program
 _THREADS_OF_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048}
@@ -260,10 +260,12 @@ def violations(form: Form, report: Report) -> list[str]:
 
 
 def _spills_little(form: Form, report: Report) -> bool:
-    """Two registers around the loop and none in it; with a ragged last step, which is rare, eight anywhere.
+    """None by Triton 3.6; by later ones two registers around the loop, with a ragged last step, which is rare, six.
 
-    Triton 3.6 spills none; 3.7.1 and 3.9 a few in some forms, each in others.
+    3.7.1 and 3.9 do that in some forms, each in others.
     """
+    if triton.__version__.startswith("3.6."):
+        return report.stack == 0
     if not form.even:
         return report.stack <= _MOST_SPILLED_RAGGED
     return report.stack <= _MOST_SPILLED and report.loop["LDL"] + report.loop["STL"] == 0
