@@ -53,6 +53,6 @@ class BuildLibraries(build_ext):
 extensions = []
 if _build.refuse() is None:
     sources = [str(_build.SOURCE.relative_to(_HERE))]
-    extensions = [Extension(f"{_PACKAGE}._qmm_{name}", sources) for name in _build.FLAGS]
+    extensions = [Extension(f"{_PACKAGE}._qmm_{name}", sources) for name in _build.of_this_machine()]
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries})

@@ -15,7 +15,7 @@ def current_libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         pytest.skip(reason)
     directory = build.SOURCE.parent
     newest = max(path.stat().st_mtime for path in (*directory.glob("*.h"), *directory.glob("*.cpp")))
-    built = [directory / build.file_name(name) for name in library.SETS]
+    built = [directory / build.file_name(name) for name in build.of_this_machine()]
     with pytest.MonkeyPatch.context() as patch:
         if not all(path.exists() and path.stat().st_mtime >= newest for path in built):
             directory = _compiled(tmp_path_factory.getbasetemp() / "libraries")

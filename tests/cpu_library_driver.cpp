@@ -27,23 +27,32 @@ float random_float() { return float(random_bits() % 2001) / 1000 - 1; }
 // Only values that all three types hold: multiples of 1/8 below 1.
 float random_x() { return float(int(random_bits() % 15) - 7) / 8; }
 
+#ifdef __aarch64__
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
+
 void write_as(Type type, uint8_t* to, float value) {
   uint32_t word;
   std::memcpy(&word, &value, 4);
   if (type == FLOAT32) std::memcpy(to, &word, 4);
-  const uint16_t high = uint16_t(word >> 16), half = _cvtss_sh(value, 0);
+  const uint16_t high = uint16_t(word >> 16);
+  const Half half = Half(value);
   if (type == BFLOAT16) std::memcpy(to, &high, 2);
   if (type == FLOAT16) std::memcpy(to, &half, 2);
 }
 
 float read_as(Type type, const uint8_t* from) {
   float value = 0;
-  uint16_t half;
+  uint16_t high;
+  Half half;
+  std::memcpy(&high, from, 2);
   std::memcpy(&half, from, 2);
-  const uint32_t word = uint32_t(half) << 16;
+  const uint32_t word = uint32_t(high) << 16;
   if (type == FLOAT32) std::memcpy(&value, from, 4);
   if (type == BFLOAT16) std::memcpy(&value, &word, 4);
-  if (type == FLOAT16) value = _cvtsh_ss(half);
+  if (type == FLOAT16) value = float(half);
   return value;
 }
 

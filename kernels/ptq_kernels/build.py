@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent / "cpu" / "library.cpp"
-_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd")
 FLAGS = {
     "amx": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
@@ -21,16 +21,32 @@ FLAGS = {
     "avx512vnni": (*_AVX512, "-mavx512vnni"),
     "avx512": _AVX512,
     "avx2": _AVX2,
+    "neon": (),  # part of every 64-bit Arm processor
 }
 # Not -ffast-math: NaN and rounding matter. The warnings come from the compiler's own headers (gcc 12).
 _COMMON = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 
 
+def on_arm() -> bool:
+    """Whether this is a 64-bit Arm machine; Linux calls them aarch64, macOS arm64."""
+    return platform.machine() in ("aarch64", "arm64")
+
+
+def of_this_machine() -> tuple[str, ...]:
+    """The instruction sets that its processors may have."""
+    if sys.platform in ("linux", "darwin") and on_arm():
+        return ("neon",)
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        return tuple(name for name in FLAGS if name != "neon")
+    return ()
+
+
 def refuse() -> str | None:
     """Why this machine has no use for the libraries; None: it may."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"they are for Linux on x86_64, this is {sys.platform} on {platform.machine()}"
-    return None
+    if of_this_machine():
+        return None
+    known = "Linux on x86_64 and aarch64 and for macOS on arm64"
+    return f"they are for {known}, this is {sys.platform} on {platform.machine()}"
 
 
 def file_name(name: str) -> str:
@@ -62,9 +78,9 @@ def compile_library(name: str, directory: Path) -> None:
 
 
 def compile_all(directory: Path) -> dict[str, str | None]:
-    """Compile every library that the compiler can; for each instruction set why not, or None."""
+    """Compile every library of this machine that the compiler can; for each instruction set why not, or None."""
     failures: dict[str, str | None] = {}
-    for name in FLAGS:
+    for name in of_this_machine():
         try:
             compile_library(name, directory)
             failures[name] = None

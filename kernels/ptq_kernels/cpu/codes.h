@@ -9,34 +9,60 @@
 //           k at bit (k / 2 + 16 * (k % 2) + 2) % 32, so that one rotation a step brings the next pair into place
 // Halves by parity are what bfloat16 pair products read: one table look-up gives the pairs of all 16 columns.
 #pragma once
-#include <immintrin.h>
-
 #include "kernel.h"
 
 namespace {
 
 inline uint32_t rotated(uint32_t word, int left) { return word << left | word >> (32 - left); }
 
-// Fields at even places to the low half, at odd places to the high half, and back; `even` selects the even fields.
-inline uint32_t by_parity(uint32_t word, uint32_t even) { return _pext_u32(word, even) | _pext_u32(word, ~even) << 16; }
-inline uint32_t in_order(uint32_t word, uint32_t even) { return _pdep_u32(word, even) | _pdep_u32(word >> 16, ~even); }
+// Swaps the bits of `mask` with those `left` places above them.
+inline uint32_t swapped(uint32_t word, int left, uint32_t mask) {
+  const uint32_t differ = (word ^ word >> left) & mask;
+  return word ^ differ ^ differ << left;
+}
 
-constexpr uint32_t EVEN_NIBBLES = 0x0f0f0f0f, EVEN_TWOS = 0x33333333, EVEN_BITS = 0x55555555;
-constexpr uint64_t LOW_TWO = 0x6db6db6db6db, THIRD = 0x924924924924;  // of sixteen 3-bit codes in 48 bits
+// The inner two of four neighbours of 1, 2, 4 and 8 bits.
+constexpr uint32_t INNER[4] = {0x22222222, 0x0c0c0c0c, 0x00f000f0, 0x0000ff00};
+
+// Fields of 2^log bits at even places to the low half, at odd places to the high half, and back.
+inline uint32_t by_parity(uint32_t word, int log) {
+  for (int i = log; i < 4; i++) word = swapped(word, 1 << i, INNER[i]);
+  return word;
+}
+inline uint32_t in_order(uint32_t word, int log) {
+  for (int i = 3; i >= log; i--) word = swapped(word, 1 << i, INNER[i]);
+  return word;
+}
+
+// Sixteen 3-bit codes as their low two bits and their third ones, and back.
+struct Halves {
+  uint32_t low, third;
+};
+inline Halves halves(uint64_t codes) {
+  Halves h{0, 0};
+  for (int i = 0; i < 16; i++) {
+    h.low |= uint32_t(codes >> 3 * i & 3) << 2 * i;
+    h.third |= uint32_t(codes >> (3 * i + 2) & 1) << i;
+  }
+  return h;
+}
+inline uint64_t joined(uint32_t low, uint32_t third) {
+  uint64_t codes = 0;
+  for (int i = 0; i < 16; i++) codes |= uint64_t((low >> 2 * i & 3) | (third >> i & 1) << 2) << 3 * i;
+  return codes;
+}
 
 inline void three_to_strip(const uint32_t* stream, uint32_t* out) {
-  const uint64_t first = stream[0] | uint64_t(stream[1] & 0xffff) << 32;
-  const uint64_t second = stream[1] >> 16 | uint64_t(stream[2]) << 16;
-  out[0] = by_parity(uint32_t(_pext_u64(first, LOW_TWO)), EVEN_TWOS);
-  out[STRIP] = by_parity(uint32_t(_pext_u64(second, LOW_TWO)), EVEN_TWOS);
-  const uint32_t third = uint32_t(_pext_u64(first, THIRD) | _pext_u64(second, THIRD) << 16);
-  out[2 * STRIP] = rotated(by_parity(third, EVEN_BITS), 2);
+  const Halves first = halves(stream[0] | uint64_t(stream[1] & 0xffff) << 32);
+  const Halves second = halves(stream[1] >> 16 | uint64_t(stream[2]) << 16);
+  out[0] = by_parity(first.low, 1);
+  out[STRIP] = by_parity(second.low, 1);
+  out[2 * STRIP] = rotated(by_parity(first.third | second.third << 16, 0), 2);
 }
 
 inline void three_to_stream(const uint32_t* in, uint32_t* stream) {
-  const uint32_t third = in_order(rotated(in[2 * STRIP], 30), EVEN_BITS);
-  const uint64_t first = _pdep_u64(in_order(in[0], EVEN_TWOS), LOW_TWO) | _pdep_u64(third & 0xffff, THIRD);
-  const uint64_t second = _pdep_u64(in_order(in[STRIP], EVEN_TWOS), LOW_TWO) | _pdep_u64(third >> 16, THIRD);
+  const uint32_t third = in_order(rotated(in[2 * STRIP], 30), 0);
+  const uint64_t first = joined(in_order(in[0], 1), third), second = joined(in_order(in[STRIP], 1), third >> 16);
   stream[0] = uint32_t(first);
   stream[1] = uint32_t(first >> 32 | second << 16);
   stream[2] = uint32_t(second >> 16);
@@ -46,13 +72,13 @@ inline void three_to_stream(const uint32_t* in, uint32_t* stream) {
 inline void to_strip(int bits, const uint32_t* stream, uint32_t* out) {
   if (bits == 3) return three_to_strip(stream, out);
   for (int i = 0; i < bits; i++)
-    out[i * STRIP] = bits == 8 ? stream[i] : by_parity(stream[i], bits == 4 ? EVEN_NIBBLES : EVEN_TWOS);
+    out[i * STRIP] = bits == 8 ? stream[i] : by_parity(stream[i], bits / 2);
 }
 
 inline void to_stream(int bits, const uint32_t* in, uint32_t* stream) {
   if (bits == 3) return three_to_stream(in, stream);
   for (int i = 0; i < bits; i++)
-    stream[i] = bits == 8 ? in[i * STRIP] : in_order(in[i * STRIP], bits == 4 ? EVEN_NIBBLES : EVEN_TWOS);
+    stream[i] = bits == 8 ? in[i * STRIP] : in_order(in[i * STRIP], bits / 2);
 }
 
 // stream: [rows][k * bits / 32] with k a multiple of 32; rows beyond `rows` become zeros in the strips.

@@ -27,8 +27,8 @@ void dot_strips(const float* x, const float* sums, const Weight& w, const Output
         const uint8_t* p = w.at(strip + b, k);
 #pragma GCC unroll 4
         for (int line = 0; line < 2 * BITS * Codes::STEP; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(p + 1024 + line), _MM_HINT_T0);
-#pragma GCC unroll 2
+          __builtin_prefetch(p + 1024 + line);
+#pragma GCC unroll 4
         for (int v = 0; v < V; v++)
           codes.read(p + 4 * LANES * v, [&](int i, Floats weights) __attribute__((always_inline)) {
 #pragma GCC unroll 8

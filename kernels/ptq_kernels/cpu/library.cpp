@@ -1,7 +1,10 @@
-// Product of rows with a weight of 2, 3, 4 or 8 bits, and the loops of solvers, for x86 processors. Compiled once for each instruction set into a
-// library of its own, with a plain C interface: neither torch's nor Python's ABI.
+// Product of rows with a weight of 2, 3, 4 or 8 bits, and the loops of solvers, for x86 and 64-bit Arm processors.
+// Compiled once for each instruction set into a library of its own, with a plain C interface: neither torch's nor
+// Python's ABI.
 #include "codes.h"
-#ifdef __AVX512F__
+#if defined(__aarch64__)
+#include "simd128.h"
+#elif defined(__AVX512F__)
 #include "simd512.h"
 #else
 #include "simd256.h"

@@ -16,7 +16,7 @@ _DIRECTORY = Path(__file__).resolve().parent
 _CPUINFO = Path("/proc/cpuinfo")
 _BUILD = "python -m ptq_kernels.build"
 
-_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
 # What each library needs, as /proc/cpuinfo calls it.
 SETS = {
@@ -25,6 +25,7 @@ SETS = {
     "avx512vnni": _AVX512 | {"avx512_vnni"},
     "avx512": _AVX512,
     "avx2": _AVX2,
+    "neon": frozenset({"asimd"}),
 }
 
 WITH_INT8 = tuple(name for name, needed in SETS.items() if "avx512_vnni" in needed)
@@ -67,9 +68,17 @@ class _Processor(NamedTuple):
     flags: frozenset[str]
 
 
+def _on_arm() -> bool:
+    from ptq_kernels import build  # not above: `python -m ptq_kernels.build` imports this module first
+
+    return build.on_arm()
+
+
 @cache
 def _processor() -> _Processor:
-    """What Linux says of the first processor; nothing where there is no such file."""
+    """What Linux says of the first x86 processor; of a 64-bit Arm processor what all of them have."""
+    if _on_arm():
+        return _Processor("", SETS["neon"])
     fields: dict[str, str] = {}
     if _CPUINFO.exists():
         for line in _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -79,7 +88,9 @@ def _processor() -> _Processor:
 
 
 def preferred() -> tuple[str, ...]:
-    """Every instruction set, fastest first."""
+    """Every instruction set of this kind of processor, fastest first."""
+    if _on_arm():
+        return ("neon",)
     # Intel's pair products have no more throughput than its float32 ones, and lose precision; AMD's have twice as much.
     if _processor().vendor == "AuthenticAMD":
         return ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2")

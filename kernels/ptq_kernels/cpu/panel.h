@@ -92,8 +92,7 @@ class Filler {
   void unit() {
     const int64_t b = done_ % STRIPS, k = done_ / STRIPS * UNIT;
     const uint8_t* next = w_.at(strip_ + b, k_ + k) + 2048;
-    for (int64_t line = 0; line < w_.bits; line++)
-      _mm_prefetch(reinterpret_cast<const char*>(next + 64 * line), _MM_HINT_T0);
+    for (int64_t line = 0; line < w_.bits; line++) __builtin_prefetch(next + 64 * line);
     Values::template write_unit<COLUMNS>(w_, strip_ + b, k_ + k, panel_ + k * COLUMNS + b * STRIP * Values::DEPTH);
     done_++;
   }

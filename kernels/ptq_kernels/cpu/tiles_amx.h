@@ -63,9 +63,10 @@ class AmxTiles {
   // Portions of another panel that fit in between.
   static int64_t steps(int64_t rows, int64_t depth) { return (rows + ROWS - 1) / ROWS * (depth / UNIT); }
 
+  // The product with x, or with the sum of as many `terms`, `term` values apart.
   template <class Filler>
   void multiply(const Element* x, int64_t k_total, const Element* panel, int64_t depth, int64_t rows, float* c,
-                bool accumulate, Filler& filler) {
+                bool accumulate, Filler& filler, int terms = 1, int64_t term = 0) {
     memory_barrier();
     configure(rows);
     if (accumulate) {
@@ -77,9 +78,9 @@ class AmxTiles {
       _tile_zero(3);
     }
     if (rows > 16) {
-      multiply_steps<true>(x, k_total, panel, depth, filler);
+      multiply_steps<true>(x, k_total, panel, depth, filler, terms, term);
     } else {
-      multiply_steps<false>(x, k_total, panel, depth, filler);
+      multiply_steps<false>(x, k_total, panel, depth, filler, terms, term);
     }
     store_sums(c, rows > 16);
     memory_barrier();
@@ -98,19 +99,23 @@ class AmxTiles {
   }
 
   template <bool TWO, class Filler>
-  static void multiply_steps(const Element* x, int64_t k_total, const Element* panel, int64_t depth, Filler& filler) {
+  static void multiply_steps(const Element* x, int64_t k_total, const Element* panel, int64_t depth, Filler& filler,
+                             int terms, int64_t term) {
     for (int64_t k = 0; k < depth; k += 32, x += 512, panel += 16 * UNIT_BYTES / 2) {
-      _tile_loadd(4, x, 64);
       _tile_loadd(6, panel, UNIT_BYTES);
-      _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, panel + 32, UNIT_BYTES);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (TWO) {
-        _tile_loadd(5, x + 16 * k_total, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+      for (int t = terms - 1; t >= 0; t--) {  // the smallest first
+        const Element* a = x + t * term;
+        _tile_loadd(4, a, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (TWO) {
+          _tile_loadd(5, a + 16 * k_total, 64);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        filler.step();
       }
-      filler.step();
     }
   }
 

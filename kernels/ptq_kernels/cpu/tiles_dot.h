@@ -35,9 +35,9 @@ class DotTiles {
   using Values = typename Dot::template Values<BITS>;
   using Element = typename Values<4>::Element;
   using Broadcast = typename Dot::Broadcast;
-  static constexpr int64_t VECTORS = 2, DEPTH = Values<4>::DEPTH;
+  static constexpr int64_t VECTORS = LANES == 4 ? 4 : 2, DEPTH = Values<4>::DEPTH;
   static constexpr int64_t COLUMNS = VECTORS * LANES;
-  static constexpr int64_t ROWS = LANES == 16 ? 12 : 6;  // with their sums, within 32 or 16 registers
+  static constexpr int64_t ROWS = LANES == 16 ? 12 : 6;  // with their sums, within 32 registers, AVX2: 16
   static constexpr int64_t INTERLEAVE = ROWS;
 
   static int64_t steps(int64_t, int64_t) { return 1; }  // the panel is filled at once: both need the vector units
