@@ -1,8 +1,10 @@
 """The C++ libraries of ptq_kernels.cpu: every instruction set of this machine against float64; layout; loader."""
 
+import copy
 import ctypes
 import json
 import logging
+import mmap
 import os
 import platform
 import subprocess
@@ -145,6 +147,19 @@ def test_layout_inverts_exactly(isa: str, bits: int, n: int, k: int, group: int)
     assert torch.equal(back, case.qweight)
     dense = ptq_kernels.dequantize(prepared.qweight, *case.tensors[1:], layout="strips", **case.sized)
     assert torch.equal(dense, dense_float64(case).float())
+
+
+def test_a_large_weight_begins_with_a_huge_page() -> None:
+    case = random_case(2050, 4096, 128, symmetric=False)
+    weight = layouts.convert(packed(case), "strips")
+    size = weight.qweight.numel()
+    assert weight.qweight.untyped_storage().nbytes() == size > 2**22
+    assert (weight.qweight.data_ptr() % 2**21 == 0) == hasattr(mmap, "MADV_HUGEPAGE")
+    copied = copy.deepcopy(weight.qweight)
+    del weight
+    assert torch.equal(
+        layouts.convert(packed(case)._replace(qweight=copied, layout="strips"), "canonical").qweight, case.qweight
+    )
 
 
 def test_a_canonical_weight_is_converted_for_a_forced_set(isa: str) -> None:
@@ -344,7 +359,9 @@ def test_the_build_says_what_is_missing(
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert build.main() == 1
     said = capsys.readouterr().out
-    assert "no CPU libraries: they are for Linux on x86_64 and aarch64 and for macOS on arm64, this is linux on ri" in said
+    assert (
+        "no CPU libraries: they are for Linux on x86_64 and aarch64 and for macOS on arm64, this is linux on ri" in said
+    )
 
 
 @pytest.mark.parametrize(

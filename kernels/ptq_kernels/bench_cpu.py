@@ -42,10 +42,11 @@ Call = Callable[[], Tensor]
 class Copies:
     """Copies of one weight, handed out in turn, together larger than the last-level cache."""
 
-    def __init__(self, weight: Tensor, most_bytes: int) -> None:
-        """Two copies at least, `most_bytes` or 2000 copies at most."""
+    def __init__(self, make: Callable[[], Tensor], most_bytes: int) -> None:
+        """Of what `make` makes: two copies at least, `most_bytes` or 2000 copies at most."""
+        weight = make()
         count = most_bytes // (weight.numel() * weight.element_size())
-        self._items = [weight, *(weight.clone() for _ in range(min(max(1, count), 2000)))]
+        self._items = [weight, *(make() for _ in range(min(max(1, count), 2000)))]
         self._at = 0
 
     def all(self) -> list[Tensor]:
@@ -108,8 +109,20 @@ class Layer:
             qweight, self.scales, self.zeros, bits=BITS, group_size=GROUP, in_features=self.columns
         )
         most = max(3 * last_level_cache() // 2, 1 << 28)
-        self._dense = {dtype: Copies(self.dense.to(dtype), most) for dtype in (torch.bfloat16, torch.float32)}
-        self._packed = {name: Copies(layouts.convert(self.weight, name).qweight, most) for name in self.layouts()}
+        self._dense = {
+            dtype: Copies(lambda dtype=dtype: self.dense.to(dtype, copy=True), most)  # type: ignore[misc]
+            for dtype in (torch.bfloat16, torch.float32)
+        }
+        self._packed = {name: Copies(self._laid_out(name), most) for name in self.layouts()}
+
+    def _laid_out(self, layout: str) -> Callable[[], Tensor]:
+        """Makes the weight as loading would; what a layout does not change is copied."""
+
+        def make() -> Tensor:
+            qweight = layouts.convert(self.weight, layout).qweight
+            return qweight.clone() if qweight is self.weight.qweight else qweight
+
+        return make
 
     def packed_bytes(self) -> int:
         """What the library reads of one weight; 0 without a library."""

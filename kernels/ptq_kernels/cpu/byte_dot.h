@@ -22,12 +22,13 @@ void dot_bytes(const ByteRows& x, const Weight& w, const Output& out, int64_t ro
         acc[m][b] = _mm512_mullo_epi32(z, _mm512_set1_epi32(-sums[m * w.groups() + g]));
     }
     for (int64_t k = g * w.group; k < (g + 1) * w.group; k += Codes::STEP) {
+      const int64_t ahead = w.ahead<BITS, NB>(k);
 #pragma GCC unroll 4
       for (int b = 0; b < NB; b++) {
         const uint8_t* p = w.at(strip + b, k);
 #pragma GCC unroll 4
         for (int line = 0; line < 2 * BITS * Codes::STEP; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(p + 1024 + line), _MM_HINT_T0);
+          __builtin_prefetch(p + ahead + line);
         Codes::read(p, [&](int j, __m512i codes) __attribute__((always_inline)) {
 #pragma GCC unroll 8
           for (int m = 0; m < M; m++) {

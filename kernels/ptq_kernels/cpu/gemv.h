@@ -22,12 +22,13 @@ void dot_strips(const float* x, const float* sums, const Weight& w, const Output
       for (auto& b : m)
         for (auto& t : b) t = zero();
     for (int64_t k = g * w.group; k < (g + 1) * w.group; k += Codes::STEP) {
+      const int64_t ahead = w.ahead<BITS, NB>(k);
 #pragma GCC unroll 8
       for (int b = 0; b < NB; b++) {
         const uint8_t* p = w.at(strip + b, k);
 #pragma GCC unroll 4
         for (int line = 0; line < 2 * BITS * Codes::STEP; line += 64)
-          __builtin_prefetch(p + 1024 + line);
+          __builtin_prefetch(p + ahead + line);
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++)
           codes.read(p + 4 * LANES * v, [&](int i, Floats weights) __attribute__((always_inline)) {

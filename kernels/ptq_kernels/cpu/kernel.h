@@ -10,6 +10,7 @@ enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 constexpr int64_t STRIP = 16;  // columns of y (rows of the weight) in one strip
 constexpr int64_t UNIT = 32;   // k values that every layout of the codes can be cut at
+constexpr int64_t AHEAD = 1024;  // bytes fetched before they are read
 
 inline int64_t bytes_of(Type type) { return type == FLOAT32 ? 4 : 2; }
 inline int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -64,6 +65,14 @@ struct Weight {
   int64_t strips() const { return columns / STRIP; }
   int64_t groups() const { return k / group; }
   const uint8_t* at(int64_t strip, int64_t position) const { return codes + (strip * k + position) * 2 * bits; }
+
+  // How far beyond at(strip, position) memory should be fetched while NB strips are read side by side. What lies behind
+  // the end of a strip is the beginning of its neighbour: what comes next is NB strips on.
+  template <int BITS, int NB>
+  int64_t ahead(int64_t position) const {
+    const int64_t at = position * 2 * BITS + AHEAD, strip = k * 2 * BITS;
+    return AHEAD + (at < strip ? 0 : (NB - 1) * strip);
+  }
 };
 
 // x as the caller has it, [rows][groups * group]; `padded_group` is the weight's.

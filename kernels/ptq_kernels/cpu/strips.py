@@ -6,7 +6,9 @@ zeros. Rows are padded to a multiple of 32 and every group to a multiple of 32 c
 zero. The bytes mean the same for every instruction set, but are only meant for the memory of one process.
 """
 
+import contextlib
 import ctypes
+import mmap
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from ptq_kernels.cpu import library
 from ptq_kernels.layouts import Layout, PackedWeight
 
 _STRIP, _UNIT = 16, 32
+_HUGE_PAGE = 2**21  # bytes, of x86 and of Arm with pages of 4 KiB
 _MOST_PADDING = 1.5  # padded columns over columns
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAST, _EXACT, _BYTES, _PAIRS = 0, 1, 2, 3  # the modes of qmm_matmul
@@ -60,8 +63,23 @@ def any_library() -> library.Library:
     return library.best() or library.get(library.preferred()[-1])
 
 
+def _memory(size: int) -> Tensor:
+    """uint8 [size], in huge pages where Linux grants them on request.
+
+    A product of one row reads a weight once from end to end, and waits for the entries of thousands of small pages.
+    """
+    if size < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=private)  # what is not touched takes no memory
+    start = -torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE, start, size // _HUGE_PAGE * _HUGE_PAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=start)
+
+
 def _pack(weight: PackedWeight) -> Tensor:
-    qweight = torch.empty(_storage(weight)[1], dtype=torch.uint8)
+    qweight = _memory(_storage(weight)[1][0])
     padded, groups = _padded_group(weight), _groups(weight)
     stream = weight.qweight
     if padded != weight.group_size:
