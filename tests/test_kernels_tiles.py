@@ -177,8 +177,6 @@ def check_machine_code(form) -> None:
     if not aot.available():
         pytest.skip("this triton wheel brings no cuobjdump, so registers and machine code are not checked")
     report = aot.inspect(kernel, form)
-    # resident programs are recorded for the large shared memory of 8.0
-    form = form if form.capability != 89 else form._replace(tile=form.tile._replace(resident=1))
     assert aot.violations(form, report) == [], form.name
 
 

@@ -28,6 +28,7 @@ _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdum
 _MOST_SPILLED, _MOST_SPILLED_RAGGED = 8, 24  # bytes
 _SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB; each resident program takes 1 KiB of it besides its own
 _MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB of one program
+_RECORDED = (90, 80)  # whose programs and instructions the table of tiles records
 _THREADS_OF_SM = {80: 2048, 86: 1536, 89: 1536, 90: 2048}
 # Instructions a weight in the loop of at most 64 rows. An H200 can issue 3.6 to 4.0 while it reads 4-bit weights.
 _MOST_FOR_FEW_ROWS = 3.0
@@ -244,6 +245,7 @@ def violations(form: Form, report: Report) -> list[str]:
     tile, loop = form.tile, report.loop
     scales = 2 if tile.span < tile.block_k else 1  # loads of scales in a step
     wide = order_of(form.capability) == 90
+    recorded = form.capability in _RECORDED  # others have less shared memory, so fewer programs at a time
     rules = [
         (_spills_little(form, report), f"spills {report.stack} bytes"),
         (not report.overwrites, f"writes operands of unfinished wgmma: {report.overwrites[:3]}"),
@@ -253,7 +255,7 @@ def violations(form: Form, report: Report) -> list[str]:
         (loop["PRMT"] <= _most_permutations(form, report), f"{loop['PRMT']} byte permutations in the loop"),
         (report.from_registers is True if wide else loop["HMMA"] > 0, "the tensor cores do not read registers"),
         (report.shared <= _MOST_SHARED[form.capability] * 1024, f"needs {report.shared} bytes of shared memory"),
-        (report.resident >= tile.resident, f"{report.resident} programs resident, the table says {tile.resident}"),
+        (not recorded or report.resident >= tile.resident, f"{report.resident} programs resident, the table says {tile.resident}"),
         (report.per_weight <= most_instructions(form), f"{report.per_weight:.2f} instructions a weight"),
     ]
     return [message for holds, message in rules if not holds]
@@ -281,9 +283,13 @@ def _most_permutations(form: Form, report: Report) -> float:
 
 
 def most_instructions(form: Form) -> float:
-    """Instructions a weight: 3.0 where few rows meet one scale a step, elsewhere 5 % over what was recorded."""
+    """Instructions a weight: 3.0 where few rows meet one scale a step, elsewhere 5 % over what was recorded.
+
+    10 % where it was recorded for another capability, whose compiler orders them otherwise.
+    """
     tile = form.tile
-    recorded = configs.recorded_instructions(order_of(form.capability), tile, form.dtype, form.asymmetric) * 1.05
+    recorded = configs.recorded_instructions(order_of(form.capability), tile, form.dtype, form.asymmetric)
+    recorded *= 1.05 if form.capability in _RECORDED else 1.10
     few = order_of(form.capability) == 90 and tile.block_m <= 64 and (tile.bits, tile.span) == (4, 128)
     # the masks of a ragged last step are not counted: sizes that need them are rare, and none has them in each step
     return (min(recorded, _MOST_FOR_FEW_ROWS) if few else recorded) if form.even else float("inf")
@@ -304,7 +310,7 @@ def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print a line for each form; 1 if one is not fit to ship."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capabilities", type=int, nargs="+", default=[90, 80])
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[90, 80, 89])
     parser.add_argument("--match", default="", help="a regular expression that the name of a form must contain")
     chosen = parser.parse_args(arguments)
     failed = 0
