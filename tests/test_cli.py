@@ -117,9 +117,7 @@ USAGE = {
 
 
 @pytest.mark.parametrize("case", USAGE)
-def test_usage_errors_are_a_sentence_and_exit_2(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_usage_errors_are_a_sentence_and_exit_2(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes, expected = USAGE[case]
     assert quantize(tmp_path / "out", verb="gptq", settings=[*SMALL, *changes]) == 2
     printed = capsys.readouterr().err

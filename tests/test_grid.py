@@ -142,6 +142,7 @@ def hessian(columns=24, seed=0):
 
 def candidates(w, scheme, start):
     """The grids search_grid promises to try, for one group: float64 scales as a float16 checkpoint holds them."""
+
     def held(scale):
         return float(round_scales(torch.tensor(scale, dtype=torch.float64), torch.float16))
 

@@ -245,7 +245,7 @@ def violations(form: Form, report: Report) -> list[str]:
     tile, loop = form.tile, report.loop
     scales = 2 if tile.span < tile.block_k else 1  # loads of scales in a step
     wide = order_of(form.capability) == 90
-    recorded = form.capability in _RECORDED  # others have less shared memory, so fewer programs at a time
+    resident = tile.resident if form.capability in _RECORDED else 1  # others have less shared memory
     rules = [
         (_spills_little(form, report), f"spills {report.stack} bytes"),
         (not report.overwrites, f"writes operands of unfinished wgmma: {report.overwrites[:3]}"),
@@ -255,7 +255,7 @@ def violations(form: Form, report: Report) -> list[str]:
         (loop["PRMT"] <= _most_permutations(form, report), f"{loop['PRMT']} byte permutations in the loop"),
         (report.from_registers is True if wide else loop["HMMA"] > 0, "the tensor cores do not read registers"),
         (report.shared <= _MOST_SHARED[form.capability] * 1024, f"needs {report.shared} bytes of shared memory"),
-        (not recorded or report.resident >= tile.resident, f"{report.resident} programs resident, the table says {tile.resident}"),
+        (report.resident >= resident, f"{report.resident} programs resident, the table says {resident}"),
         (report.per_weight <= most_instructions(form), f"{report.per_weight:.2f} instructions a weight"),
     ]
     return [message for holds, message in rules if not holds]
