@@ -26,6 +26,7 @@ BFLOAT16 = UNIT[torch.bfloat16]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65, 100, 129, 300)
 SETS = tuple(library.SETS)
+LEAST = "neon" if build.on_arm() else "avx2"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -250,6 +251,7 @@ def test_the_best_set_serves_and_is_named(caplog: pytest.LogCaptureFixture, monk
 def test_a_processor_takes_what_it_can_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = f"processor : 0\nvendor_id : AuthenticAMD\nflags : {' '.join(library.SETS['avx512bf16'])}\n"
     monkeypatch.setattr(library, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     library.forget()
     assert "lacks" in library.refuse("avx2")  # no such file: no such processor
     (tmp_path / "cpuinfo").write_text(text)
@@ -270,12 +272,12 @@ STUB = """extern "C" { int qmm_version() { return %d; } int qmm_start() { return
 void qmm_set_parallel_for(void*) {} void qmm_set_torch(void*) {} void qmm_boxed() {} void qmm_pack() {}
 void qmm_unpack() {} int qmm_matmul() { return 0; } void qmm_solve_columns() {} void qmm_descend_columns() {} }"""
 BROKEN = {
-    "missing": (None, r"_qmm_avx2.so was not built; build it with `python -m ptq_kernels.build`"),
-    "foreign": ("", r"_qmm_avx2.so cannot be loaded \(.*file too short\); rebuild it"),
-    "another": ("int f() { return 0; }", r"_qmm_avx2.so cannot be loaded \(.*qmm_version\); rebuild it"),
+    "missing": (None, rf"_qmm_{LEAST}.so was not built; build it with `python -m ptq_kernels.build`"),
+    "foreign": ("", rf"_qmm_{LEAST}.so cannot be loaded \(.*file too short\); rebuild it"),
+    "another": ("int f() { return 0; }", rf"_qmm_{LEAST}.so cannot be loaded \(.*qmm_version\); rebuild it"),
     "old": (
         'extern "C" int qmm_version() { return 0; }',
-        rf"_qmm_avx2.so cannot be loaded \(it has version 0, {library.VERSION} is required\); rebuild it with",
+        rf"_qmm_{LEAST}.so cannot be loaded \(it has version 0, {library.VERSION} is required\); rebuild it with",
     ),
     "no permission": (STUB % (library.VERSION, 1), "does not grant this process the AMX tile registers"),
 }
@@ -287,7 +289,7 @@ def test_without_a_usable_library_torch_runs_and_the_log_says_why(
 ) -> None:
     source, reason = BROKEN[how]
     if source is not None:
-        path = tmp_path / "_qmm_avx2.so"
+        path = tmp_path / build.file_name(LEAST)
         another_library(path, source) if source else path.write_bytes(b"")
     case, x = random_case(48, 64, 32), random_rows(3, 64, torch.bfloat16)
     strip_weight = layouts.convert(packed(case), "strips")
@@ -300,11 +302,11 @@ def test_without_a_usable_library_torch_runs_and_the_log_says_why(
         assert {p.layout for p in prepared} <= {"aten_int4", "canonical"}
         y = ptq_kernels.matmul(x, *case.tensors, impl="cpu", **case.scheme)
         assert worst_error(y, x, case, None, BFLOAT16) <= 1
-        with pytest.raises(RuntimeError, match=f"impl='cpu-avx2' cannot run here: .*{reason}"):
-            ptq_kernels.matmul(x, *case.tensors, impl="cpu-avx2", **case.scheme)
+        with pytest.raises(RuntimeError, match=f"impl='cpu-{LEAST}' cannot run here: .*{reason}"):
+            ptq_kernels.matmul(x, *case.tensors, impl=f"cpu-{LEAST}", **case.scheme)
         with pytest.raises(ValueError, match="cannot hold this weight: no C\\+\\+ library can be used here"):
             layouts.convert(packed(case), "strips")
-        with pytest.raises(RuntimeError, match=f"CPU library for avx2 is required and cannot be used: .*{reason}"):
+        with pytest.raises(RuntimeError, match=f"CPU library for {LEAST} is required and cannot be used: .*{reason}"):
             layouts.convert(strip_weight, "canonical")
     finally:
         monkeypatch.undo()
@@ -319,7 +321,7 @@ def test_torch_without_its_parallel_loop_is_no_crash(monkeypatch: pytest.MonkeyP
     real = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda path: Core(path) if "libtorch" in path else real(path))
     library.forget()
-    assert "torch_parallel_for" in (library.refuse("avx2") or "")
+    assert "torch_parallel_for" in (library.refuse(LEAST) or "")
     monkeypatch.undo()
     library.forget()
 
