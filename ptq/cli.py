@@ -12,6 +12,7 @@ from ptq.cli_adapters import merge_arguments
 from ptq.cli_compare import compare_arguments, sweep_arguments
 from ptq.cli_push import lint_arguments, push_arguments
 from ptq.cli_tasks import run_tasks, task_arguments
+from ptq.cli_tune import run_tune, tune_arguments
 from ptq.errors import ConfigError, PtqError
 
 if TYPE_CHECKING:
@@ -66,8 +67,12 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         if not _is_out_of_memory(error):
             raise
         first = str(error).partition("\n")[0]
-        return _fail(options, f"out of memory ({first}): lower calibration.batch_size or calibration.samples, or set "
-                     "refine.model_steps to 0", 1)
+        return _fail(
+            options,
+            f"out of memory ({first}): lower calibration.batch_size or calibration.samples, or set "
+            "refine.model_steps to 0",
+            1,
+        )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(options, f"the disk is full ({error}): free space or choose another `output`", 1)
@@ -325,26 +330,6 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _tune_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="quantized model directory or hub name")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    tune_arguments(parser)
     _debug_argument(parser)
-    parser.set_defaults(action=_tune)
-
-
-def _tune(options: argparse.Namespace) -> int:
-    from ptq.plan import resolve_device
-    from ptq.runtime import open_checkpoint, quant_linears
-
-    device = resolve_device("cuda")
-    opened = open_checkpoint(options.checkpoint, trust_remote_code=options.trust_remote_code)
-    kinds = {(m.bits, m.group_size): set[tuple[int, int]]() for m in quant_linears(opened.model)}
-    for module in quant_linears(opened.model):
-        kinds[module.bits, module.group_size].add((module.out_features, module.in_features))
-    from ptq_kernels.triton.tune import tune_device
-
-    for (bits, group_size), shapes in kinds.items():
-        for problem, (plan, seconds) in tune_device(
-            sorted(shapes), device=device, bits=bits, group_size=group_size, dtype=opened.dtype
-        ).items():
-            print(f"{problem}: {plan}, {seconds * 1e6:.1f} us")
-    return 0
+    parser.set_defaults(action=run_tune)

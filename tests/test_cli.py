@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import ptq
 from ptq import cli, plan, walk
+from ptq.nn.linear import QuantLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-llama"
@@ -216,6 +218,38 @@ def test_bench_prints_and_writes_its_figures(tmp_path: Path, capfd: pytest.Captu
 def test_tune_needs_a_gpu(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", str(checkpoint)]) == 2
     assert "this machine has 0 CUDA devices" in capsys.readouterr().err
+
+
+def test_tune_prints_what_it_timed_for_every_shape_that_is_loaded(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a clock of its own. Oracle: the shapes of the file, alone and as ptq.load(fuse=True) joins them."""
+    tuner = pytest.importorskip("ptq_kernels.triton.tune")
+    asked: dict[tuple[int, int], set[tuple[int, int]]] = {}
+
+    def clock(shapes: Any, *, bits: int, group_size: int, **_options: Any) -> Any:
+        asked[bits, group_size] = set(shapes)
+        if bits == 8:
+            raise ValueError("nothing to tune there")
+        problem = tuner.Problem(bits, 32, 16, *next(iter(shapes)))
+        return {problem: (tuner.plans(tuner.Gpu(90, 132), problem)[0], 12.34)}
+
+    monkeypatch.setattr(tuner, "tune_device", clock)
+    monkeypatch.setattr("ptq.plan.resolve_device", lambda name: torch.device(name))
+    assert cli.main(["tune", str(checkpoint), "--head-bits", "8"]) == 0
+    fused = ptq.load(checkpoint, device="cpu", fuse=True, head_bits=8)
+    plain = ptq.load(checkpoint, device="cpu")
+    want: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for model in (fused, plain):
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                shape = (module.out_features, module.in_features)
+                want.setdefault((module.bits, module.group_size), set()).add(shape)
+    assert asked == want
+    said = capsys.readouterr().out
+    assert "16 rows: tile 16 x 128, 1 splits, 12.3 us" in said
+    assert "8 bits, groups of" in said
+    assert "nothing to tune there" in said
 
 
 def test_fused_projections_give_the_same_tokens(checkpoint: Path) -> None:

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / "kernels" / "bench" / "gpu_linear.py"
+ROOT = Path(__file__).resolve().parent.parent
+BENCHES = ROOT / "kernels" / "bench"
+BENCH = BENCHES / "gpu_linear.py"
+
+
+def run(*command: object, code: int = 0) -> str:
+    """A command that must end with `code`; what it printed."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == code, done.stderr + done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -22,10 +32,74 @@ def test_a_peer_that_fails_is_recorded_for_each_shape(peer: str, source: str, te
     (tmp_path / peer).mkdir()
     (tmp_path / peer / "__init__.py").write_text(source, encoding="utf-8")
     output = tmp_path / "out.json"
-    command = [sys.executable, BENCH, output, "--tiny", "--peer", peer, "--peers", tmp_path]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    run(sys.executable, BENCH, output, "--tiny", "--peer", peer, "--peers", tmp_path)
     records = json.loads(output.read_text(encoding="utf-8"))["records"]
     assert [(r["failed"], r["n"], r["k"]) for r in records] == [(peer, 256, 256), (peer, 128, 512)]
     assert all(r["error"].startswith(text) for r in records)
+
+
+FAILING = """
+import sys
+sys.path.insert(0, {benches!r})
+import gpu_linear, torch
+real = gpu_linear.ours
+
+def ours(weight):
+    product, size = real(weight)
+    return lambda x: product(x) if len(x) != 4 else torch.full((4, weight.codes.shape[0]), float("nan")), size
+
+gpu_linear.ours = ours
+sys.argv = ["gpu_linear", {output!r}, "--tiny"]
+sys.exit(gpu_linear.main())
+"""
+
+
+def test_a_product_that_is_wrong_costs_its_own_cell_only(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    output = tmp_path / "out.json"
+    run(
+        "env",
+        "TRITON_INTERPRET=1",
+        sys.executable,
+        "-c",
+        FAILING.format(benches=str(BENCHES), output=str(output)),
+        code=1,
+    )
+    records = json.loads(output.read_text(encoding="utf-8"))["records"]
+    failed = [(r["failed"], r["m"]) for r in records if "failed" in r]
+    assert failed == [("ptq", 4), ("ptq", 4)]
+    assert all("off by [nan, nan]" in r["error"] for r in records if "failed" in r)
+    measured = {(r["kernel"], r["n"], r["m"]) for r in records if "kernel" in r}
+    assert measured == {(kernel, n, m) for kernel in ("bf16", "ptq") for n in (256, 128) for m in (1, 4, 16)} - {
+        ("ptq", 256, 4),
+        ("ptq", 128, 4),
+    } | {("bf16 again", 256, 1), ("bf16 again", 128, 1)}
+
+
+@pytest.mark.parametrize(("bench", "records"), [("gpu_decode.py", 6), ("gpu_tune.py", 10)])
+def test_the_other_benches_run_in_little(bench: str, records: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    output = tmp_path / "out.json"
+    own = f"PTQ_KERNELS_CONFIGS={tmp_path / 'configs.json'}"
+    run("env", "TRITON_INTERPRET=1", own, sys.executable, BENCHES / bench, output, "--tiny")
+    assert len(json.loads(output.read_text(encoding="utf-8"))["records"]) == records
+
+
+def test_gpu_check_runs_the_stages_it_is_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    check = (sys.executable, ROOT / "scripts" / "gpu_check", tmp_path, "--dry-run", "--commit", "abc")
+    said = run(*check, "--only", "layouts", "large", "memcheck", "tinygemm")
+    report = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))
+    assert {name: stage["status"] for name, stage in report["checks"].items()} == dict.fromkeys(
+        ("layouts", "large", "memcheck"), "passed"
+    )
+    assert list(report["measurements"]) == ["tinygemm"]
+    assert report["commit"] == "abc"
+    assert "layouts          passed" in said
+    assert "has no stage that begins with nothing" in run(*check, "--only", "nothing", code=2)
+
+
+@pytest.mark.slow
+def test_every_stage_of_gpu_check_in_little(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    run(sys.executable, ROOT / "scripts" / "gpu_check", tmp_path, "--dry-run")

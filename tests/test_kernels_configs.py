@@ -150,6 +150,8 @@ def test_an_incomplete_table_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_tuning_refuses_a_group_that_no_tile_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="group_size must be a multiple of 32, got 48"):
         tune.tune_device([(64, 96)], device="cuda:0", group_size=48)
+    with pytest.raises(ValueError, match="bits must be 4 or 8, got 3; nothing to tune"):
+        tune.tune_device([(64, 96)], device="cuda:0", bits=3, group_size=32)
 
 
 def test_each_stream_has_a_workspace_and_a_capture_takes_the_spare(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,8 @@ LAYERS = [
         mutual=True,
     ),
     Layer(
-        "ptq.cli ptq.cli_compare ptq.cli_push ptq.cli_adapters ptq.cli_tasks ptq ptq.__main__ ptq.*.__main__",
+        "ptq.cli ptq.cli_compare ptq.cli_push ptq.cli_adapters ptq.cli_tasks ptq.cli_tune "
+        "ptq ptq.__main__ ptq.*.__main__",
         mutual=True,
     ),
 ]
@@ -168,7 +169,7 @@ def test_the_kernels_need_torch_only(name):
 
 def test_few_modules_of_ptq_know_the_kernels():
     users = {name for name in OURS for used in imports(name) if used.module.split(".")[0] == "ptq_kernels"}
-    assert users <= {"ptq.nn.linear", "ptq.gptq.columns", "ptq.refine.steps", "ptq.cli"}
+    assert users <= {"ptq.nn.linear", "ptq.gptq.columns", "ptq.refine.steps", "ptq.cli", "ptq.cli_tune"}
 
 
 def test_implementations_of_a_kernel_do_not_know_each_other():

@@ -60,6 +60,21 @@ def few_specs() -> list[Spec]:
     return [Spec(*values) for values in pairwise(OPTIONS)]
 
 
+def native_specs(layout: str) -> list[Spec]:
+    """Every bits, shape, dtype of rows and symmetry of one layout, each with two of four numbers of rows."""
+    found = []
+    for i, (bits, shape, dtype, symmetric) in enumerate(itertools.product((4, 8), SHAPES, DTYPES, (True, False))):
+        for rows in ((1, 65), (17, 200))[(i + i // 2 + i // 4) % 2]:
+            found.append(Spec(layout, bits, shape, dtype, symmetric, rows, SCALES[i % 3], i % 5 < 2))
+    return found
+
+
+def on_device(weight: PackedWeight, device: str) -> PackedWeight:
+    """The same weight there."""
+    names = ("qweight", "scales", "zeros")
+    return weight._replace(**{name: None if (t := getattr(weight, name)) is None else t.to(device) for name in names})
+
+
 def tiled(case: Case, layout: str) -> PackedWeight:
     weight = PackedWeight(*case.tensors, case.bits, case.group_size, case.codes.shape[1])
     return layouts.convert(weight, layout)

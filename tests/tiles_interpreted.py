@@ -3,8 +3,6 @@ interpreter must be chosen before Triton is imported. Arguments: which part of h
 """
 
 import contextlib
-import itertools
-import math
 import os
 import sys
 from unittest.mock import patch
@@ -15,9 +13,9 @@ os.environ["PTQ_KERNELS_CONFIGS"] = os.devnull + ".json"  # no table of this mac
 import order_cases
 import ptq_kernels
 import tile_cases
+import tile_paths
 import torch
-from packed_weights import UNIT, Case, dense_float64, random_case, random_rows, worst_error
-from pairwise import pairwise
+from packed_weights import random_case, random_rows, worst_error
 from ptq_kernels import layouts, tiles
 from ptq_kernels.triton import configs, launch, workspace
 from watched_memory import watched
@@ -38,70 +36,6 @@ def split(layout: str, rows: int) -> None:
         assert not workspace.get(x.device, 0).counters.any()
         assert worst_error(results[-1], x, case, torch.ones(136), 0.0) <= 1, splits
     assert torch.equal(results[2], results[3])
-
-
-def boundaries(layout: str) -> None:
-    """The last number of rows of each way to multiply, and the first of the next: every row is there, and right."""
-    case = random_case(40, 64, 64, dtype=torch.bfloat16)
-    weight = tile_cases.tiled(case, layout)
-    for most in (*configs.BUCKETS, configs.dequantize_from(configs.Gpu(launch.ORDERS[layout], 132)) - 1):
-        for rows in (most, most + 1):
-            x = random_rows(rows, 64, torch.bfloat16)
-            assert worst_error(tile_cases.multiply(x, weight), x, case, None, UNIT[torch.bfloat16]) <= 1, rows
-
-
-def rows_of_any_kind(layout: str) -> None:
-    """No rows; rows that lie apart, or where no multiple of 16 bytes is: as contiguous rows, bit for bit."""
-    case = random_case(40, 72, 72, symmetric=False, dtype=torch.bfloat16)
-    for name in (layout, "canonical"):
-        weight = tile_cases.tiled(case, name)
-        assert tile_cases.multiply(torch.empty(2, 0, 72, dtype=torch.bfloat16), weight).shape == (2, 0, 40)
-        x = random_rows(6, 72, torch.bfloat16)
-        want = tile_cases.multiply(x, weight)
-        memory = torch.full((6 * 72 + 1,), torch.nan, dtype=torch.bfloat16)
-        memory[1:] = x.view(-1)
-        for rows in (x.T.contiguous().T, memory[1:].view(6, 72), torch.stack([x, x], 1)[:, 0]):
-            assert torch.equal(tile_cases.multiply(rows, weight), want)
-
-
-def dense(layout: str) -> None:
-    """Many rows, and float32 rows, through the dequantized weight in several chunks; and the gradient."""
-    from ptq_kernels.triton import dequant
-
-    dequant.CHUNK_BYTES = 2 * 128 * 200  # two chunks of 128 rows
-    for bits, symmetric in ((4, True), (8, False)):
-        case = random_case(150, 200, 200, bits, symmetric, torch.float16)
-        weight = tile_cases.tiled(case, layout)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            rows = 5 if dtype == torch.float32 else 515
-            x, bias = random_rows(rows, 200, dtype), torch.linspace(-1, 1, 150)
-            y = tile_cases.multiply(x, weight, bias)
-            assert worst_error(y, x, case, bias, 2 * UNIT[dtype]) <= 1, (bits, dtype)  # bias in bfloat16 as well
-            x = x[:7].clone().requires_grad_()
-            y = ptq_kernels.matmul(x, *weight[:3], bits=bits, group_size=200, layout=layout, impl="triton")
-            upstream = random_rows(x.shape[0], 150, dtype)
-            (grad,) = torch.autograd.grad(y, x, upstream)
-            want = upstream.double() @ dense_float64(case)
-            # weights and each chunk's sum are rounded to the dtype, relative to the sum of magnitudes
-            allowed = 4 * UNIT[dtype] * (upstream.double().abs() @ dense_float64(case).abs()) + 1e-6
-            assert ((grad.double() - want).abs() <= allowed).all(), (bits, dtype)
-
-
-def dequantizer(layout: str, every: bool) -> None:
-    """The dense weight, bit for bit; bfloat16 within one unit, because the interpreter truncates to it."""
-    options = ((4, 8), tile_cases.SHAPES, (True, False))
-    kinds = [*itertools.product(*options)] if every else pairwise(options)
-    for i, (bits, (n, k, group), symmetric) in enumerate(kinds):
-        case = random_case(n, k, group, bits, symmetric, tile_cases.SCALES[i % 3])
-        weight = tile_cases.tiled(case, layout)
-        want = dense_float64(case).float()  # the product of an integer of 8 bits and a float32 scale, rounded once
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            made = launch._layer(torch.empty(1, k, dtype=dtype), weight, None)
-            found = torch.cat([rows.clone() for _, rows in made.chunks(weight.qweight, dtype)])
-            if dtype == torch.bfloat16:
-                assert ((found.float() - want).abs() <= 2 * UNIT[dtype] * want.abs()).all(), (bits, n, k, group)
-            else:
-                assert torch.equal(found, want.to(dtype)), (bits, n, k, group, dtype)
 
 
 def warm(layout: str) -> None:
@@ -134,23 +68,6 @@ def warm(layout: str) -> None:
     launch.forget()
 
 
-def overflow(layout: str) -> None:
-    """A float16 sum beyond 65504 is infinite with its sign, split or not, by the kernel or by dequantizing.
-
-    Exact: sums of multiples of 32, of which float16 holds every one up to 65504, and 65536 rounds to infinity.
-    """
-    codes = torch.full((64, 1024), 12, dtype=torch.uint8)
-    codes[1], codes[2, :512], codes[3, :4] = 4, 8, 8
-    case = Case(codes, ptq_kernels.pack(codes, 4), torch.full((64, 8), 16.0), None, 4, 128)
-    for name, rows in ((layout, 2), (layout, 514), ("canonical", 2)):
-        weight, x = tile_cases.tiled(case, name), torch.ones(rows, 1024, dtype=torch.float16)
-        x[1, 4:] = 0
-        y = tile_cases.multiply(x, weight)
-        want = (x.double() @ dense_float64(case).T).half()
-        assert want[0, :4].tolist() == [math.inf, -math.inf, 32768, 65280]
-        assert torch.equal(y, want), (name, rows)
-
-
 @watched()
 def main() -> None:
     part, parts = int(sys.argv[1]), int(sys.argv[2])
@@ -166,12 +83,8 @@ def main() -> None:
     if part < len(tiles.NAMES):
         split(tiles.NAMES[part], 5)
         split(tiles.NAMES[part], 70)
-        boundaries(tiles.NAMES[part])
-        rows_of_any_kind(tiles.NAMES[part])
-        dense(tiles.NAMES[part])
-        dequantizer(tiles.NAMES[part], "every" in sys.argv[3:])
         warm(tiles.NAMES[part])
-        overflow(tiles.NAMES[part])
+        tile_paths.everything(tiles.NAMES[part], "cpu", "every" in sys.argv[3:])
     print("cases:", len(specs[part::parts]), "worst error, of what rounding allows:", worst)
     print(ptq_kernels.chosen())
 

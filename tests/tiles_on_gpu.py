@@ -5,9 +5,12 @@ Every stage asserts. Without a GPU each runs on the CPU in Triton's interpreter,
 """
 
 import contextlib
+import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ["PTQ_KERNELS_CONFIGS"] = os.devnull + ".json"  # no table of this machine's user
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
@@ -17,6 +20,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import order_cases
 import ptq_kernels
 import tile_cases
+import tile_paths
 import torch
 from packed_weights import UNIT, random_case, random_rows, worst_error
 from ptq_kernels import layouts
@@ -31,8 +35,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 def on_device(layout: str, n: int, k: int, group: int, *, symmetric: bool) -> tuple[tile_cases.Case, PackedWeight]:
     """A random case, and its weight where the kernels are."""
     case = random_case(n, k, group, 4, symmetric, torch.bfloat16)
-    weight = tile_cases.tiled(case, layout)
-    return case, weight._replace(**{name: _moved(getattr(weight, name)) for name in ("qweight", "scales", "zeros")})
+    return case, tile_cases.on_device(tile_cases.tiled(case, layout), DEVICE)
 
 
 def _moved(tensor: Tensor | None) -> Tensor | None:
@@ -49,7 +52,7 @@ def cases() -> None:
     """Random products against float64, poisoned outputs; then integers, which must be exact."""
     part, parts = int(sys.argv[2]), int(sys.argv[3])
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
-    specs = tile_cases.few_specs()[part::parts]
+    specs = [*tile_cases.native_specs(native()), *tile_cases.few_specs()][part::parts]
     for spec in specs if ON_GPU else specs[:2]:
         error = tile_cases.check(spec, DEVICE)
         assert error <= 1, (spec.name, error)
@@ -70,6 +73,48 @@ def identity() -> None:
                 y = tile_cases.multiply(torch.eye(256, dtype=dtype), weight, None, DEVICE)
                 dense = ptq_kernels.dequantize(*case.tensors, bits=bits, group_size=128, in_features=256)
                 assert torch.equal(y.T.float(), dense), (layout, bits, dtype)
+
+
+def paths() -> None:
+    """What is true of every way through the product, and its gradient; the layout of other GPUs as well."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory holds NaN
+    for layout in launch.ORDERS if ON_GPU else [native()]:
+        tile_paths.everything(layout, DEVICE)
+
+
+def large() -> None:
+    """A weight of more than 2**31 bytes: its last rows are as its first."""
+    times, n, k = (33, 4096, 32768) if ON_GPU else (3, 128, 256)
+    case, weight = on_device(native(), n, k, 128, symmetric=False)
+    x = random_rows(3, k, torch.bfloat16)
+    parts = {name: torch.cat([getattr(weight, name)] * times) for name in ("qweight", "scales", "zeros")}
+    whole = weight._replace(**parts)
+    assert not ON_GPU or whole.qweight.numel() * whole.qweight.element_size() > 2**31
+    y = launch.matmul(x.to(DEVICE), whole, None).cpu().view(3, times, n)
+    assert worst_error(y[:, -1], x, case, None, 0.0) <= 1
+    assert torch.equal(y, y[:, :1].expand_as(y))
+
+
+def generate() -> None:
+    """A packed checkpoint through `ptq.load` and `generate` with a static cache, fused and not: as on the CPU."""
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: left out")
+        return
+    import ptq
+    from benchmarks.whole_model.checkpoints import Packing, write_checkpoint
+    from benchmarks.whole_model.shapes import SHAPES
+
+    prompt = torch.arange(5, 17).view(1, -1)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(SHAPES["tiny"], Packing(128, head=False), Path(folder) / "model")
+        want = ptq.load(Path(folder) / "model", device="cpu", impl="reference")(prompt).logits
+        for fuse in (False, True):
+            model = ptq.load(Path(folder) / "model", device=DEVICE, fuse=fuse, impl="triton")
+            got = model(prompt.to(DEVICE)).logits.cpu()
+            error = torch.linalg.vector_norm(got.float() - want.float()) / torch.linalg.vector_norm(want.float())
+            assert error < 3e-2, float(error)
+            options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+            assert model.generate(prompt.to(DEVICE), **options).shape == (1, 20)
 
 
 REPEATED = [(4096, 4096, 5, 1000), (1024, 4096, 16, 1000), (4096, 14336, 64, 1000), (4096, 4096, 200, 1000)]
@@ -255,8 +300,21 @@ def loaded() -> None:
 
 
 def memcheck() -> None:
-    """A few ragged products, for compute-sanitizer to watch: one in four of the cases, and a split one."""
-    for spec in tile_cases.few_specs()[:: 4 if ON_GPU else 60]:
+    """A few ragged products, for compute-sanitizer to watch: of every kernel, and split ones."""
+    scale, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    specs = [
+        tile_cases.Spec(native(), 4, (130, 256, 64), bf16, True, 1, scale, True),
+        tile_cases.Spec(native(), 4, (65, 60, 60), fp16, False, 17, scale, False),
+        tile_cases.Spec(native(), 4, (70, 160, 32), bf16, False, 64, scale, True),
+        tile_cases.Spec(native(), 4, (200, 200, 200), bf16, True, 200, scale, False),
+        tile_cases.Spec(native(), 8, (130, 256, 64), bf16, False, 3, scale, True),
+        tile_cases.Spec(native(), 8, (72, 384, 192), fp16, True, 65, scale, False),
+        tile_cases.Spec(native(), 4, (130, 256, 64), bf16, False, 600, scale, True),  # dequantized
+        tile_cases.Spec(native(), 8, (65, 60, 60), fp16, True, 600, scale, False),
+        tile_cases.Spec("canonical", 3, (65, 60, 60), bf16, False, 17, scale, True),
+        tile_cases.Spec("canonical", 4, (130, 256, 64), fp16, True, 65, scale, False),
+    ]
+    for spec in specs if ON_GPU else specs[::3]:
         assert tile_cases.check(spec, DEVICE) <= 1, spec.name
     for group in (128, 64, 32) if ON_GPU else (64,):
         case, weight = on_device(native(), 200, 2048, group, symmetric=False)
@@ -266,7 +324,10 @@ def memcheck() -> None:
 
 STAGES = {
     "cases": cases,
+    "generate": generate,
+    "large": large,
     "layouts": identity,
+    "paths": paths,
     "repeat": repeat,
     "streams": streams,
     "graph": graph,

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 LEAST_BYTES = 128 * 2**20  # of rotated weights: over twice the largest L2
-LEAST_CALLS = 20  # in a graph
+LEAST_MICROSECONDS = (
+    200  # of a graph, so that a microsecond between two replays counts little; the same for all kernels
+)
+MOST_CALLS = 400  # in a graph
 
 
 class Times(NamedTuple):
@@ -20,6 +23,7 @@ class Times(NamedTuple):
     low: float  # a tenth of the replays is faster
     high: float  # a tenth is slower
     eager: float  # the time of one call from Python, without a graph
+    replays: int = 1
 
 
 def copies(size: int) -> int:
@@ -35,9 +39,10 @@ def timed(calls: Sequence[Callable[[], Tensor]], seconds: float) -> Times:
         return Times(*[1e6 * (time.perf_counter() - start)] * 4)
     from ptq_kernels.triton.tune import graph_times
 
-    rotated = list(islice(cycle(calls), max(LEAST_CALLS, len(calls))))
-    rough = statistics.median(graph_times(rotated, 3)) * len(rotated)
-    times = sorted(graph_times(rotated, min(max(int(1e6 * seconds / rough), 5), 50)))
+    rough = statistics.median(graph_times(calls, 3))
+    count = max(len(calls), min(int(LEAST_MICROSECONDS / rough) + 1, MOST_CALLS))
+    rotated = list(islice(cycle(calls), count))
+    times = sorted(graph_times(rotated, min(max(int(1e6 * seconds / (rough * count)), 5), 100)))
     torch.cuda.synchronize()
     start = time.perf_counter()
     for call in rotated:
@@ -45,7 +50,7 @@ def timed(calls: Sequence[Callable[[], Tensor]], seconds: float) -> Times:
     issued = time.perf_counter() - start
     torch.cuda.synchronize()
     tenth = len(times) // 10
-    return Times(statistics.median(times), times[tenth], times[-1 - tenth], 1e6 * issued / len(rotated))
+    return Times(statistics.median(times), times[tenth], times[-1 - tenth], 1e6 * issued / len(rotated), len(times))
 
 
 def copy_bandwidth(device: torch.device) -> float:

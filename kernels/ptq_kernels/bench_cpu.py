@@ -198,7 +198,7 @@ class Layer:
 
         torch._dynamo.reset()
         module = torch.compile(Product().eval())
-        with torch.no_grad(), config.patch(freezing=True, max_autotune=True):
+        with torch.no_grad(), config.patch(freezing=True, max_autotune=True, force_disable_caches=True):
             self.compile_seconds = _seconds(lambda: module(x))
 
         def call() -> Tensor:

@@ -33,7 +33,7 @@ from ptq_kernels.layouts import Layout, PackedWeight
 TILE = 64
 ALIGNMENT = 128  # of N' and K'
 SPANS = (128, 64, 32)  # columns that share a scale in one step of a kernel
-_BITS = (4, 8)
+BITS = (4, 8)
 _CONVERTED_ROWS = 1024  # converted at a time, so that a large weight is never held with a byte for each code
 
 
@@ -87,8 +87,8 @@ def _storage(weight: PackedWeight) -> tuple[torch.dtype, tuple[int, ...]]:
 
 
 def _refuse(name: str, weight: PackedWeight) -> str | None:
-    if weight.bits not in _BITS:
-        return f"it is for {_BITS[0]} and {_BITS[1]} bits, this weight has {weight.bits}"
+    if weight.bits not in BITS:
+        return f"it is for {BITS[0]} and {BITS[1]} bits, this weight has {weight.bits}"
     if span(weight) is None:
         return f"the group size must be in_features or a multiple of {SPANS[-1]}, found {weight.group_size}"
     device = weight.qweight.device

@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ptq_kernels.triton import configs, launch
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
 _L2_BYTES = 128 * 2**20  # copies of a weight are rotated through at least so much, so that no cache holds them
+LEAST_CALLS = 20  # in a graph: what a replay costs besides them counts little
 _SMALL = 64  # rows up to which the weight is never dequantized
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 14, 16, 24, 32)
 
@@ -57,7 +59,12 @@ class GraphTimer:
 
 
 def graph_times(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> list[float]:
-    """Microseconds of one call, for each replay of one CUDA graph that makes each call once, after one to warm up."""
+    """Microseconds of one call, for each replay of one CUDA graph of the calls in turn, each at least once.
+
+    All replays are queued behind each other, the first one not timed, so that the GPU does not wait for the CPU to
+    launch them: the launch of a graph takes as long as a few small products.
+    """
+    calls = list(islice(cycle(calls), max(LEAST_CALLS, len(calls))))
     for call in calls[:2]:
         call()  # compiles, and makes the workspaces
     torch.cuda.synchronize()
@@ -65,15 +72,12 @@ def graph_times(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> lis
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
-    for _ in range(replays + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    for mark in marks:
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(calls))
-    return times[1:]
+        mark.record()
+    marks[-1].synchronize()
+    return [1e3 * start.elapsed_time(end) / len(calls) for start, end in pairwise(marks)]
 
 
 def plans(gpu: Gpu, problem: Problem) -> list[Plan]:
@@ -179,11 +183,15 @@ def tune_device(
 ) -> dict[Problem, tuple[Plan, float]]:
     """Tune products with weights of shapes ``(N, K)`` on a GPU; about a second for each shape, bucket and plan.
 
-    Raises ValueError for a group size that fragment-order tiles do not know.
+    Raises ValueError for bits or a group size that fragment-order tiles do not know.
     """
     device = torch.device(device)
     device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-    span = next((size for size in tiles.SPANS if group_size % size == 0), None)
+    shapes = list(shapes)
+    if bits not in tiles.BITS:
+        raise ValueError(f"bits must be {' or '.join(map(str, tiles.BITS))}, got {bits}; nothing to tune there")
+    per_channel = all(k == group_size for _, k in shapes)
+    span = tiles.SPANS[0] if per_channel else next((size for size in tiles.SPANS if group_size % size == 0), None)
     if span is None:
         raise ValueError(f"group_size must be a multiple of {tiles.SPANS[-1]}, got {group_size}; nothing to tune there")
     name = torch.cuda.get_device_name(device)
