@@ -1,7 +1,7 @@
 """``ptq tune``: times the configurations of the GPU kernels for the shapes of one checkpoint."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -29,7 +29,8 @@ def run_tune(options: argparse.Namespace) -> int:
     device = resolve_device("cuda")
     opened = open_checkpoint(options.checkpoint, trust_remote_code=options.trust_remote_code)
     kinds = shapes_of(opened.model)
-    head = opened.model.get_output_embeddings() if options.head_bits else None
+    ask: Callable[[], nn.Module | None] = getattr(opened.model, "get_output_embeddings", lambda: None)
+    head = ask() if options.head_bits else None
     if isinstance(head, nn.Linear):
         group = next((size for size in GROUPS if head.in_features % size == 0), head.in_features)
         kinds.setdefault((options.head_bits, group), set()).add((head.out_features, head.in_features))

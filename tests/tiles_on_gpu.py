@@ -23,7 +23,7 @@ import tile_cases
 import tile_paths
 import torch
 from packed_weights import UNIT, random_case, random_rows, worst_error
-from ptq_kernels import layouts
+from ptq_kernels import layouts, tiles
 from ptq_kernels.layouts import PackedWeight
 from ptq_kernels.triton import configs, launch, workspace
 from torch import Tensor
@@ -87,9 +87,12 @@ def large() -> None:
     times, n, k = (33, 4096, 32768) if ON_GPU else (3, 128, 256)
     case, weight = on_device(native(), n, k, 128, symmetric=False)
     x = random_rows(3, k, torch.bfloat16)
-    parts = {name: torch.cat([getattr(weight, name)] * times) for name in ("qweight", "scales", "zeros")}
-    whole = weight._replace(**parts)
-    assert not ON_GPU or whole.qweight.numel() * whole.qweight.element_size() > 2**31
+    sizes = [tiles.tile_bytes(weight), 2 * n * tiles.groups(weight), n * tiles.groups(weight)]
+    codes, *per_group = weight.qweight.split(sizes)  # then [G', N] scales, of two bytes, and zeros
+    repeated = [part.view(tiles.groups(weight), -1).repeat(1, times).view(-1) for part in per_group]
+    qweight = torch.cat([codes.repeat(times), *repeated])
+    assert not ON_GPU or qweight.numel() > 2**31
+    whole = weight._replace(qweight=qweight, scales=weight.scales.repeat(times, 1), zeros=weight.zeros.repeat(times, 1))
     y = launch.matmul(x.to(DEVICE), whole, None).cpu().view(3, times, n)
     assert worst_error(y[:, -1], x, case, None, 0.0) <= 1
     assert torch.equal(y, y[:, :1].expand_as(y))
