@@ -38,7 +38,7 @@ void multiply(const Input& in, const Weight& w, const Output& out, int32_t mode)
 #if defined(__AMX_BF16__)
   if (in.rows <= 2) return gemv<BITS>(in, w, out);
   if (exact) return amx_exact<BITS>(in, w, out, in.type == BFLOAT16 ? 1 : in.type == FLOAT16 || mode == PAIRS ? 2 : 3);
-  if (in.rows <= (w.group < 64 ? 8 : 16)) return amx_exact<BITS>(in, w, out, 1);
+  if (in.rows <= (w.group < 64 ? 24 : 32)) return amx_exact<BITS>(in, w, out, 1);
   return gemm<AmxTiles, BITS>(in, w, out);
 #else
   if (in.rows <= 4) return gemv<BITS>(in, w, out);
