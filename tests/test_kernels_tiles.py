@@ -169,6 +169,16 @@ def test_machine_code_of_every_tile(capability: int) -> None:
         check_machine_code(form)
 
 
+@pytest.mark.slow
+def test_every_tile_with_two_versions_of_triton() -> None:
+    """In environments of their own, which the script makes where there are none: 3.6, and the newest."""
+    script = Path(__file__).resolve().parent.parent / "scripts" / "compile_check"
+    run = subprocess.run([script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "triton 3.6.0: " in run.stdout
+    assert run.stdout.count("0 forms are not fit to ship") == 2
+
+
 def check_machine_code(form) -> None:
     from ptq_kernels.triton import aot
 
