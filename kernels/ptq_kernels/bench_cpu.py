@@ -241,7 +241,8 @@ def measure(layer: Layer, rows: int, threads: int, seconds: float) -> list[Cell]
                 "rebuild with `python -m ptq_kernels.build` and report it if it stays"
             )
     times: dict[str, list[float]] = {name: [] for name in calls}
-    while unfinished := [name for name, taken in times.items() if len(taken) < 3 or sum(taken) < seconds]:
+    # several times in turn: what disturbs a shared machine for a second must not take all timings of one column
+    while unfinished := [name for name, taken in times.items() if len(taken) < 9 or sum(taken) < seconds]:
         for name in unfinished:
             times[name] += [_seconds(calls[name][1]) for _ in range(3)]
     cells = [
