@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from ptq.errors import ConfigError
 from ptq.formats.gptq import FUSED_LINEARS
 from ptq.nn.linear import QuantLinear
 
@@ -20,9 +21,9 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_tune(options: argparse.Namespace) -> int:
     """Tune, and print what was found."""
-    from ptq_kernels.triton.tune import tune_device
+    from ptq_kernels.triton.tune import NothingToTuneError, tune_device
 
-    from ptq.nn.head import GROUPS
+    from ptq.nn.head import GROUPS, check_head
     from ptq.plan import resolve_device
     from ptq.runtime import open_checkpoint
 
@@ -30,14 +31,20 @@ def run_tune(options: argparse.Namespace) -> int:
     opened = open_checkpoint(options.checkpoint, trust_remote_code=options.trust_remote_code)
     kinds = shapes_of(opened.model)
     ask: Callable[[], nn.Module | None] = getattr(opened.model, "get_output_embeddings", lambda: None)
-    head = ask() if options.head_bits else None
-    if isinstance(head, nn.Linear):
+    if not kinds:
+        raise ConfigError(
+            f"tune needs a packed checkpoint, {options.checkpoint} holds no packed Linear; quantize it first"
+        )
+    head = ask()
+    if options.head_bits:
+        check_head(head, options.head_bits)
+        assert isinstance(head, nn.Linear)
         group = next((size for size in GROUPS if head.in_features % size == 0), head.in_features)
         kinds.setdefault((options.head_bits, group), set()).add((head.out_features, head.in_features))
     for (bits, group_size), shapes in kinds.items():
         try:
             found = tune_device(sorted(shapes), device=device, bits=bits, group_size=group_size, dtype=opened.dtype)
-        except ValueError as error:  # the kernel for such weights has nothing to choose
+        except NothingToTuneError as error:  # the kernel for such weights has nothing to choose
             print(f"{bits} bits, groups of {group_size}: {error}")
             continue
         for problem, (plan, microseconds) in found.items():

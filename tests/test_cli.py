@@ -230,7 +230,7 @@ def test_tune_prints_what_it_timed_for_every_shape_that_is_loaded(
     def clock(shapes: Any, *, bits: int, group_size: int, **_options: Any) -> Any:
         asked[bits, group_size] = set(shapes)
         if bits == 8:
-            raise ValueError("nothing to tune there")
+            raise tuner.NothingToTuneError("nothing to tune there")
         problem = tuner.Problem(bits, 32, 16, *next(iter(shapes)))
         return {problem: (tuner.plans(tuner.Gpu(90, 132), problem)[0], 12.34)}
 

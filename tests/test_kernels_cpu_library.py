@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import gc
 import json
 import logging
 import mmap
@@ -89,6 +90,10 @@ def test_matches_float64(isa: str, shape: tuple[int, int, int], bits: int) -> No
             )
             assert y.dtype == dtype
             assert worst_error(y, x, case, bias, rounded(isa, dtype, rows)) <= 1, (rows, dtype)
+            if dtype == torch.float32 and bits == 4 and isa == "amx":
+                # that bound grows with K, and would not see a term of float32 rows missing: 2.3e-6 and more
+                want = x.double() @ dense_float64(case).T
+                assert (y.double() - bias.double() - want).norm() <= 1e-6 * want.norm() + 1e-6 * n**0.5, rows
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -156,11 +161,23 @@ def test_a_large_weight_begins_with_a_huge_page() -> None:
     size = weight.qweight.numel()
     assert weight.qweight.untyped_storage().nbytes() == size > 2**22
     assert (weight.qweight.data_ptr() % 2**21 == 0) == hasattr(mmap, "MADV_HUGEPAGE")
-    copied = copy.deepcopy(weight.qweight)
+    copied, part = copy.deepcopy(weight.qweight), weight.qweight[-1000:]
     del weight
+    gc.collect()
+    assert torch.equal(part, copied[-1000:])  # the memory lives as long as any part of it is used
     assert torch.equal(
         layouts.convert(packed(case)._replace(qweight=copied, layout="strips"), "canonical").qweight, case.qweight
     )
+
+
+def test_without_room_for_huge_pages_torch_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(strips.mmap, "mmap", full)
+    case = random_case(2050, 4096, 128)
+    weight = layouts.convert(packed(case), "strips")
+    assert torch.equal(layouts.convert(weight, "canonical").qweight, case.qweight)
 
 
 def test_a_canonical_weight_is_converted_for_a_forced_set(isa: str) -> None:

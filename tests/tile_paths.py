@@ -5,6 +5,7 @@ Every function takes a layout and a device, and asserts.
 
 import itertools
 import math
+from unittest.mock import patch
 
 import ptq_kernels
 import tile_cases
@@ -45,7 +46,12 @@ def rows_of_any_kind(layout: str, device: str) -> None:
 
 def dense(layout: str, device: str) -> None:
     """Many rows, and float32 rows, through the dequantized weight in several chunks; and the gradient."""
-    dequant.CHUNK_BYTES = 2 * 128 * 200  # two chunks of 128 rows
+    monkey = patch.object(dequant, "CHUNK_BYTES", 2 * 128 * 200)  # two chunks of 128 rows
+    with monkey:
+        _dense(layout, device)
+
+
+def _dense(layout: str, device: str) -> None:
     for bits, symmetric in ((4, True), (8, False)):
         case = random_case(150, 200, 200, bits, symmetric, torch.float16)
         weight = tile_cases.on_device(tile_cases.tiled(case, layout), device)

@@ -37,10 +37,10 @@ def timed(calls: Sequence[Callable[[], Tensor]], seconds: float) -> Times:
         start = time.perf_counter()
         calls[0]()
         return Times(*[1e6 * (time.perf_counter() - start)] * 4)
-    from ptq_kernels.triton.tune import graph_times
+    from ptq_kernels.triton.tune import LEAST_CALLS, graph_times
 
     rough = statistics.median(graph_times(calls, 3))
-    count = max(len(calls), min(int(LEAST_MICROSECONDS / rough) + 1, MOST_CALLS))
+    count = max(LEAST_CALLS, len(calls), min(int(LEAST_MICROSECONDS / rough) + 1, MOST_CALLS))
     rotated = list(islice(cycle(calls), count))
     times = sorted(graph_times(rotated, min(max(int(1e6 * seconds / (rough * count)), 5), 100)))
     torch.cuda.synchronize()

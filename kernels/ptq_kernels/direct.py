@@ -39,7 +39,9 @@ _ready: dict[tuple[int, Scheme], _Ready] = {}  # by id of qweight
 
 def remember(x: Tensor, weight: PackedWeight, bias: Tensor | None, scheme: Scheme) -> None:
     """Let the next call with these very tensors take the short way, where there is one; `x` has just been served."""
-    if torch.compiler.is_compiling() or weight.perm is not None or not x.numel() or not dispatch.is_best(scheme[3]):
+    if torch.compiler.is_compiling() or weight.perm is not None or not x.numel():
+        return
+    if x.device.type != "cpu" or not dispatch.is_best(scheme[3]):
         return
     qweight, plain = weight.qweight, (Tensor, Parameter)
     if weight.layout != "strips" or not qweight.is_contiguous() or type(qweight) not in plain:

@@ -71,7 +71,10 @@ def _memory(size: int) -> Tensor:
     if size < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=private)  # what is not touched takes no memory
+    try:
+        pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=private)  # what is not touched takes no memory
+    except OSError:  # torch says what is missing
+        return torch.empty(size, dtype=torch.uint8)
     start = -torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
     with contextlib.suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE, start, size // _HUGE_PAGE * _HUGE_PAGE)

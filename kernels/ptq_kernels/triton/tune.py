@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from ptq_kernels import layouts, tiles
+from ptq_kernels import bitstream, layouts, tiles
 from ptq_kernels.layouts import PackedWeight
 from ptq_kernels.triton import configs, launch
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
@@ -28,6 +28,10 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 12, 14, 16, 24, 32)
 Timer = Callable[[Plan | None, Problem], float]
 
 
+class NothingToTuneError(ValueError):
+    """Weights that fragment-order tiles do not know."""
+
+
 class GraphTimer:
     """Microseconds of a launch: a CUDA graph of launches over rotated copies of a random weight, the median replay."""
 
@@ -39,7 +43,7 @@ class GraphTimer:
         """Copies in the layout of the GPU; those of the last shape are kept."""
         if (bits, n, k) not in self._made:
             self._made.clear()
-            words = torch.randint(-(2**31), 2**31, (n, k * bits // 32), dtype=torch.int32, device=self.device)
+            words = torch.randint(-(2**31), 2**31, (n, bitstream.words(k, bits)), dtype=torch.int32, device=self.device)
             scales = torch.rand(n, k // self.group_size, device=self.device).to(self.dtype) * 0.01
             zeros = None if self.symmetric else torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
             weight = PackedWeight(words, scales, zeros, bits, self.group_size, k)
@@ -183,17 +187,19 @@ def tune_device(
 ) -> dict[Problem, tuple[Plan, float]]:
     """Tune products with weights of shapes ``(N, K)`` on a GPU; about a second for each shape, bucket and plan.
 
-    Raises ValueError for bits or a group size that fragment-order tiles do not know.
+    Raises NothingToTuneError for bits or a group size that fragment-order tiles do not know.
     """
     device = torch.device(device)
     device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
     shapes = list(shapes)
     if bits not in tiles.BITS:
-        raise ValueError(f"bits must be {' or '.join(map(str, tiles.BITS))}, got {bits}; nothing to tune there")
+        raise NothingToTuneError(f"bits must be {' or '.join(map(str, tiles.BITS))}, got {bits}; nothing to tune there")
     per_channel = all(k == group_size for _, k in shapes)
     span = tiles.SPANS[0] if per_channel else next((size for size in tiles.SPANS if group_size % size == 0), None)
     if span is None:
-        raise ValueError(f"group_size must be a multiple of {tiles.SPANS[-1]}, got {group_size}; nothing to tune there")
+        raise NothingToTuneError(
+            f"group_size must be a multiple of {tiles.SPANS[-1]}, got {group_size}; nothing to tune there"
+        )
     name = torch.cuda.get_device_name(device)
     provenance = f"timed on {name}, torch {torch.__version__}"
     problems = [Problem(bits, span, m, n, k) for n, k in shapes for m in rows]
