@@ -14,6 +14,7 @@ from cpu_libraries import current_libraries
 from packed_weights import Case, random_case, random_rows
 from ptq_kernels import direct, torch_op
 from ptq_kernels.cpu import library, torch_core
+from ptq_kernels.layouts import PackedWeight
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -297,3 +298,15 @@ def test_torch_may_refuse_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_core, "_core", Core)
     with pytest.raises(OSError, match="torch must take some::strips, it returned 1; use another version"):
         torch_core.Kernel("some", "strips", None)
+
+
+def test_rows_elsewhere_ask_nothing_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a product on a GPU with impl="triton", which no CPU has."""
+
+    def asked(_impl: str) -> bool:
+        raise AssertionError("the implementation was looked up for the CPU")
+
+    monkeypatch.setattr(direct.dispatch, "is_best", asked)
+    case = random_case(48, 64, 32)
+    weight = PackedWeight(*case.tensors, 4, 32, 64)
+    direct.remember(torch.empty(1, 64, device="meta"), weight, None, (4, 32, weight.layout, "triton", None))
