@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -311,11 +312,28 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
     _debug_argument(parser)
 
 
+def _shape(text: str) -> str:
+    """For argparse: input and output features of a layer to time, in groups of 128."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None or int(found[1]) % 128 or not int(found[1]) or not int(found[2]):
+        raise argparse.ArgumentTypeError(f"a shape is KxN, K a multiple of 128 and N at least 1, found {text!r}")
+    return text
+
+
+def _count(text: str) -> int:
+    """For argparse: at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is required, found {text!r}")
+    return int(text)
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu"], help="GPUs are timed by scripts/gpu_check")
-    parser.add_argument("--shapes", nargs="+", metavar="KxN", help="input x output features (default: a Llama-3-8B's)")
-    parser.add_argument("--rows", nargs="+", type=int, help="rows of the input (default: 1 to 512)")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1], help="numbers of threads (default 1)")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="KxN", type=_shape, help="input x output features (default: a Llama-3-8B's)"
+    )
+    parser.add_argument("--rows", nargs="+", type=_count, help="rows of the input (default: 1 to 512)")
+    parser.add_argument("--threads", nargs="+", type=_count, default=[1], help="numbers of threads (default 1)")
     parser.add_argument("--compiled", action="store_true", help="add torch.compile's int4 path (needs a compiler)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
     _debug_argument(parser)

@@ -214,6 +214,22 @@ def test_bench_prints_and_writes_its_figures(tmp_path: Path, capfd: pytest.Captu
     assert json.loads(figures.read_text())["cells"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shapes", "4096"], "a shape is KxN, K a multiple of 128 and N at least 1, found '4096'"),
+        (["--shapes", "100x64"], "a shape is KxN, K a multiple of 128 and N at least 1, found '100x64'"),
+        (["--rows", "0"], "a whole number of at least 1 is required, found '0'"),
+        (["--threads", "two"], "a whole number of at least 1 is required, found 'two'"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_time(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *arguments])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a machine without a GPU")
 def test_tune_needs_a_gpu(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune", str(checkpoint)]) == 2

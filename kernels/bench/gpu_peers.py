@@ -96,9 +96,8 @@ def marlin(weight: Weight) -> Product:
 
 PEERS = {"tinygemm": tinygemm, "humming": humming, "conch": conch, "gemlite": gemlite, "marlin": marlin}
 HALVES = ("marlin",)  # take float16 rows
-FAILURES = (
-    Exception,
-)  # what a package may raise, of compilers and launches too: it is recorded, and the rest is tried
+# What a package may raise, of compilers and launches too: it is recorded, and the rest is tried.
+FAILURES = (Exception,)
 
 
 def present(folder: Path | None) -> list[str]:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 LEAST_BYTES = 128 * 2**20  # of rotated weights: over twice the largest L2
-LEAST_MICROSECONDS = (
-    200  # of a graph, so that a microsecond between two replays counts little; the same for all kernels
-)
+LEAST_MICROSECONDS = 200  # of a graph: a microsecond between two replays counts little, for every kernel alike
 MOST_CALLS = 400  # in a graph
 
 

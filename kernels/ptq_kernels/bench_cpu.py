@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,10 +110,8 @@ class Layer:
             qweight, self.scales, self.zeros, bits=BITS, group_size=GROUP, in_features=self.columns
         )
         most = max(3 * last_level_cache() // 2, 1 << 28)
-        self._dense = {
-            dtype: Copies(lambda dtype=dtype: self.dense.to(dtype, copy=True), most)  # type: ignore[misc]
-            for dtype in (torch.bfloat16, torch.float32)
-        }
+        floats = (torch.bfloat16, torch.float32)
+        self._dense = {dtype: Copies(partial(self.dense.to, dtype, copy=True), most) for dtype in floats}
         self._packed = {name: Copies(self._laid_out(name), most) for name in self.layouts()}
 
     def _laid_out(self, layout: str) -> Callable[[], Tensor]:
