@@ -11,7 +11,7 @@ from ptq_kernels import tiles
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from ptq_kernels.triton import configs, launch, tune, workspace
+from ptq_kernels.triton import ahead, configs, launch, tune, workspace
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 from triton.runtime.errors import OutOfResources
 
@@ -35,9 +35,9 @@ def test_every_problem_has_a_plan_that_fits(gpu: Gpu, bits: int, span: int) -> N
     for rows in (1, 16, 17, 64, 65, 200, 511):
         for n, k in [*LLAMA, (1, 32), (64, 96), (300000, 128), (72, 50000)]:
             problem = Problem(bits, span, rows, n, k)
-            tile, splits = configs.plan(gpu, problem)
+            tile, splits, _ = configs.plan(gpu, problem)
             assert (tile.bits, tile.span) == (bits, span)
-            assert span in (tile.block_k, tile.block_k // 2)
+            assert span % (tile.block_k // 2) == 0
             assert splits == 1 or configs.fits(tile, problem, splits)
             assert tile.block_m <= max(rows, 16) * 2 or gpu.order == 90
 
@@ -45,7 +45,7 @@ def test_every_problem_has_a_plan_that_fits(gpu: Gpu, bits: int, span: int) -> N
 def test_plans_fill_the_gpu_once() -> None:
     """4096 x 4096 has 32 tiles of 128 rows: for one wave of 132 multiprocessors they must be split."""
     for n, k in LLAMA:
-        tile, splits = configs.plan(H200, Problem(4, 128, 1, n, k))
+        tile, splits, _ = configs.plan(H200, Problem(4, 128, 1, n, k))
         programs = -(-n // tile.block_n) * splits
         assert programs >= 64
         assert splits == 1 or programs <= 132 * tile.resident
@@ -53,7 +53,7 @@ def test_plans_fill_the_gpu_once() -> None:
 
 def test_the_rule_where_the_table_is_silent() -> None:
     unknown = Gpu(90, 100)
-    tile, splits = configs.plan(unknown, Problem(4, 128, 1, 4096, 4096))
+    tile, splits, _ = configs.plan(unknown, Problem(4, 128, 1, 4096, 4096))
     assert splits == configs.splits_by_rule(unknown, tile, Problem(4, 128, 16, 4096, 4096)) == 8  # of 512 columns
     assert configs.plan(unknown, Problem(4, 128, 64, 4096, 4096)).splits == 4  # the traffic of the parts
 
@@ -88,11 +88,11 @@ def test_tuning_writes_what_plan_reads() -> None:
 
     best = tune.tune(H200, problems, timer, "a test")
     assert {problem.rows for problem in best} == {16, 64}
-    assert all(plan.splits == 3 for plan, _ in best.values())
+    assert all(plan[1:] == (3, 0) for plan, _ in best.values())  # beginning early gains nothing
     assert configs.plan(H200, problems[0]).splits == 3
     assert configs.plan(A100, problems[0]).splits != 3
-    tune.tune(H200, problems[:1], lambda plan, problem: float(plan.splits), "again")
-    assert configs.plan(H200, problems[0]).splits == 1  # replaced
+    tune.tune(H200, problems[:1], lambda plan, problem: float(plan.splits) - (plan.early > 0) / 2, "again")
+    assert configs.plan(H200, problems[0])[1:] == (1, ahead.BYTES)  # replaced, and it is faster to begin early
     assert configs.plan(H200, problems[1]).splits == 3  # kept
     entries = json.loads(configs.user_file().read_text())["shapes"]
     assert [entry["provenance"] for entry in entries] == ["again", "a test"]
@@ -137,7 +137,7 @@ def test_a_file_of_another_format_is_refused() -> None:
     path = configs.user_file()
     path.parent.mkdir(parents=True)
     path.write_text('{"format": 0}')
-    with pytest.raises(ValueError, match="must have format 1, .* has 0; delete it and tune again"):
+    with pytest.raises(ValueError, match="must have format 2, .* has 0; delete it and tune again"):
         configs.plan(H200, Problem(4, 128, 1, 64, 64))
 
 

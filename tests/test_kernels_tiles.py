@@ -143,16 +143,17 @@ def test_a_gpu_below_the_requirement_is_refused(monkeypatch: pytest.MonkeyPatch)
 @needs_compiler
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize(
-    ("capability", "span", "rows", "width"),
-    [(90, 128, 16, 128), (90, 128, 32, 128), (90, 128, 64, 256), (90, 128, 64, 128), (90, 128, 512, 128),
-     (90, 64, 16, 128), (80, 128, 16, 128)],
+    ("capability", "span", "rows", "name"),
+    [(90, 128, 16, "16x128x128"), (90, 128, 32, "32x128x128"), (90, 128, 64, "64x256x128"), (90, 128, 64, "64x128x128"),
+     (90, 128, 512, "128x128x128"), (90, 128, 512, "64x256x64 folded"), (90, 64, 16, "16x128x128"),
+     (80, 128, 16, "16x128x128")],
 )  # fmt: skip
-def test_machine_code(capability: int, span: int, rows: int, width: int, asymmetric: bool) -> None:
+def test_machine_code(capability: int, span: int, rows: int, name: str, asymmetric: bool) -> None:
     """Of what most products run as; `test_machine_code_of_every_tile` has the rest."""
     from ptq_kernels.triton import aot, configs
 
-    key = (4, span, rows, width)
-    (found,) = [t for t in configs.tiles(capability) if (t.bits, t.span, t.rows, t.block_n) == key]
+    key = (4, span, rows, name)
+    (found,) = [t for t in configs.tiles(capability) if (t.bits, t.span, t.rows, t.name) == key]
     form = aot.Form(found, capability, "bf16", asymmetric)
     check_machine_code(form)
     if capability == 90 and span == 128 and rows <= 64:

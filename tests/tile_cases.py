@@ -89,16 +89,27 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, device
     return y.cpu()
 
 
+def weight_rounding(weight: PackedWeight, rows: int, dtype: torch.dtype, device: str = "cpu") -> float:
+    """What a weight is rounded by, relative, on the way that so many rows take: folded tiles and cuBLAS round it."""
+    from ptq_kernels.triton import configs, launch
+
+    if weight.layout not in launch.ORDERS:
+        return 0.0
+    layer = launch._layer(torch.empty(0, dtype=dtype, device=device), on_device(weight, device), None)
+    rounds = rows >= layer.most_rows or layer.plan(configs.bucket(rows)).tile.folded
+    return UNIT[dtype] if rounds else 0.0
+
+
 def check(spec: Spec, device: str = "cpu") -> float:
     """The error of a random product in units of what rounding allows; at most 1 is right."""
     n, k, group = spec.shape
     case = random_case(n, k, group, spec.bits, spec.symmetric, spec.scales)
     x = random_rows(spec.rows, k, spec.dtype)
     bias = torch.linspace(-1, 1, n).to(spec.dtype) if spec.bias else None
-    y = multiply(x, tiled(case, spec.layout), bias, device)
+    weight = tiled(case, spec.layout)
+    y = multiply(x, weight, bias, device)
     assert y.dtype == spec.dtype
-    # the weight is rounded only where many rows are left to cuBLAS
-    return worst_error(y, x, case, bias, UNIT[spec.dtype] if spec.rows > 256 else 0.0)
+    return worst_error(y, x, case, bias, weight_rounding(weight, spec.rows, spec.dtype, device))
 
 
 def exact(spec: Spec, device: str = "cpu") -> bool:

@@ -14,6 +14,13 @@ from packed_weights import UNIT, Case, dense_float64, random_case, random_rows, 
 from pairwise import pairwise
 from ptq_kernels.triton import configs, dequant, launch
 
+# N, K, group size of weights by the columns that share a scale
+SHAPES_OF_SPAN = {
+    128: [(300, 512, 128), (65, 60, 60), (200, 200, 200), (40, 512, 256)],
+    64: [(130, 256, 64), (72, 384, 192)],
+    32: [(70, 160, 32), (96, 192, 96)],
+}
+
 
 def boundaries(layout: str, device: str) -> None:
     """The last number of rows of each way to multiply, and the first of the next: every row is there, and right."""
@@ -87,6 +94,26 @@ def dequantizer(layout: str, device: str, every: bool = False) -> None:
                 assert torch.equal(found, want.to(dtype)), (bits, n, k, group, dtype)
 
 
+def folded(layout: str, device: str, every: bool = False) -> None:
+    """Every tile that multiplies the scale into the weight, whole and split: right within the rounding of a weight.
+
+    More weight rows and rows of x than a tile has, ragged sizes, groups that a step straddles, scales of other dtypes.
+    """
+    bf16, fp16 = torch.bfloat16, torch.float16
+    dtypes = ((bf16, bf16), (fp16, fp16), (bf16, fp16), (fp16, torch.float32))
+    chosen = [tile for tile in configs.tiles(launch.ORDERS[layout]) if tile.folded]
+    matched = [(tile, shape) for tile in chosen for shape in SHAPES_OF_SPAN[tile.span]]
+    options = [*itertools.product((True, False), (1, 3), dtypes)]
+    for i, (tile, (n, k, group)) in enumerate(matched):
+        for symmetric, splits, (dtype, scales) in options if every else [options[5 * i % 16]]:
+            case = random_case(n, k, group, tile.bits, symmetric, scales)
+            x, bias = random_rows(130, k, dtype), torch.linspace(-1, 1, n).to(dtype)
+            plan = configs.Plan(tile, min(splits, -(-k // tile.block_k)))
+            with launch.forced(plan):
+                y = tile_cases.multiply(x, tile_cases.tiled(case, layout), bias, device)
+            assert worst_error(y, x, case, bias, UNIT[dtype]) <= 1, (plan, n, k, group, symmetric, dtype, scales)
+
+
 def overflow(layout: str, device: str) -> None:
     """A float16 sum beyond 65504 is infinite with its sign, split or not, by the kernel or by dequantizing.
 
@@ -108,4 +135,5 @@ def everything(layout: str, device: str, every: bool = False) -> None:
     """All of them."""
     for path in (boundaries, rows_of_any_kind, dense, overflow):
         path(layout, device)
+    folded(layout, device, every)
     dequantizer(layout, device, every)

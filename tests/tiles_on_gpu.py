@@ -1,6 +1,7 @@
 """The kernels for fragment-order weights run for real; scripts/gpu_check starts this program, pytest does not.
 
-Run:    python tests/tiles_on_gpu.py STAGE, which is "cases PART PARTS" or a name in STAGES
+Run:    python tests/tiles_on_gpu.py STAGE [early], where STAGE is "cases PART PARTS" or a name in STAGES
+With "early" every kernel begins before the one before it has ended, whatever the table says (ptq_kernels.triton.ahead).
 Every stage asserts. Without a GPU each runs on the CPU in Triton's interpreter, in little, to try the program itself.
 """
 
@@ -25,7 +26,7 @@ import torch
 from packed_weights import UNIT, random_case, random_rows, worst_error
 from ptq_kernels import layouts, tiles
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import configs, launch, workspace
+from ptq_kernels.triton import ahead, configs, launch, workspace
 from torch import Tensor
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
@@ -128,23 +129,66 @@ def repeat() -> None:
     for n, k, rows, times in REPEATED if ON_GPU else [(256, 1024, 5, 3)]:
         case, weight = on_device(native(), n, k, 128, symmetric=True)
         x = random_rows(rows, k, torch.bfloat16)
-        there = x.to(DEVICE)
-        stream = torch.cuda.current_stream().cuda_stream if ON_GPU else 0
-        space = workspace.get(there.device, stream)
         gpu = launch.gpu(0) if ON_GPU else configs.Gpu(90, 132)
         plan = configs.plan(gpu, configs.Problem(4, 128, rows, n, k))
-        plan = plan._replace(splits=max(plan.splits, 2))
-        with launch.forced(plan):
-            first = launch.matmul(there, weight, None)
-            assert worst_error(first.cpu(), x, case, None, 0.0) <= 1
-            differing = torch.zeros((), dtype=torch.long, device=DEVICE)
-            for _ in range(times):
-                space.parts.fill_(float("nan"))
-                y = torch.full_like(first, float("nan"))
-                y.copy_(launch.matmul(there, weight, None))
-                differing += (y.view(torch.int16) != first.view(torch.int16)).sum()
-        assert int(differing) == 0, f"{int(differing)} elements changed in {times} runs"
-        assert not space.counters.any()
+        usual = plan._replace(splits=max(plan.splits, 2))
+        folded = [t for t in configs.candidates(gpu, configs.Problem(4, 128, rows, n, k)) if t.folded]
+        for plan in (usual, *(usual._replace(tile=tile) for tile in folded[:1])):
+            _repeated(plan, x, weight, case, times)
+
+
+def _repeated(plan: configs.Plan, x: Tensor, weight: PackedWeight, case: tile_cases.Case, times: int) -> None:
+    there, rows = x.to(DEVICE), x.shape[0]
+    stream = torch.cuda.current_stream().cuda_stream if ON_GPU else 0
+    space = workspace.get(there.device, stream)
+    with launch.forced(plan):
+        first = launch.matmul(there, weight, None)
+        rounding = tile_cases.weight_rounding(weight, rows, x.dtype, DEVICE)
+        assert worst_error(first.cpu(), x, case, None, rounding) <= 1
+        differing = torch.zeros((), dtype=torch.long, device=DEVICE)
+        for _ in range(times):
+            space.parts.fill_(float("nan"))
+            y = torch.full_like(first, float("nan"))
+            y.copy_(launch.matmul(there, weight, None))
+            differing += (y.view(torch.int16) != first.view(torch.int16)).sum()
+    assert int(differing) == 0, f"{int(differing)} elements changed in {times} runs"
+    assert not space.counters.any()
+
+
+def chain() -> None:
+    """Each product takes the result of the one before, which its kernel begins before: as if every one were awaited."""
+    sizes = (1024, 2048, 512, 2048, 1024, 4096) if ON_GPU else (128, 256)
+    weights = [
+        on_device(native(), n, k, 128, symmetric=True)[1]
+        for k, n in zip(sizes, (*sizes[1:], sizes[0]), strict=True)
+    ]  # fmt: skip
+
+    def product(x: Tensor, weight: PackedWeight) -> Tensor:
+        return launch.matmul(x, weight, None).clamp_(-1, 1) if x.shape[0] % 2 else launch.matmul(x, weight, None)
+
+    for rows in (1, 2, 16, 33, 70, 200) if ON_GPU else (2,):
+        first = random_rows(rows, sizes[0], torch.bfloat16).to(DEVICE) * 0.1
+        for weight in weights:
+            launch.warmup(weight, torch.bfloat16)
+        x = first
+        for weight in weights:
+            x = product(x, weight)
+            if ON_GPU:
+                torch.cuda.synchronize()
+
+        def every(first: Tensor = first) -> Tensor:
+            y = first
+            for weight in weights:
+                y = product(y, weight)
+            return y
+
+        assert torch.isfinite(x).all()
+        assert x.abs().max() > 0
+        replay = captured(every)
+        for _ in range(300 if ON_GPU else 1):
+            assert torch.equal(replay(), x), rows
+        for _ in range(300 if ON_GPU else 1):
+            assert torch.equal(every(), x), rows
 
 
 def streams() -> None:
@@ -197,7 +241,7 @@ def graph() -> None:
         else:
             there.copy_(x)
             y = launch.matmul(there, weight, None)
-        assert worst_error(y.cpu(), x, case, None, UNIT[torch.bfloat16] if rows >= 512 else 0.0) <= 1
+        assert worst_error(y.cpu(), x, case, None, tile_cases.weight_rounding(weight, rows, x.dtype, DEVICE)) <= 1
     if ON_GPU:
         launch.forget()
         refusal = "none"
@@ -327,6 +371,7 @@ def memcheck() -> None:
 
 STAGES = {
     "cases": cases,
+    "chain": chain,
     "generate": generate,
     "large": large,
     "layouts": identity,
@@ -340,6 +385,19 @@ STAGES = {
     "loaded": loaded,
 }
 
+
+def begin_early() -> None:
+    """From now on every plan."""
+    usual = configs.plan
+
+    def early(gpu: configs.Gpu, problem: configs.Problem) -> configs.Plan:
+        return usual(gpu, problem)._replace(early=ahead.BYTES)
+
+    configs.plan = early
+
+
 if __name__ == "__main__":
+    if sys.argv[-1] == "early":
+        begin_early()
     STAGES[sys.argv[1]]()
     print(sys.argv[1], "passed on", torch.cuda.get_device_name() if ON_GPU else "the interpreter")

@@ -30,9 +30,9 @@ def timer(tiny: bool) -> tuple[Gpu, tune.Timer]:
     return launch.gpu(0), tune.GraphTimer(torch.device("cuda:0"), torch.bfloat16, GROUP)
 
 
-def described(plan: Plan) -> dict[str, int]:
+def described(plan: Plan) -> dict[str, Any]:
     """What tells a plan from another."""
-    return {"block_m": plan.tile.block_m, "block_n": plan.tile.block_n, "splits": plan.splits}
+    return {"tile": plan.tile.name, "splits": plan.splits, "early": plan.early}
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 ``python -m ptq_kernels.triton.aot`` compiles every tile of the table and prints registers, spills, resident programs,
 instructions a weight and every violation of `violations`; the exit status says whether there was one.
 
-The longest backward branch counts as the main loop. The machine code is read as text, with the opcodes that these
-kernels use. No timing comes out of this.
+The longest backward branch around a tensor-core instruction counts as the main loop. The machine code is read as text,
+with the opcodes that these kernels use. No timing comes out of this.
 """
 
 import argparse
@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ptq_kernels.triton import configs, dequant
+from ptq_kernels.triton import ahead, configs, dequant
 from ptq_kernels.triton.configs import Tile
 from ptq_kernels.triton.tiled import tiled_kernel
+from ptq_kernels.triton.wide import wide_kernel
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_MOST_SPILLED, _MOST_SPILLED_RAGGED = 8, 24  # bytes
+_MOST_SPILLED, _MOST_SPILLED_RARELY = 8, 24  # bytes
 _SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB; each resident program takes 1 KiB of it besides its own
 _MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB of one program
 _RECORDED = (90, 80)  # whose programs and instructions the table of tiles records
@@ -36,7 +37,7 @@ _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 
 
 class Form(NamedTuple):
-    """One specialisation of `tiled_kernel`."""
+    """One specialisation of the kernel of a tile."""
 
     tile: Tile
     capability: int
@@ -45,6 +46,7 @@ class Form(NamedTuple):
     split: bool = True
     bias: bool = False
     even: bool = True  # the columns are a multiple of a step
+    early: bool = False  # begins before the kernel before it has ended
 
     @property
     def name(self) -> str:
@@ -52,9 +54,8 @@ class Form(NamedTuple):
         t = self.tile
         kind = "asymmetric" if self.asymmetric else "symmetric"
         rest = "" if self.split else "-whole" + "-bias" * self.bias + "-ragged" * (not self.even)
-        return (
-            f"sm{self.capability}-{t.bits}bit-g{t.span}-{t.block_m}x{t.block_n}x{t.block_k}-{self.dtype}-{kind}{rest}"
-        )
+        rest += "-early" * self.early
+        return f"sm{self.capability}-{t.bits}bit-g{t.span}-{t.name.replace(' ', '-')}-{self.dtype}-{kind}{rest}"
 
 
 class Report(NamedTuple):
@@ -100,11 +101,12 @@ def compile_form(form: Form) -> Any:
         "BM": tile.block_m,
         "BN": tile.block_n,
         "BK": tile.block_k,
+        "AHEAD": ahead.BYTES if form.early else 0,
         "USE_ASM": True,
     }
     pointers = {"w_ptr": "*u8", "parts_ptr": "*fp32", "counters_ptr": "*i32"}
     pointers |= dict.fromkeys(("x_ptr", "b_ptr", "y_ptr"), "*" + form.dtype)
-    return _compile(tiled_kernel, constants, pointers, form.capability, options(tile))
+    return _compile(kernel_of(tile), constants, pointers, form.capability, options(tile, form.early))
 
 
 def compile_dequantizer(capability: int, *, asymmetric: bool) -> Any:
@@ -138,10 +140,17 @@ def _compile(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
 
 
-def options(tile: Tile) -> dict[str, Any]:
-    """The compiler's options for a tile."""
+def kernel_of(tile: Tile) -> Any:
+    """The kernel that a tile is made for; both take the same arguments."""
+    return wide_kernel if tile.folded else tiled_kernel
+
+
+def options(tile: Tile, early: bool) -> dict[str, Any]:
+    """The compiler's options for a tile, whose kernel may begin early."""
     # Fusing is for the accumulator's multiply-add: Triton 3.10 no longer fuses unasked.
     chosen = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    if early:
+        chosen["launch_pdl"] = True
     return chosen if tile.max_registers is None else {**chosen, "maxnreg": tile.max_registers}
 
 
@@ -186,12 +195,15 @@ def inspect(kernel: Any, form: Form) -> Report:
 
 
 def _main_loop(lines: Sequence[tuple[int, str]]) -> tuple[int, int]:
+    """(first, last address) of the longest loop, of those with tensor-core instructions where there are such."""
     spans = [
         (int(target[1], 16), at)
         for at, line in lines
         if (target := re.search(r"BRA\b.*?(0x[0-9a-f]+)", line)) and int(target[1], 16) < at
     ]
-    return max(spans, key=lambda span: span[1] - span[0], default=(0, -1))
+    products = [at for at, line in lines if "MMA." in line]
+    with_products = [(first, last) for first, last in spans if any(first <= at <= last for at in products)]
+    return max(with_products or spans, key=lambda span: span[1] - span[0], default=(0, -1))
 
 
 def _bare(line: str) -> str:
@@ -264,13 +276,14 @@ def violations(form: Form, report: Report) -> list[str]:
 def _spills_little(form: Form, report: Report) -> bool:
     """None by Triton 3.6; by later ones two registers around the loop, with a ragged last step, which is rare, six.
 
-    3.7.1 and 3.9 do that in some forms, each in others.
+    3.7.1 and 3.9 do that in some forms, each in others. Folded tiles, which are made to fit a number of registers, may
+    spill six around the loop with any.
     """
-    if triton.__version__.startswith("3.6."):
+    rare = form.tile.folded or not form.even
+    if triton.__version__.startswith("3.6.") and not form.tile.folded:
         return report.stack == 0
-    if not form.even:
-        return report.stack <= _MOST_SPILLED_RAGGED
-    return report.stack <= _MOST_SPILLED and report.loop["LDL"] + report.loop["STL"] == 0
+    in_loop = report.loop["LDL"] + report.loop["STL"]
+    return report.stack <= (_MOST_SPILLED_RARELY if rare else _MOST_SPILLED) and (in_loop == 0 or not form.even)
 
 
 def _most_permutations(form: Form, report: Report) -> float:
@@ -290,13 +303,17 @@ def most_instructions(form: Form) -> float:
     tile = form.tile
     recorded = configs.recorded_instructions(order_of(form.capability), tile, form.dtype, form.asymmetric)
     recorded *= 1.05 if form.capability in _RECORDED else 1.10
-    few = order_of(form.capability) == 90 and tile.block_m <= 64 and (tile.bits, tile.span) == (4, 128)
+    few = (
+        order_of(form.capability) == 90
+        and tile.block_m <= 64
+        and (tile.bits, tile.span, tile.folded) == (4, 128, False)
+    )
     # the masks of a ragged last step are not counted: sizes that need them are rare, and none has them in each step
     return (min(recorded, _MOST_FOR_FEW_ROWS) if few else recorded) if form.even else float("inf")
 
 
 def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
-    """Every tile in both dtypes, symmetric and not, split; and whole, with a bias and a ragged last step."""
+    """Every tile in both dtypes, symmetric and not, split; whole, with a bias and a ragged last step; and early."""
     found = []
     for capability in capabilities:
         # the same tile may serve several numbers of rows
@@ -304,6 +321,8 @@ def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
             for asymmetric in (False, True):
                 found += [Form(tile, capability, dtype, asymmetric) for dtype in ("bf16", "fp16")]
                 found.append(Form(tile, capability, "bf16", asymmetric, split=False, bias=True, even=False))
+                if capability >= ahead.LEAST_CAPABILITY:
+                    found.append(Form(tile, capability, "bf16", asymmetric, early=True))
     return found
 
 

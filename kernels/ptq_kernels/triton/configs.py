@@ -12,7 +12,7 @@ SHIPPED = Path(__file__).with_name("configs.json")
 BUCKETS = (16, 32, 64, 128, 256, 512)  # numbers of rows are rounded up to one of these
 _SMALL = 64  # rows of the largest bucket that one tile covers
 _WELL_FILLED = 0.7  # of the GPU: the first tile of the table that does is taken
-FORMAT = 1
+FORMAT = 2
 
 
 class Tile(NamedTuple):
@@ -28,6 +28,12 @@ class Tile(NamedTuple):
     stages: int
     max_registers: int | None  # a limit for the compiler; None: its own choice
     resident: int  # programs that fit a multiprocessor, by registers and shared memory
+    folded: bool = False  # the scale is multiplied into the weight (wide.py) instead of the accumulator (tiled.py)
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other tiles for the same rows, bits and span."""
+        return f"{self.block_m}x{self.block_n}x{self.block_k}" + " folded" * self.folded
 
 
 class Gpu(NamedTuple):
@@ -53,10 +59,13 @@ class Problem(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A tile and over how many programs the columns are split."""
+    """A tile, over how many programs the columns are split, and whether the kernel begins early (ahead.py)."""
 
     tile: Tile
     splits: int
+    early: int = (
+        0  # bytes of each row of weight tiles to ask for before the kernel before has ended; 0: it begins after
+    )
 
 
 def bucket(rows: int) -> int:
@@ -149,8 +158,8 @@ def _listed(path: Path, gpu: Gpu, problem: Problem) -> Plan | None:
         if not (same_gpu and same_kind and least_n <= problem.n <= most_n and least_k <= problem.k <= most_k):
             continue
         for tile in candidates(gpu, problem):
-            if (tile.block_m, tile.block_n) == tuple(entry["tile"]) and fits(tile, problem, entry["splits"]):
-                return Plan(tile, entry["splits"])
+            if tile.name == entry["tile"] and fits(tile, problem, entry["splits"]):
+                return Plan(tile, entry["splits"], entry.get("early", 0))
     return None
 
 
@@ -168,5 +177,5 @@ def plan(gpu: Gpu, problem: Problem) -> Plan:
 
 def recorded_instructions(order: int, tile: Tile, dtype: str, asymmetric: bool) -> float:
     """The most instructions a weight of the tile's main loop that were counted when the table was made."""
-    key = f"{order} {tile.bits} {tile.span} {tile.block_m}x{tile.block_n} {dtype} {'asym' if asymmetric else 'sym'}"
+    key = f"{order} {tile.bits} {tile.span} {tile.name} {dtype} {'asym' if asymmetric else 'sym'}"
     return float(_read(SHIPPED)["instructions"].get(key, 0.0))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ptq_kernels.triton.fragments import centered, raised_codes
-from ptq_kernels.triton.tiled import scales_of, tile_pointers, zeros_of
+from ptq_kernels.triton.pointers import scales_of, tile_pointers, zeros_of
 
 BLOCK_N = 64
 BLOCK_K = 128

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ptq_kernels import tiles
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import configs, dequant, w4a16, workspace
-from ptq_kernels.triton.aot import options
+from ptq_kernels.triton import ahead, configs, dequant, w4a16, workspace
+from ptq_kernels.triton.aot import kernel_of, options
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
-from ptq_kernels.triton.tiled import tiled_kernel
 
 ORDERS = {"tile_sm90": 90, "tile_sm80": 80}
 _SCALES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -34,13 +33,15 @@ def gpu(index: int) -> Gpu:
 
 
 class _Launch:
-    """`tiled_kernel` with one set of constants, for any rows that `plan` serves."""
+    """The kernel of a tile with one set of constants, for any rows that `plan` serves."""
 
-    def __init__(self, plan: Plan, constants: tuple[Any, ...], even_k: bool) -> None:
-        self.tile, self.splits = plan
+    def __init__(self, plan: Plan, constants: tuple[Any, ...], even_k: bool, capability: int) -> None:
+        self.tile, self.splits, early = plan
+        if w4a16.interpreted() or capability < ahead.LEAST_CAPABILITY:
+            early = 0
         tile = plan.tile
-        self.constants = (*constants, self.splits > 1, even_k, tile.block_m, tile.block_n, tile.block_k)
-        self.options = options(tile)
+        self.constants = (*constants, self.splits > 1, even_k, tile.block_m, tile.block_n, tile.block_k, early)
+        self.options = options(tile, early > 0)
         self.compiled: Any = None
 
     def __call__(self, x: Tensor, qweight: Tensor, bias: Tensor | None, y: Tensor, stream: int) -> None:
@@ -60,7 +61,7 @@ class _Launch:
                 f"the kernel for {rows} rows of a {outputs} x {columns} weight must be compiled before a CUDA graph is "
                 "captured, it is not; call ptq_kernels.warmup, or matmul once with so many rows, before"
             )
-        compiled = tiled_kernel[grid](*arguments, **self.options)
+        compiled = kernel_of(self.tile)[grid](*arguments, **self.options)
         if not w4a16.interpreted():
             self.compiled = compiled
 
@@ -105,7 +106,8 @@ class _Layer:
         found = self.launches.get(bucket)
         if found is None:
             plan = self.plan(bucket)
-            found = _Launch(plan, (*self.scheme, self.has_bias), self.shape[1] % plan.tile.block_k == 0)
+            even = self.shape[1] % plan.tile.block_k == 0
+            found = _Launch(plan, (*self.scheme, self.has_bias), even, self.gpu.capability)
             self.launches[bucket] = found
         return found
 

@@ -3,9 +3,6 @@
 The codes stay exact small integers; the group's scale multiplies the float32 accumulator, once a step. That form waits
 for the product in every step, which is what keeps it right with Triton 3.6: accumulating in place lets its assembler
 write operand registers that an asynchronous wgmma may still read.
-
-Split over K: each of the programs of an output tile writes its float32 part to a workspace; the last one to arrive,
-known by a counter, adds the parts in their order. The result has the same bits in every run, whoever comes last.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -16,47 +13,10 @@ known by a counter, adds the parts in their order. The result has the same bits 
 import triton
 import triton.language as tl
 
+from ptq_kernels.triton.ahead import begin
 from ptq_kernels.triton.fragments import centered, half_tiles, raised_codes
-
-
-@triton.jit
-def _padded(size):
-    return (size + 127) // 128 * 128
-
-
-@triton.jit
-def scales_of(w_ptr, N, K, BITS: tl.constexpr, SCALES: tl.constexpr):
-    """The scales behind the tiles, as a pointer to SCALES."""
-    return (w_ptr + tl.cast(_padded(N), tl.int64) * _padded(K) * BITS // 8).to(tl.pointer_type(SCALES), bitcast=True)
-
-
-@triton.jit
-def zeros_of(w_ptr, N, K, BITS: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr):
-    """The zeros behind the scales."""
-    rows = tl.cast(_padded(N), tl.int64)
-    if GROUP:
-        rows *= (_padded(K) + GROUP - 1) // GROUP + 2
-    scales = scales_of(w_ptr, N, K, BITS, SCALES) + rows
-    return scales.to(tl.pointer_type(tl.uint8), bitcast=True)
-
-
-@triton.jit
-def tile_pointers(w_ptr, first_n, first_k, N, K, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Pointers ``[pieces, 512 * BITS or 2048]`` to rows first_n.. and columns first_k.., both in units of 64.
-
-    A piece is a tile of 4 bits, or half a tile of 8 bits (or of 4 where BK is 32). The row varies fastest, as among
-    the warps of a product. Rows beyond the padded N are those of the last tile.
-    """
-    PIECE: tl.constexpr = 32 if BITS == 8 or BK == 32 else 64  # columns
-    A: tl.constexpr = BN // 64
-    piece = tl.arange(0, A * BK // PIECE)
-    across = piece // A
-    down = first_n + piece % A
-    if BN > 128:  # which N is padded to
-        down = tl.minimum(down, _padded(N) // 64 - 1)
-    tile = down.to(tl.int64) * (_padded(K) // 64) + first_k + across * PIECE // 64
-    start = tile * (512 * BITS) + across % (64 // PIECE) * (8 * BITS * PIECE)
-    return w_ptr + start[:, None] + tl.arange(0, 8 * BITS * PIECE)[None, :]
+from ptq_kernels.triton.pointers import load_x, padded, scale_and_zero, scale_pointers, tile_pointers
+from ptq_kernels.triton.splits import own_steps, store
 
 
 @triton.jit
@@ -64,42 +24,6 @@ def _product(t, x, scale, USE_ASM: tl.constexpr):
     if not USE_ASM:
         x = x.to(tl.float32)  # the interpreter multiplies the bit patterns of bfloat16
     return tl.dot(t, x, input_precision="ieee") * scale.to(tl.float32)[:, None]
-
-
-@triton.jit
-def _load_x(x_ptrs, k, in_m, K, EVEN_K: tl.constexpr, MASK_M: tl.constexpr):
-    if MASK_M and EVEN_K:
-        x = tl.load(x_ptrs, mask=in_m[None, :], other=0.0, eviction_policy="evict_last")
-    elif MASK_M:
-        x = tl.load(x_ptrs, mask=in_m[None, :] & (k < K)[:, None], other=0.0, eviction_policy="evict_last")
-    elif EVEN_K:
-        x = tl.load(x_ptrs, eviction_policy="evict_last")
-    else:
-        x = tl.load(x_ptrs, mask=(k < K)[:, None], other=0.0, eviction_policy="evict_last")
-    return x
-
-
-@triton.jit
-def _own_steps(K, BK: tl.constexpr, SPLIT: tl.constexpr):
-    """(first step, number of steps) of this program."""
-    first = 0
-    count = tl.cdiv(K, BK)
-    if SPLIT:
-        each = tl.cdiv(count, tl.num_programs(1))
-        first = tl.program_id(1) * each
-        count = tl.minimum(each, count - first)
-    return first, count
-
-
-@triton.jit
-def _scale_pointers(w_ptr, n, first_k, N, K, BITS: tl.constexpr, SCALES: tl.constexpr, GROUP: tl.constexpr,
-                    BN: tl.constexpr):  # fmt: skip
-    """Pointers to the scales and the zeros of rows n and column first_k. Rows beyond the padded N are the last one."""
-    if BN > 128:  # which N is padded to
-        n = tl.minimum(n, _padded(N) - 1)
-    if GROUP:
-        n += tl.cast(first_k // GROUP, tl.int64) * _padded(N)
-    return scales_of(w_ptr, N, K, BITS, SCALES) + n, zeros_of(w_ptr, N, K, BITS, SCALES, GROUP) + n
 
 
 @triton.jit
@@ -120,40 +44,6 @@ def _second_row(step, width, BK: tl.constexpr, GROUP: tl.constexpr):
         return width
     else:
         return ((step * BK + BK // 2) // GROUP - step * BK // GROUP) * width
-
-
-@triton.jit
-def _scale_and_zero(scale_ptrs, zero_ptrs, ASYM: tl.constexpr):
-    scale = tl.load(scale_ptrs)
-    zero = scale
-    if ASYM:
-        zero = tl.load(zero_ptrs)
-    return scale, zero
-
-
-@triton.jit
-def _store(
-    acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr
-):  # fmt: skip
-    """Store a tile of y.T; of a split one, store the part, and the last to arrive stores the sum of all parts."""
-    mask = (m < M)[None, :] & (n < N)[:, None]
-    offset = m.to(tl.int64)[None, :] * N + n[:, None]
-    last = True
-    if SPLIT:
-        size = M.to(tl.int64) * N
-        tl.store(parts_ptr + tl.program_id(1) * size + offset, acc, mask=mask)
-        tl.debug_barrier()  # the parts of all threads are written before the one atomic below publishes them
-        arrived = tl.atomic_add(counters_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
-        last = arrived == tl.num_programs(1) - 1
-        if last:
-            acc = tl.zeros_like(acc)
-            for i in range(tl.num_programs(1)):
-                acc += tl.load(parts_ptr + i * size + offset, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(counters_ptr + tl.program_id(0), 0)
-    if last:
-        if HAS_BIAS:
-            acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -178,6 +68,7 @@ def tiled_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    AHEAD: tl.constexpr,  # bytes of each row of tiles to ask for before the kernel before has ended; 0: wait at once
     USE_ASM: tl.constexpr,  # False in the interpreter, which knows no assembly
 ):
     """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile (M fastest), split. BK / 2 divides the group."""
@@ -189,12 +80,14 @@ def tiled_kernel(
     LOADS: tl.constexpr = 2 if HALVES and (PART == 64 or BITS == 8) else 1  # of the weight, in a step
     rows = tl.cdiv(M, BM)
     pn = tl.program_id(0) // rows
-    first, count = _own_steps(K, BK, SPLIT)
+    first, count = own_steps(K, BK, SPLIT)
+    if AHEAD:
+        begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, BN, BK, AHEAD)
     m = tl.program_id(0) % rows * BM + tl.arange(0, BM)
     n = pn * BN + tl.arange(0, BN)
     in_m = m < M
-    width = _padded(N)
-    scale_ptrs, zero_ptrs = _scale_pointers(w_ptr, n, first * BK, N, K, BITS, SCALES, GROUP, BN)
+    width = padded(N)
+    scale_ptrs, zero_ptrs = scale_pointers(w_ptr, n, first * BK, N, K, BITS, SCALES, GROUP, BN)
     q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), N, K, BITS, BN, BK // LOADS)
     k = first * BK + tl.arange(0, PART)
     # Many rows: those beyond M read the last one and are not stored, as a mask costs three instructions a copy. Few
@@ -205,14 +98,14 @@ def tiled_kernel(
     q_offset, x_offset = 0, 0
     acc = tl.zeros((BN, BM), tl.float32)
     second = _second_row(first, width, BK, GROUP)
-    scale, zero = _scale_and_zero(scale_ptrs, zero_ptrs, ASYM)
+    scale, zero = scale_and_zero(scale_ptrs, zero_ptrs, ASYM)
     if HALVES:
-        scale1, zero1 = _scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
+        scale1, zero1 = scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
     for i in range(count):
         q = tl.load(q_ptrs + q_offset, eviction_policy="evict_first")
-        x = _load_x(x_ptrs + x_offset, k + x_offset, in_m, K, EVEN_K, MASK_M)
+        x = load_x(x_ptrs + x_offset, k + x_offset, in_m, K, EVEN_K, MASK_M)
         if HALVES:
-            x1 = _load_x(x_ptrs + x_offset + PART, k + x_offset + PART, in_m, K, EVEN_K, MASK_M)
+            x1 = load_x(x_ptrs + x_offset + PART, k + x_offset + PART, in_m, K, EVEN_K, MASK_M)
             if LOADS == 2:
                 q1 = tl.load(q_ptrs + q_offset + PART * (8 * BITS), eviction_policy="evict_first")
         # Triton pipelines only the loads that feed the product: the next scales are fetched one step ahead by hand.
@@ -224,16 +117,16 @@ def tiled_kernel(
             ahead = _rows_ahead(step, width, BK, GROUP)
             scale_ptrs += ahead
             zero_ptrs += ahead
-            next_scale, next_zero = _scale_and_zero(scale_ptrs, zero_ptrs, ASYM)
+            next_scale, next_zero = scale_and_zero(scale_ptrs, zero_ptrs, ASYM)
         if HALVES:
             if LOADS == 1:
                 q, q1 = half_tiles(q, BN // 64)
             t1 = raised_codes(q1, BITS, ORDER, BN, PART, DTYPE, USE_ASM)
             acc += _product(centered(t1, zero1, BITS, ASYM, DTYPE, USE_ASM), x1, scale1, USE_ASM)
-            scale1, zero1 = _scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
+            scale1, zero1 = scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
         t = centered(raised_codes(q, BITS, ORDER, BN, PART, DTYPE, USE_ASM), zero, BITS, ASYM, DTYPE, USE_ASM)
         acc += _product(t, x, scale, USE_ASM)
         q_offset += BK * (8 * BITS)
         x_offset += BK
         scale, zero = next_scale, next_zero
-    _store(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS, SPLIT)
+    store(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS, SPLIT)

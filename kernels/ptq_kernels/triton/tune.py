@@ -16,13 +16,13 @@ from triton.runtime.errors import OutOfResources
 
 from ptq_kernels import bitstream, layouts, tiles
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import configs, launch
+from ptq_kernels.triton import ahead, configs, launch
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
 _L2_BYTES = 128 * 2**20  # copies of a weight are rotated through at least so much, so that no cache holds them
 LEAST_CALLS = 20  # in a graph: what a replay costs besides them counts little
 _SMALL = 64  # rows up to which the weight is never dequantized
-_SPLITS = (1, 2, 3, 4, 6, 8, 12, 14, 16, 24, 32)
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 14, 16, 24, 32)
 
 # Microseconds of a product by a plan, or, without one, with the dequantized weight.
 Timer = Callable[[Plan | None, Problem], float]
@@ -90,7 +90,7 @@ def plans(gpu: Gpu, problem: Problem) -> list[Plan]:
     return [
         Plan(tile, splits)
         for tile in configs.candidates(gpu, problem)
-        for splits in _SPLITS
+        for splits in SPLITS
         if configs.fits(tile, problem, splits)
     ]
 
@@ -98,7 +98,8 @@ def plans(gpu: Gpu, problem: Problem) -> list[Plan]:
 def tune(gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str) -> dict[Problem, tuple[Plan, float]]:
     """Time every plan of every problem, write the best ones to `configs.user_file`, and return them with their times.
 
-    Plans that do not fit the GPU are passed over. Where there are problems of more than 64 rows, the number of rows
+    Where kernels can begin early (ahead.py), the three best plans of a problem are timed so as well. Plans that do not
+    fit the GPU are passed over. Where there are problems of more than 64 rows, the number of rows
     from which the weight is dequantized is written too. The file keeps its other entries. It is written under a lock
     and replaced at once, so that several processes may tune at the same time and readers never see half of it.
     """
@@ -110,6 +111,10 @@ def tune(gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str) -
         for plan in plans(gpu, problem):
             with contextlib.suppress(OutOfResources):
                 timed.append((timer(plan, problem), plan))
+        timed.sort(key=lambda pair: pair[0])
+        if gpu.capability >= ahead.LEAST_CAPABILITY:
+            early = [plan._replace(early=ahead.BYTES) for _, plan in timed[:3]]
+            timed += [(timer(plan, problem), plan) for plan in early]
         fastest = min(timed, key=lambda pair: pair[0])
         best[problem] = (fastest[1], fastest[0])
         if problem.rows > _SMALL:
@@ -142,8 +147,9 @@ def _entry(gpu: Gpu, problem: Problem, plan: Plan, microseconds: float, provenan
         "rows": problem.rows,
         "n": [problem.n, problem.n],
         "k": [problem.k, problem.k],
-        "tile": [plan.tile.block_m, plan.tile.block_n],
+        "tile": plan.tile.name,
         "splits": plan.splits,
+        "early": plan.early,
         "microseconds": round(microseconds, 2),
         "provenance": provenance,
     }

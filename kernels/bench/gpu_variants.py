@@ -1,0 +1,102 @@
+"""Times forms of the kernels that no table has, one thing changed at a time, to learn what a GPU likes; writes JSON.
+
+Run:    python kernels/bench/gpu_variants.py out.json [--seconds 200] [--rows 16 64 128] [--tiny]
+Each variant is timed with every number of splits that fits. "late" begins after the kernel before has ended, as all
+kernels did before programmatic dependent launch. What wins here belongs into the table of tiles
+(ptq_kernels/triton/configs.json), where `ptq tune` chooses.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from triton.runtime.errors import OutOfResources
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_linear import GROUP, SHAPES
+from gpu_tune import timer
+from ptq_kernels.triton import ahead, configs, tune
+from ptq_kernels.triton.configs import Gpu, Plan, Problem, Tile
+
+
+class Variant(NamedTuple):
+    """A tile, and how early its kernel begins."""
+
+    tile: Tile
+    early: int  # bytes of each row of tiles asked for before the kernel before has ended; 0: late
+
+    @property
+    def name(self) -> str:
+        """All of it."""
+        t = self.tile
+        return f"{t.name} warps {t.warps} stages {t.stages} registers {t.max_registers} early {self.early}"
+
+
+def variants(gpu: Gpu, rows: int) -> list[Variant]:
+    """The tiles of the table; of the first, other stages and beginnings; tiles that the table lacks."""
+    usual = ahead.BYTES if gpu.capability >= ahead.LEAST_CAPABILITY else 0
+    tiles = configs.candidates(gpu, Problem(4, GROUP, rows, *SHAPES[0]))
+    found = [Variant(tile, usual) for tile in tiles]
+    found += [Variant(tile, 0) for tile in tiles]
+    first = tiles[0]
+    found += [Variant(first, early) for early in (4096, 131072) if usual]
+    others = [first._replace(stages=stages) for stages in (2, 3, 5, 6)]
+    if rows <= 16:
+        narrow = first._replace(block_n=64)
+        others += [narrow._replace(stages=stages, max_registers=None) for stages in (4, 6, 8)]
+        others += [first._replace(max_registers=None), first._replace(block_n=256, warps=8, stages=3)]
+    else:
+        folded = first._replace(block_m=64, block_n=256, block_k=64, warps=8, max_registers=128, folded=True)
+        others += [folded._replace(stages=stages) for stages in (3, 5, 6)]
+        others += [folded._replace(max_registers=None, stages=6), folded._replace(block_n=128, warps=4, stages=5)]
+        others += [folded._replace(block_m=128, max_registers=None, stages=stages) for stages in (3, 5)]
+        others += [folded._replace(block_m=128, max_registers=None, block_k=128, stages=3)]
+        others += [folded._replace(block_m=256, block_n=128, max_registers=None, stages=stages) for stages in (3, 4)]
+    return list(dict.fromkeys([*found, *(Variant(tile, usual) for tile in others)]))
+
+
+def timings(gpu: Gpu, clock: tune.Timer, problem: Problem) -> Iterator[dict[str, Any]]:
+    """A record for each variant and number of splits."""
+    for variant in variants(gpu, problem.rows):
+        record = {"n": problem.n, "k": problem.k, "m": problem.rows, "variant": variant.name}
+        for splits in tune.SPLITS:
+            if not configs.fits(variant.tile, problem, splits):
+                continue
+            try:
+                microseconds = clock(Plan(variant.tile, splits, variant.early), problem)
+                yield record | {"splits": splits, "microseconds": microseconds}
+            except (OutOfResources, RuntimeError) as error:  # a form that this Triton cannot compile
+                yield record | {"splits": splits, "refused": f"{type(error).__name__}: {error}"[:200]}
+                break
+
+
+def main() -> None:
+    """Parse the command line, time, write after every shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seconds", type=float, default=200.0, help="nothing further is begun after that")
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 128, 64, 256, 512])
+    parser.add_argument("--tiny", action="store_true", help="a made-up clock, on any machine, to try the bench itself")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    gpu, clock = timer(options.tiny)
+    records: list[dict[str, Any]] = []
+    shapes = SHAPES[:1] if options.tiny else [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)]
+    for rows in options.rows[:2] if options.tiny else options.rows:
+        for n, k in shapes:
+            if time.monotonic() > end:
+                break
+            records += timings(gpu, clock, Problem(4, GROUP, rows, n, k))
+            options.output.write_text(json.dumps({"records": records}, indent=1))
+            timed = [r for r in records if (r["n"], r["k"], r["m"]) == (n, k, rows) and "microseconds" in r]
+            for record in sorted(timed, key=lambda r: r["microseconds"])[:6]:
+                print(record, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Products split over K: which steps a program takes, and how the parts become one, as parts of Triton kernels.
+
+Each of the programs of an output tile writes its float32 part to a workspace; the last one to arrive, known by a
+counter, adds the parts in their order. The result has the same bits in every run, whoever comes last.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# (the arguments of a kernel are Triton's, and triton.jit carries no annotations)
+# (Triton compiles what follows a return)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def own_steps(K, BK: tl.constexpr, SPLIT: tl.constexpr):
+    """(first step, number of steps) of this program."""
+    first = 0
+    count = tl.cdiv(K, BK)
+    if SPLIT:
+        each = tl.cdiv(count, tl.num_programs(1))
+        first = tl.program_id(1) * each
+        count = tl.minimum(each, count - first)
+    return first, count
+
+
+@triton.jit
+def store(
+    acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """Store a tile of y.T; of a split one, store the part, and the last to arrive stores the sum of all parts."""
+    TOGETHER: tl.constexpr = 64 // acc.shape[1] if acc.shape[1] < 64 else 1  # parts whose loads wait for each other
+    mask = (m < M)[None, :] & (n < N)[:, None]
+    last = True
+    if SPLIT:
+        splits = tl.num_programs(1)
+        size = M * N  # the workspace holds fewer than 2**31 values
+        offset = m[None, :] * N + n[:, None]
+        tl.store(parts_ptr + (tl.program_id(1) * size + offset), acc, mask=mask)
+        tl.debug_barrier()  # the parts of all threads are written before the one atomic below publishes them
+        arrived = tl.atomic_add(counters_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+        last = arrived == splits - 1
+        if last:
+            acc = tl.zeros_like(acc)
+            # A load of a part takes most of a microsecond: several are under way at a time, as many as registers hold.
+            for i in range(0, splits, TOGETHER):
+                for j in tl.static_range(TOGETHER):
+                    part = parts_ptr + ((i + j) * size + offset)
+                    acc += tl.load(part, mask=mask & (i + j < splits), other=0.0, cache_modifier=".cg")
+            tl.store(counters_ptr + tl.program_id(0), 0)
+    if last:
+        if HAS_BIAS:
+            acc += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        y_ptrs = y_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
