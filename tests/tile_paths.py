@@ -107,7 +107,7 @@ def folded(layout: str, device: str, every: bool = False) -> None:
     for i, (tile, (n, k, group)) in enumerate(matched):
         for symmetric, splits, (dtype, scales) in options if every else [options[5 * i % 16]]:
             case = random_case(n, k, group, tile.bits, symmetric, scales)
-            x, bias = random_rows(130, k, dtype), torch.linspace(-1, 1, n).to(dtype)
+            x, bias = random_rows(tile.block_m + 6, k, dtype), torch.linspace(-1, 1, n).to(dtype)
             plan = configs.Plan(tile, min(splits, -(-k // tile.block_k)))
             with launch.forced(plan):
                 y = tile_cases.multiply(x, tile_cases.tiled(case, layout), bias, device)

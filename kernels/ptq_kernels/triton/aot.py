@@ -255,7 +255,7 @@ def early_overwrites(lines: Sequence[str]) -> list[str]:
 def violations(form: Form, report: Report) -> list[str]:
     """What of the report must not be shipped; empty if all is well."""
     tile, loop = form.tile, report.loop
-    scales = 2 if tile.span < tile.block_k else 1  # loads of scales in a step
+    scales = max(tile.block_k // tile.span, 1)  # of a weight row in a step
     wide = order_of(form.capability) == 90
     resident = tile.resident if form.capability in _RECORDED else 1  # others have less shared memory
     rules = [
@@ -288,7 +288,7 @@ def _spills_little(form: Form, report: Report) -> bool:
 
 def _most_permutations(form: Form, report: Report) -> float:
     """A few a step place scales and zeros (moving the weight takes 64); 8 bits need one a weight, half with float16."""
-    scales = 2 if form.tile.span < form.tile.block_k else 1
+    scales = max(form.tile.block_k // form.tile.span, 1)
     around = scales * (12 if form.asymmetric else 4)
     if form.tile.bits == 4:
         return around

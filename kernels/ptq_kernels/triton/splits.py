@@ -13,6 +13,14 @@ import triton.language as tl
 
 
 @triton.jit
+def own_tile(M, BM: tl.constexpr, BN: tl.constexpr):
+    """(which tile of weight rows, rows of x, weight rows) of this program; tiles of x vary fastest."""
+    rows = tl.cdiv(M, BM)
+    pn = tl.program_id(0) // rows
+    return pn, tl.program_id(0) % rows * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+
+
+@triton.jit
 def own_steps(K, BK: tl.constexpr, SPLIT: tl.constexpr):
     """(first step, number of steps) of this program."""
     first = 0

@@ -16,7 +16,7 @@ import triton.language as tl
 from ptq_kernels.triton.ahead import begin
 from ptq_kernels.triton.fragments import centered, half_tiles, raised_codes
 from ptq_kernels.triton.pointers import load_x, padded, scale_and_zero, scale_pointers, tile_pointers
-from ptq_kernels.triton.splits import own_steps, store
+from ptq_kernels.triton.splits import own_steps, own_tile, store
 
 
 @triton.jit
@@ -78,13 +78,9 @@ def tiled_kernel(
     PART: tl.constexpr = BK // 2 if HALVES else BK  # columns that share a scale
     MASK_M: tl.constexpr = BM < 64
     LOADS: tl.constexpr = 2 if HALVES and (PART == 64 or BITS == 8) else 1  # of the weight, in a step
-    rows = tl.cdiv(M, BM)
-    pn = tl.program_id(0) // rows
+    pn, m, n = own_tile(M, BM, BN)
     first, count = own_steps(K, BK, SPLIT)
-    if AHEAD:
-        begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, BN, BK, AHEAD)
-    m = tl.program_id(0) % rows * BM + tl.arange(0, BM)
-    n = pn * BN + tl.arange(0, BN)
+    begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, BN, BK, AHEAD)
     in_m = m < M
     width = padded(N)
     scale_ptrs, zero_ptrs = scale_pointers(w_ptr, n, first * BK, N, K, BITS, SCALES, GROUP, BN)

@@ -17,7 +17,7 @@ import triton.language as tl
 from ptq_kernels.triton.ahead import begin
 from ptq_kernels.triton.fragments import centered, raised_codes
 from ptq_kernels.triton.pointers import padded, scales_of, tile_pointers, zeros_of
-from ptq_kernels.triton.splits import own_steps, store
+from ptq_kernels.triton.splits import own_steps, own_tile, store
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _settled(acc, USE_ASM: tl.constexpr):
 @triton.jit
 def _scales(scale_ptr, zero_ptr, n, first_k, width, GROUP: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr,
             ASYM: tl.constexpr):  # fmt: skip
-    """Scales and zeros ``[BN, PARTS]`` of the columns from first_k on; after the last, the extra rows of the layout."""
+    """Scales and zeros ``[BN, PARTS]`` of the columns from first_k on."""
     row = first_k + tl.arange(0, PARTS) * SPAN
     row = (row // GROUP if GROUP else row * 0) * width  # fewer than 2**31 scales are beyond any weight
     at = n[:, None] + row[None, :]
@@ -80,17 +80,13 @@ def wide_kernel(
     AHEAD: tl.constexpr,  # bytes of each row of tiles to ask for before the kernel before has ended; 0: wait at once
     USE_ASM: tl.constexpr,  # False in the interpreter, which knows no assembly
 ):
-    """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile (M fastest), split. BK / 2 divides the group."""
+    """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile (M fastest), split. BK / 4 divides the group."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    tl.static_assert(GROUP % (BK // 2) == 0)
-    PARTS: tl.constexpr = 2 if GROUP % BK != 0 else 1  # of a step, with a scale of their own
-    rows = tl.cdiv(M, BM)
-    pn = tl.program_id(0) // rows
+    tl.static_assert(GROUP % (BK // 4) == 0)
+    PARTS: tl.constexpr = 1 if GROUP % BK == 0 else 2 if GROUP % (BK // 2) == 0 else 4  # that have scales of their own
+    pn, m, n = own_tile(M, BM, BN)
     first, count = own_steps(K, BK, SPLIT)
-    if AHEAD:
-        begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, BN, BK, AHEAD)
-    m = tl.program_id(0) % rows * BM + tl.arange(0, BM)
-    n = pn * BN + tl.arange(0, BN)
+    begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, BN, BK, AHEAD)
     q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), N, K, BITS, BN, BK)
     k = first * BK + tl.arange(0, BK)
     x_ptrs = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * K + k[:, None]  # rows beyond M are not stored
@@ -100,6 +96,7 @@ def wide_kernel(
     zero_ptr = zeros_of(w_ptr, N, K, BITS, SCALES, GROUP)
     acc = tl.zeros((BN, BM), tl.float32)
     q_offset, x_offset = 0, 0
+    last = tl.cdiv(K, BK) - 1
     scale, zero = _scales(scale_ptr, zero_ptr, own, first * BK, width, GROUP, PARTS, BK // PARTS, ASYM)
     for i in range(count):
         q = tl.load(q_ptrs + q_offset, eviction_policy="evict_first")
@@ -108,7 +105,7 @@ def wide_kernel(
         else:
             x = tl.load(x_ptrs + x_offset, mask=(k + x_offset < K)[:, None], other=0.0, eviction_policy="evict_last")
         # Triton pipelines only the loads that feed the product: the next scales are fetched one step ahead by hand.
-        after = (first + i + 1) * BK
+        after = tl.minimum(first + i + 1, last) * BK
         next_scale, next_zero = _scales(scale_ptr, zero_ptr, own, after, width, GROUP, PARTS, BK // PARTS, ASYM)
         w = _weight(q, scale, zero, BITS, ORDER, BN, BK, PARTS, ASYM, DTYPE, USE_ASM)
         if not USE_ASM:
