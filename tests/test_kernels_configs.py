@@ -122,8 +122,8 @@ def test_a_forced_plan_serves_any_rows_and_none_dequantizes() -> None:
     plan = configs.plan(H200, Problem(4, 128, 512, 128, 256))
     for forced, most in ((plan, 513), (None, 0)):
         with launch.forced(forced):
-            assert launch._layer(x, weight, None).most_rows == most
-    assert launch._layer(x, weight, None).most_rows == 512
+            assert launch.layer_of(x, weight, None).most_rows == most
+    assert launch.layer_of(x, weight, None).most_rows == 512
 
 
 def test_plans_to_tune_all_fit() -> None:

@@ -220,6 +220,16 @@ def test_another_library_is_another_product(operator: list[int]) -> None:
     assert len(operator) == 5
 
 
+def test_a_weight_with_an_order_has_no_short_way(operator: list[int]) -> None:
+    """Of layout "strips": the library does not gather."""
+    layer, x = Layer(), random_rows(3, 64, torch.float32)
+    want, perm = layer(x), torch.arange(64).roll(5)
+    operator.clear()
+    for _ in range(2):
+        assert torch.equal(layer(x[:, perm.argsort()].contiguous(), perm=perm), want)
+    assert len(operator) == 2
+
+
 def test_nothing_is_kept_alive() -> None:
     gc.collect()
     before = len(direct._ready)

@@ -1,17 +1,16 @@
-"""The launch path with everything of a GPU but the GPU: Triton compiles for compute capability 9.0, a driver records.
-
-What is recorded is what the CUDA driver would be given: the compiled kernel, its grid, stream and arguments.
-"""
+"""The launch path, with a driver that records what a GPU would be given (recorded_launches.py)."""
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tile_cases
 import torch
 from packed_weights import random_case, random_rows
 from ptq_kernels.layouts import PackedWeight
+from recorded_launches import Launched, recorded
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton")
 pytestmark = pytest.mark.skipif(
@@ -19,64 +18,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Launched(NamedTuple):
-    """One launch."""
-
-    signature: dict[str, str]  # types of the compiled kernel, by parameter; "constexpr" for what is compiled in
-    grid: tuple[int, int, int]
-    stream: int
-    arguments: dict[str, Any]  # by parameter
-
-
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Every launch, in order."""
-    from ptq_kernels.triton import launch, tiled, workspace
-    from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime import driver
-
-    found: list[Launched] = []
-
-    class Utils:
-        def load_binary(self, *_: object) -> tuple[int, ...]:
-            return 1, 2, 0, 0, 1024  # module, function, registers, spills, threads
-
-        def get_device_properties(self, device: int) -> dict[str, int]:
-            return {"max_shared_mem": 227 * 1024}
-
-        def unload_module(self, module: int) -> None:
-            pass
-
-    class Launcher:
-        def __init__(self, source: Any, metadata: object) -> None:
-            self.source = source
-
-        def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
-            names = self.source.fn.arg_names
-            found.append(Launched(self.source.signature, (x, y, z), stream, dict(zip(names, rest[5:], strict=True))))
-
-    class Recording(CudaDriver):
-        def __init__(self) -> None:
-            self.utils, self.launcher_cls = Utils(), Launcher
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int = 0) -> int:
-            return 0
-
-        def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-            return 9, 0
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(workspace, "_of_stream", {})
-    monkeypatch.setattr(workspace, "_spare", {})
-    tiled.tiled_kernel.device_caches.clear()
-    launch.forget()
-    monkeypatch.setattr(driver, "_active", Recording())
-    yield found
-    tiled.tiled_kernel.device_caches.clear()
-    launch.forget()
+    yield from recorded(monkeypatch, tmp_path)
 
 
 def run(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, stream: int = 0) -> torch.Tensor:
@@ -100,12 +45,11 @@ def test_the_short_way_hands_over_what_triton_would(launches: list[Launched]) ->
     for launched, y, stream in zip(launches, results, (0, 7), strict=True):
         parts, counters = workspace.get(x.device, stream)
         tensors = {"x_ptr": x, "w_ptr": weight.qweight, "y_ptr": y, "parts_ptr": parts, "counters_ptr": counters}
-        assert {name: launched.arguments[name].data_ptr() for name in tensors} == {
-            name: tensor.data_ptr() for name, tensor in tensors.items()
-        }
-    values = [{n: v for n, v in each.arguments.items() if not isinstance(v, torch.Tensor)} for each in launches]
-    assert values[0] == values[1]
-    assert (values[0]["M"], values[0]["N"], values[0]["K"]) == (5, 130, 4096)
+        assert launched.addresses == {"b_ptr": x.data_ptr()} | {n: tensor.data_ptr() for n, tensor in tensors.items()}
+    assert first.values == second.values
+    assert [first.values[name] for name in "MNK"] == [5, 130, 4096]
+    assert first.handed[:2] == second.handed[:2]
+    assert second.handed[2:] == (None, None, None)  # no hook was set
     assert first.signature["M"] == "i32"  # a new number of rows compiles nothing
 
 
@@ -118,7 +62,7 @@ def test_every_number_of_rows_of_a_bucket_runs_one_compiled_kernel(launches: lis
     memory = torch.zeros(256 + 8, dtype=torch.bfloat16)
     misaligned = memory[1 : 1 + 256].view(1, 256)
     run(misaligned, weight)
-    assert launches[-1].arguments["x_ptr"].data_ptr() % 16 == 0  # a copy: the kernel takes alignment for granted
+    assert launches[-1].addresses["x_ptr"] % 16 == 0  # a copy: the kernel takes alignment for granted
     assert len(launches) == 4
     (cache,) = tiled.tiled_kernel.device_caches.values()
     assert len(cache[0]) == 1
@@ -143,7 +87,7 @@ def test_sizes_of_one_compile(launches: list[Launched], k: int) -> None:
     x = random_rows(1, k, torch.bfloat16)
     run(x, weight)
     assert [name for name in "NK" if launches[0].signature[name] == "constexpr"] == (["N", "K"] if k == 1 else ["N"])
-    assert len(list(launch._layer(x, weight, None).chunks(weight.qweight, x.dtype))) == 1
+    assert len(list(launch.layer_of(x, weight, None).chunks(weight.qweight, x.dtype))) == 1
     run(x, PackedWeight(*random_case(1, k, k, bits=3).tensors, 3, k, k))
     assert len(launches) == 3
 
@@ -160,3 +104,79 @@ def test_what_is_not_compiled_is_refused_during_a_capture(
     with pytest.raises(RuntimeError, match="kernel for 40 rows of a 64 x 256 weight must be compiled before a CUDA"):
         run(random_rows(40, 256, torch.bfloat16), weight)
     assert len(launches) == 2
+
+
+def test_hooks_of_triton_are_called_for_every_launch(launches: list[Launched], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the first launch, which is Triton's own, hands over the hooks; the launcher calls them."""
+    runtime = triton.knobs.runtime
+    weight = tile_cases.tiled(random_case(64, 256, 128, dtype=torch.bfloat16), "tile_sm90")
+    x = random_rows(1, 256, torch.bfloat16)
+
+    def hook(_metadata: object) -> None: ...
+
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        getattr(runtime, name).add(hook)
+        try:
+            run(x, weight)
+            run(x, weight)
+        finally:
+            getattr(runtime, name).remove(hook)
+        first, second = (each.handed for each in launches[-2:])
+        assert second[:2] == first[:2]
+        assert second[3:] == (runtime.launch_enter_hook, runtime.launch_exit_hook) == first[3:]
+        assert second[2].get()["name"] == "tiled_kernel"
+    monkeypatch.setattr(runtime, "launch_enter_hook", hook)  # one function, as before there were chains
+    run(x, weight)
+    assert launches[-1].handed[3] is hook
+    monkeypatch.setattr(runtime, "launch_enter_hook", None)
+    run(x, weight)
+    assert launches[-1].handed[2:] == (None, None, None)
+
+
+def test_this_triton_is_launched_straight() -> None:
+    from ptq_kernels.triton import enqueue
+
+    enqueue.straight.cache_clear()
+    assert enqueue.straight()
+
+
+@pytest.mark.parametrize("wants", ["another order", "another attribute", "no hooks"])
+def test_another_triton_launches_itself(launches: list[Launched], monkeypatch: pytest.MonkeyPatch, wants: str) -> None:
+    """A Triton whose compiled kernels hand their launcher something else is called the public way."""
+    from ptq_kernels.triton import enqueue
+    from triton.compiler import CompiledKernel
+
+    public, taken = CompiledKernel.__getitem__, []
+
+    def other(kernel: Any, grid: tuple[int, int, int]) -> Any:
+        taken.append(grid)
+        if not isinstance(kernel, SimpleNamespace):
+            return public(kernel, grid)
+        if wants == "another attribute":
+            return kernel.attributes
+        return lambda *arguments, stream: kernel.run(stream, *grid, *arguments)
+
+    monkeypatch.setattr(CompiledKernel, "__getitem__", other)
+    if wants == "no hooks":
+        monkeypatch.delattr(triton, "knobs")
+    enqueue.straight.cache_clear()
+    try:
+        assert not enqueue.straight()
+        weight = tile_cases.tiled(random_case(64, 256, 128, dtype=torch.bfloat16), "tile_sm90")
+        x = random_rows(1, 256, torch.bfloat16)
+        for _ in range(2):
+            run(x, weight)
+    finally:
+        enqueue.straight.cache_clear()
+    first, second = launches
+    assert taken[-1] == second.grid
+    assert (first.grid, first.stream, first.values) == (second.grid, second.stream, second.values)
+    assert first.addresses["x_ptr"] == second.addresses["x_ptr"] == x.data_ptr()
+
+
+def test_the_stream_is_that_of_the_current_device(launches: list[Launched], monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptq_kernels.triton import launch
+
+    assert launch.current_stream(-1) == 0  # the interpreter's
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert [launch.current_stream(index) for index in (0, 1, 2)] == [None, 1, None]

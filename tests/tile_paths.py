@@ -86,7 +86,7 @@ def dequantizer(layout: str, device: str, every: bool = False) -> None:
         weight = tile_cases.on_device(tile_cases.tiled(case, layout), device)
         want = dense_float64(case).float()  # the product of an integer of 8 bits and a float32 scale, rounded once
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            made = launch._layer(torch.empty(1, k, dtype=dtype, device=device), weight, None)
+            made = launch.layer_of(torch.empty(1, k, dtype=dtype, device=device), weight, None)
             found = torch.cat([rows.clone() for _, rows in made.chunks(weight.qweight, dtype)]).cpu()
             if dtype == torch.bfloat16:
                 assert ((found.float() - want).abs() <= 2 * UNIT[dtype] * want.abs()).all(), (bits, n, k, group)

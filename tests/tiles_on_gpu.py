@@ -11,7 +11,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["PTQ_KERNELS_CONFIGS"] = os.devnull + ".json"  # no table of this machine's user
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
@@ -24,7 +26,7 @@ import tile_cases
 import tile_paths
 import torch
 from packed_weights import UNIT, random_case, random_rows, worst_error
-from ptq_kernels import layouts, tiles
+from ptq_kernels import layouts, tiles, torch_op
 from ptq_kernels.layouts import PackedWeight
 from ptq_kernels.triton import ahead, configs, launch, workspace
 from torch import Tensor
@@ -255,6 +257,42 @@ def graph() -> None:
             raise AssertionError(f"an uncompiled kernel must be refused during capture, got {refusal}")
 
 
+def eager() -> None:
+    """The short way of `ptq_kernels.matmul`, bit for bit as the operator: at once, on another stream, in a graph."""
+    _, weight = on_device(native(), 512, 2048, 128, symmetric=False)
+    bias = torch.linspace(-1, 1, 512, device=DEVICE)
+    named = {"bits": 4, "group_size": 128, "layout": weight.layout, "impl": "triton"}
+
+    def refused(*_arguments: object) -> None:
+        raise AssertionError("the operator was called")
+
+    for rows in (1, 17, 300) if ON_GPU else (1, 17):
+        x = random_rows(rows, 2048, torch.bfloat16).to(DEVICE)
+        want = torch_op.matmul(x, *weight[:3], bias, 4, 128, weight.layout, "triton")
+        product = partial(ptq_kernels.matmul, x, *weight[:3], bias, **named)
+        product()
+        with patch.object(torch_op, "matmul", refused), torch.no_grad():
+            assert torch.equal(product(), want), rows
+            assert torch.equal(captured(product)(), want), rows
+            if ON_GPU:
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    found = [product() for _ in range(20)]
+                assert torch.equal(product(), want), rows
+                torch.cuda.synchronize()
+                assert all(torch.equal(each, want) for each in found), rows
+    if ON_GPU:
+        weight.qweight.data = weight.qweight.cpu()
+        try:
+            product()
+        except ValueError as error:
+            if "must be on the device of qweight" not in str(error):
+                raise
+        else:
+            raise AssertionError("a weight that was moved to the CPU must be refused")
+
+
 def compiled() -> None:
     """torch.compile, whole and once for any number of rows; with CUDA graphs where there is a GPU."""
     case, weight = on_device(native(), 256, 512, 128, symmetric=False)
@@ -379,6 +417,7 @@ STAGES = {
     "repeat": repeat,
     "streams": streams,
     "graph": graph,
+    "eager": eager,
     "compile": compiled,
     "memcheck": memcheck,
     "permuted": permuted,

@@ -52,7 +52,7 @@ def matmul(
     activation cannot run.
     """
     scheme = (bits, group_size, layout, impl, activation)
-    if perm is None and (short := direct.product(x, qweight, scales, zeros, bias, scheme)) is not None:
+    if (short := direct.product(x, qweight, scales, zeros, bias, perm, scheme)) is not None:
         return short
     if x.dim() == 0:
         raise ValueError("x must have shape [..., K], got a scalar; pass at least one row of K values")

@@ -1,8 +1,9 @@
-"""The short way of `matmul` on a CPU: past the checks, to the operator that a C++ library serves itself.
+"""The short way of `matmul`: past the checks and past operators that are written in Python.
 
-The checks, and an operator that is written in Python, cost several times what a small product does. A weight that was
-checked and served once needs them again only where something other than the values of x is different from the call
-before. `ptq_kernels::strips` has neither gradients nor other transforms: who wants those gets `ptq_kernels::matmul`.
+Those cost several times what a small product does. A weight that was checked and served once needs them again only
+where something other than the values of x is different from the call before. On a CPU the short way is the operator
+`ptq_kernels::strips`, which a C++ library serves itself; on a GPU it is the launch of the kernel (triton/eager.py).
+Neither has gradients or other transforms: who wants those gets `ptq_kernels::matmul`.
 """
 
 import weakref
@@ -15,11 +16,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ptq_kernels import dispatch, torch_op
+from ptq_kernels import dispatch, tiles, torch_op
 from ptq_kernels.cpu import library, strips
 from ptq_kernels.layouts import PackedWeight
 
 Scheme = tuple[int, int, str, str, str | None]  # bits, group size, layout, impl, activation
+# Of x, qweight, scales, bias and perm; None where something besides the values of x has changed.
+Product = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor | None]
 
 
 class _Ready(NamedTuple):
@@ -29,9 +32,8 @@ class _Ready(NamedTuple):
     scales: Callable[[], Tensor | None]
     zeros: Callable[[], Tensor | None]
     bias: Callable[[], Tensor | None]
-    in_features: int
-    arguments: tuple[int, int, int, int, bool]  # of the operator, after the tensors
-    generation: int
+    perm: Callable[[], Tensor | None]
+    product: Product
 
 
 _ready: dict[tuple[int, Scheme], _Ready] = {}  # by id of qweight
@@ -39,14 +41,14 @@ _ready: dict[tuple[int, Scheme], _Ready] = {}  # by id of qweight
 
 def remember(x: Tensor, weight: PackedWeight, bias: Tensor | None, scheme: Scheme) -> None:
     """Let the next call with these very tensors take the short way, where there is one; `x` has just been served."""
-    if torch.compiler.is_compiling() or weight.perm is not None or not x.numel():
-        return
-    if x.device.type != "cpu" or not dispatch.is_best(scheme[3]):
+    if torch.compiler.is_compiling() or not x.numel():
         return
     qweight, plain = weight.qweight, (Tensor, Parameter)
-    if weight.layout != "strips" or not qweight.is_contiguous() or type(qweight) not in plain:
+    if not qweight.is_contiguous() or type(qweight) not in plain:
         return
     if bias is not None and (not bias.is_contiguous() or type(bias) not in plain):
+        return
+    if (product := _product(x, weight, bias, scheme)) is None:
         return
     key = (id(qweight), scheme)
     forget = partial(_forget, _ready, key)
@@ -55,10 +57,23 @@ def remember(x: Tensor, weight: PackedWeight, bias: Tensor | None, scheme: Schem
         weakref.ref(weight.scales, forget),
         _nothing if weight.zeros is None else weakref.ref(weight.zeros, forget),
         _nothing if bias is None else weakref.ref(bias, forget),
-        weight.in_features,
-        strips.arguments(weight),
-        library.generation,
+        _nothing if weight.perm is None else weakref.ref(weight.perm, forget),
+        product,
     )
+
+
+def _product(x: Tensor, weight: PackedWeight, bias: Tensor | None, scheme: Scheme) -> Product | None:
+    """The short way of a weight, if it has one. The implementation is looked up only for the device that served x."""
+    impl, activation = scheme[3:]
+    if weight.layout == "strips" and weight.perm is None and x.device.type == "cpu" and dispatch.is_best(impl):
+        return partial(_by_strips, weight.in_features, strips.arguments(weight), activation, library.generation)
+    if weight.layout not in tiles.NAMES or type(x) is not Tensor or _transformed(x, weight.scales, bias):
+        return None
+    if dispatch.choose(impl, x.device) != "triton":
+        return None
+    from ptq_kernels.triton import eager
+
+    return eager.product(x, weight, bias)
 
 
 def _forget(ready: dict[tuple[int, Scheme], _Ready], key: tuple[int, Scheme], _: object) -> None:
@@ -67,7 +82,13 @@ def _forget(ready: dict[tuple[int, Scheme], _Ready], key: tuple[int, Scheme], _:
 
 
 def product(
-    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, scheme: Scheme
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    perm: Tensor | None,
+    scheme: Scheme,
 ) -> Tensor | None:
     """The product of these arguments, if they were remembered and nothing but the product is wanted; else None."""
     if torch.compiler.is_compiling() or (ready := _ready.get((id(qweight), scheme))) is None:
@@ -77,17 +98,36 @@ def product(
         and ready.scales() is scales
         and ready.zeros() is zeros
         and ready.bias() is bias
-        and ready.generation == library.generation
+        and ready.perm() is perm
         and type(x) is Tensor
-        and not _transformed(x, bias)
+        and not _transformed(x, scales, bias)
+    ):
+        return ready.product(x, qweight, scales, bias, perm)
+    return None
+
+
+def _by_strips(
+    in_features: int,
+    arguments: tuple[int, int, int, int, bool],  # of the operator, between the tensors and the mode
+    activation: str | None,
+    generation: int,
+    x: Tensor,
+    qweight: Tensor,
+    _scales: Tensor,
+    bias: Tensor | None,
+    _perm: Tensor | None,
+) -> Tensor | None:
+    """The short way on a CPU. That qweight and bias are still what they were the operator itself checks."""
+    if (
+        generation == library.generation
         and x.is_cpu
         and x.dtype in strips.TYPES
         and x.dim()
-        and x.shape[-1] == ready.in_features
+        and x.shape[-1] == in_features
         and x.is_contiguous()
     ):
-        mode = strips.mode(x.dtype, scheme[4])
-        y: Tensor = torch_op.strips(x, qweight, qweight if bias is None else bias, *ready.arguments, mode)
+        mode = strips.mode(x.dtype, activation)
+        y: Tensor = torch_op.strips(x, qweight, qweight if bias is None else bias, *arguments, mode)
         return y
     return None
 
@@ -110,10 +150,13 @@ def traced(x: Tensor, weight: PackedWeight, bias: Tensor | None, scheme: Scheme)
     return y
 
 
-def _transformed(x: Tensor, bias: Tensor | None) -> bool:
+def _transformed(x: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd, a transform or the tracer has to see an operator that it knows."""
     return bool(
-        (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        (
+            torch.is_grad_enabled()
+            and (x.requires_grad or scales.requires_grad or (bias is not None and bias.requires_grad))
+        )
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
         or forward_ad._current_level >= 0

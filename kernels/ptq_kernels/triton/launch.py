@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptq_kernels import tiles
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import ahead, configs, dequant, w4a16, workspace
+from ptq_kernels.triton import ahead, configs, dequant, enqueue, w4a16, workspace
 from ptq_kernels.triton.aot import kernel_of, options
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
@@ -44,26 +44,25 @@ class _Launch:
         self.options = options(tile, early > 0)
         self.compiled: Any = None
 
-    def __call__(self, x: Tensor, qweight: Tensor, bias: Tensor | None, y: Tensor, stream: int) -> None:
-        """Fill y ``[M, N]``. Every tensor is contiguous and aligned: the compiled kernel takes that for granted."""
-        rows, columns = x.shape
-        outputs = y.shape[1]
-        space = workspace.get(x.device, stream)
-        count = -(-outputs // self.tile.block_n) * -(-rows // self.tile.block_m)
-        grid = (count, self.splits, 1)
-        b = x if bias is None else bias
-        arguments = (x, qweight, b, y, *space, rows, outputs, columns, *self.constants, not w4a16.interpreted())
+    def __call__(
+        self, sizes: tuple[int, int, int], x: Tensor, qweight: Tensor, bias: Tensor | None, y: Tensor, stream: int
+    ) -> None:
+        """Fill y with M, N, K. Every tensor is contiguous and aligned: the compiled kernel takes that for granted."""
+        rows, outputs, columns = sizes
+        grid = (-(-outputs // self.tile.block_n) * -(-rows // self.tile.block_m), self.splits, 1)
+        tensors = (x, qweight, x if bias is None else bias, y, *workspace.get(x.device, stream))
         if self.compiled is not None:
-            self.compiled[grid](*arguments, stream=stream)
+            self.compiled(grid, stream, tensors, sizes)
             return
         if workspace.capturing(x.device) and not w4a16.interpreted():
             raise RuntimeError(
                 f"the kernel for {rows} rows of a {outputs} x {columns} weight must be compiled before a CUDA graph is "
                 "captured, it is not; call ptq_kernels.warmup, or matmul once with so many rows, before"
             )
-        compiled = kernel_of(self.tile)[grid](*arguments, **self.options)
+        constants = (*self.constants, not w4a16.interpreted())
+        kernel = kernel_of(self.tile)[grid](*tensors, *sizes, *constants, **self.options)
         if not w4a16.interpreted():
-            self.compiled = compiled
+            self.compiled = enqueue.Compiled(kernel, constants)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -102,13 +101,15 @@ class _Layer:
 
     def launch(self, rows: int) -> _Launch:
         """The launcher of the bucket of `rows`."""
-        bucket = configs.bucket(rows)
-        found = self.launches.get(bucket)
+        found = self.launches.get(rows)
         if found is None:
-            plan = self.plan(bucket)
-            even = self.shape[1] % plan.tile.block_k == 0
-            found = _Launch(plan, (*self.scheme, self.has_bias), even, self.gpu.capability)
-            self.launches[bucket] = found
+            bucket = configs.bucket(rows)
+            found = self.launches.get(bucket)
+            if found is None:
+                plan = self.plan(bucket)
+                even = self.shape[1] % plan.tile.block_k == 0
+                found = _Launch(plan, (*self.scheme, self.has_bias), even, self.gpu.capability)
+            self.launches[bucket] = self.launches[rows] = found  # to find the bucket takes longer than to look it up
         return found
 
     def dequantize(self, qweight: Tensor, out: Tensor, first_row: int) -> None:
@@ -133,9 +134,11 @@ class _Layer:
 
 _layers: dict[tuple[Any, ...], _Layer] = {}
 _forced: list[Plan | None] = []
+generation = 0  # of the layers; another one once they were dropped
 
 
-def _layer(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> _Layer:
+def layer_of(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> _Layer:
+    """The layer of such rows, such a weight and such a bias."""
     key = (
         x.device, x.dtype, weight.scales.shape, weight.scales.dtype, weight.in_features, weight.bits, weight.group_size,
         weight.layout, weight.zeros is None, None if bias is None else bias.dtype,
@@ -148,20 +151,26 @@ def _layer(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> _Layer:
 
 def forget() -> None:
     """Drop every plan, so that the tables are read again."""
-    _layers.clear()
+    _drop_layers()
     configs.forget()
+
+
+def _drop_layers() -> None:
+    global generation
+    generation += 1
+    _layers.clear()
 
 
 @contextmanager
 def forced(plan: Plan | None) -> Iterator[None]:
     """Every product inside uses this plan, or, without one, the dequantized weight."""
     _forced.append(plan)
-    _layers.clear()
+    _drop_layers()
     try:
         yield
     finally:
         _forced.pop()
-        _layers.clear()
+        _drop_layers()
 
 
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -170,16 +179,19 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     A permutation is one gather of x before the kernel. Inside it, x would be read two bytes at a time and no longer be
     copied ahead of its use: compiled for 9.0 and 16 rows, 2.9 instructions a weight instead of 2.5, and spills.
     """
-    if not x.is_cuda:
-        return _matmul(x, weight, bias, 0)
-    index = x.device.index
-    if index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            return _matmul(x, weight, bias, _stream(index))
-    return _matmul(x, weight, bias, _stream(index))
+    stream = current_stream(x.get_device())
+    if stream is None:
+        with torch.cuda.device(x.device):
+            return matmul(x, weight, bias)
+    return _matmul(x, weight, bias, stream)
 
 
-def _stream(index: int) -> int:
+def current_stream(index: int) -> int | None:
+    """The stream to launch on, 0 for the CPU (-1); None where another CUDA device is the current one."""
+    if index < 0:
+        return 0
+    if torch.cuda.current_device() != index:
+        return None
     return int(triton.runtime.driver.active.get_current_stream(index))
 
 
@@ -188,12 +200,13 @@ def _matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, stream: int) -
         x = x.index_select(1, weight.perm)
     if weight.layout == "canonical":
         return w4a16.matmul(x, weight, bias)
-    layer = _layer(x, weight, bias)
+    layer = layer_of(x, weight, bias)
     rows = x.shape[0]
     y = torch.empty(rows, layer.shape[0], dtype=x.dtype, device=x.device)
     qweight = _aligned(weight.qweight)
     if rows < layer.most_rows:
-        layer.launch(rows)(_aligned(x), qweight, None if bias is None else _aligned(bias), y, stream)
+        bias = None if bias is None else _aligned(bias)
+        layer.launch(rows)((rows, *layer.shape), _aligned(x), qweight, bias, y, stream)
         return y
     bias = None if bias is None else bias.to(x.dtype)
     for start, dense in layer.chunks(qweight, x.dtype):
@@ -210,7 +223,7 @@ def grad_input(grad: Tensor, weight: PackedWeight) -> Tensor:
     if grad.is_cuda and grad.device.index != torch.cuda.current_device():
         with torch.cuda.device(grad.device.index):
             return grad_input(grad, weight)
-    layer = _layer(grad, weight, None)
+    layer = layer_of(grad, weight, None)
     total = torch.zeros(grad.shape[0], weight.in_features, dtype=torch.float32, device=grad.device)
     for start, dense in layer.chunks(weight.qweight.contiguous(), grad.dtype):
         total += grad[:, start : start + dense.shape[0]] @ dense
@@ -229,7 +242,7 @@ def _warmup_rows(weight: PackedWeight, dtype: torch.dtype) -> list[int]:
     """A number of rows for each way in which the weight is multiplied."""
     if weight.layout == "canonical":
         return [w4a16.SMALL_ROWS, w4a16.SMALL_ROWS + 1]
-    most = _layer(torch.empty(0, dtype=dtype, device=weight.qweight.device), weight, None).most_rows
+    most = layer_of(torch.empty(0, dtype=dtype, device=weight.qweight.device), weight, None).most_rows
     by_kernel = {min(size, most - 1) for size in configs.BUCKETS} if most else set()
     return sorted(by_kernel | {max(most, 1)})
 

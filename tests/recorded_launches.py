@@ -1,0 +1,82 @@
+"""Everything of a GPU but the GPU: Triton compiles for compute capability 9.0, and a driver records its launches.
+
+What is recorded is what the CUDA driver would be given: the compiled kernel, its grid, stream and arguments.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+
+class Launched(NamedTuple):
+    """One launch."""
+
+    signature: dict[str, str]  # types of the compiled kernel, by parameter; "constexpr" for what is compiled in
+    grid: tuple[int, int, int]
+    stream: int
+    handed: tuple[Any, ...]  # to Triton's launcher besides: function, metadata, metadata of the launch, two hooks
+    arguments: dict[str, Any]  # by parameter
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The arguments that are no pointers."""
+        return {name: value for name, value in self.arguments.items() if not name.endswith("_ptr")}
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Where the pointers point, given as such or as tensors."""
+        pointers = {name: value for name, value in self.arguments.items() if name.endswith("_ptr")}
+        return {name: v.data_ptr() if isinstance(v, torch.Tensor) else v for name, v in pointers.items()}
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[list[Launched]]:
+    """Every launch, in order; `folder` is for what Triton compiles."""
+    from ptq_kernels.triton import launch, tiled, workspace
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.runtime import driver
+
+    found: list[Launched] = []
+
+    class Utils:
+        def load_binary(self, *_: object) -> tuple[int, ...]:
+            return 1, 2, 0, 0, 1024  # module, function, registers, spills, threads
+
+        def get_device_properties(self, device: int) -> dict[str, int]:
+            return {"max_shared_mem": 227 * 1024}
+
+        def unload_module(self, module: int) -> None:
+            pass
+
+    class Launcher:
+        def __init__(self, source: Any, metadata: object) -> None:
+            self.source = source
+
+        def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+            arguments = dict(zip(self.source.fn.arg_names, rest[5:], strict=True))
+            found.append(Launched(self.source.signature, (x, y, z), stream, rest[:5], arguments))
+
+    class Recording(CudaDriver):
+        def __init__(self) -> None:
+            self.utils, self.launcher_cls = Utils(), Launcher
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int = 0) -> int:
+            return device
+
+        def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+            return 9, 0
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    monkeypatch.setattr(workspace, "_of_stream", {})
+    monkeypatch.setattr(workspace, "_spare", {})
+    tiled.tiled_kernel.device_caches.clear()
+    launch.forget()
+    monkeypatch.setattr(driver, "_active", Recording())
+    yield found
+    tiled.tiled_kernel.device_caches.clear()
+    launch.forget()
