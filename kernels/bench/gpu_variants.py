@@ -1,9 +1,9 @@
 """Times forms of the kernels that no table has, one thing changed at a time, to learn what a GPU likes; writes JSON.
 
 Run:    python kernels/bench/gpu_variants.py out.json [--seconds 200] [--rows 16 64 128] [--tiny]
-Each variant is timed with every number of splits that fits. "late" begins after the kernel before has ended, as all
-kernels did before programmatic dependent launch. What wins here belongs into the table of tiles
-(ptq_kernels/triton/configs.json), where `ptq tune` chooses.
+Each variant is timed with every number of splits that fits. "early 0" begins after the kernel before has ended, as all
+kernels did before programmatic dependent launch. Then the size of the buffer for dequantized weights. What wins here
+belongs into the table of tiles (ptq_kernels/triton/configs.json), where `ptq tune` chooses.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from triton.runtime.errors import OutOfResources
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_linear import GROUP, SHAPES
 from gpu_tune import timer
-from ptq_kernels.triton import ahead, configs, tune
+from ptq_kernels.triton import ahead, configs, dequant, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem, Tile
 
 
@@ -53,7 +54,8 @@ def variants(gpu: Gpu, rows: int) -> list[Variant]:
     else:
         folded = first._replace(block_m=64, block_n=256, block_k=64, warps=8, max_registers=128, folded=True)
         others += [folded._replace(stages=stages) for stages in (3, 5, 6)]
-        others += [folded._replace(max_registers=None, stages=6), folded._replace(block_n=128, warps=4, stages=5)]
+        others += [folded._replace(max_registers=None, stages=6)]
+        others += [folded._replace(block_n=128, warps=4, stages=5, max_registers=168)]
         others += [folded._replace(block_m=128, max_registers=None, stages=stages) for stages in (3, 5)]
         others += [folded._replace(block_m=128, max_registers=None, block_k=128, stages=3)]
         others += [folded._replace(block_m=256, block_n=128, max_registers=None, stages=stages) for stages in (3, 4)]
@@ -75,6 +77,15 @@ def timings(gpu: Gpu, clock: tune.Timer, problem: Problem) -> Iterator[dict[str,
                 break
 
 
+def chunks(clock: tune.Timer, n: int, k: int) -> Iterator[dict[str, Any]]:
+    """A record for each size of the buffer through which a weight is dequantized for many rows."""
+    for rows in (512, 2048):
+        for megabytes in (4, 8, 16, 32, 64):
+            with patch.object(dequant, "CHUNK_BYTES", megabytes * 2**20):
+                microseconds = clock(None, Problem(4, GROUP, rows, n, k))
+            yield {"n": n, "k": k, "m": rows, "variant": f"chunks of {megabytes} MiB", "microseconds": microseconds}
+
+
 def main() -> None:
     """Parse the command line, time, write after every shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,6 +98,8 @@ def main() -> None:
     gpu, clock = timer(options.tiny)
     records: list[dict[str, Any]] = []
     shapes = SHAPES[:1] if options.tiny else [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)]
+    for n, k in shapes:
+        records += chunks(clock, n, k)
     for rows in options.rows[:2] if options.tiny else options.rows:
         for n, k in shapes:
             if time.monotonic() > end:

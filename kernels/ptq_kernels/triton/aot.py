@@ -256,13 +256,14 @@ def violations(form: Form, report: Report) -> list[str]:
     """What of the report must not be shipped; empty if all is well."""
     tile, loop = form.tile, report.loop
     scales = max(tile.block_k // tile.span, 1)  # of a weight row in a step
+    placed = (1 + form.asymmetric) * (tile.folded and scales > 1)  # scales and zeros may come by a matrix load each
     wide = order_of(form.capability) == 90
     resident = tile.resident if form.capability in _RECORDED else 1  # others have less shared memory
     rules = [
         (_spills_little(form, report), f"spills {report.stack} bytes"),
         (not report.overwrites, f"writes operands of unfinished wgmma: {report.overwrites[:3]}"),
         (loop["I2F"] + loop["I2FP"] == 0, "converts integers to floats in the loop"),
-        (loop["LDSM"] == 0 or not wide, "sends the weight through shared memory (LDSM)"),
+        (loop["LDSM"] <= placed or not wide, "sends the weight through shared memory (LDSM)"),
         (loop["STS"] <= scales * (1 + form.asymmetric), f"{loop['STS']} stores to shared memory in the loop"),
         (loop["PRMT"] <= _most_permutations(form, report), f"{loop['PRMT']} byte permutations in the loop"),
         (report.from_registers is True if wide else loop["HMMA"] > 0, "the tensor cores do not read registers"),
