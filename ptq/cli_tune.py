@@ -48,10 +48,10 @@ def run_tune(options: argparse.Namespace) -> int:
             print(f"{bits} bits, groups of {group_size}: {error}")
             continue
         for problem, (plan, microseconds) in found.items():
-            tile = f"{plan.tile.block_m} x {plan.tile.block_n}"
+            early = ", begins early" if plan.early else ""
             print(
                 f"{problem.n} x {problem.k}, {bits} bits, groups of {group_size}, up to {problem.rows} rows: "
-                f"tile {tile}, {plan.splits} splits, {microseconds:.1f} us"
+                f"tile {plan.tile.name}, {plan.splits} splits{early}, {microseconds:.1f} us"
             )
     return 0
 

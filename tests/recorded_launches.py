@@ -14,11 +14,13 @@ import torch
 class Launched(NamedTuple):
     """One launch."""
 
+    kernel: str
     signature: dict[str, str]  # types of the compiled kernel, by parameter; "constexpr" for what is compiled in
     grid: tuple[int, int, int]
     stream: int
     handed: tuple[Any, ...]  # to Triton's launcher besides: function, metadata, metadata of the launch, two hooks
     arguments: dict[str, Any]  # by parameter
+    dependent: bool  # may begin while the kernel before it ends
 
     @property
     def values(self) -> dict[str, Any]:
@@ -34,7 +36,7 @@ class Launched(NamedTuple):
 
 def recorded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[list[Launched]]:
     """Every launch, in order; `folder` is for what Triton compiles."""
-    from ptq_kernels.triton import launch, tiled, workspace
+    from ptq_kernels.triton import launch, tiled, wide, workspace
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
@@ -51,12 +53,22 @@ def recorded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[list[Lau
             pass
 
     class Launcher:
-        def __init__(self, source: Any, metadata: object) -> None:
-            self.source = source
+        def __init__(self, source: Any, metadata: Any) -> None:
+            self.source, self.dependent = source, metadata.launch_pdl
 
         def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
             arguments = dict(zip(self.source.fn.arg_names, rest[5:], strict=True))
-            found.append(Launched(self.source.signature, (x, y, z), stream, rest[:5], arguments))
+            found.append(
+                Launched(
+                    self.source.fn.__name__,
+                    self.source.signature,
+                    (x, y, z),
+                    stream,
+                    rest[:5],
+                    arguments,
+                    self.dependent,
+                )
+            )
 
     class Recording(CudaDriver):
         def __init__(self) -> None:
@@ -74,9 +86,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[list[Lau
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     monkeypatch.setattr(workspace, "_of_stream", {})
     monkeypatch.setattr(workspace, "_spare", {})
-    tiled.tiled_kernel.device_caches.clear()
+    kernels = (tiled.tiled_kernel, wide.wide_kernel)
+    for kernel in kernels:
+        kernel.device_caches.clear()
     launch.forget()
     monkeypatch.setattr(driver, "_active", Recording())
     yield found
-    tiled.tiled_kernel.device_caches.clear()
+    for kernel in kernels:
+        kernel.device_caches.clear()
     launch.forget()

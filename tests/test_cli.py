@@ -248,7 +248,7 @@ def test_tune_prints_what_it_timed_for_every_shape_that_is_loaded(
         if bits == 8:
             raise tuner.NothingToTuneError("nothing to tune there")
         problem = tuner.Problem(bits, 32, 16, *next(iter(shapes)))
-        return {problem: (tuner.plans(tuner.Gpu(90, 132), problem)[0], 12.34)}
+        return {problem: (tuner.plans(tuner.Gpu(90, 132), problem)[0]._replace(early=1), 12.34)}
 
     monkeypatch.setattr(tuner, "tune_device", clock)
     monkeypatch.setattr("ptq.plan.resolve_device", lambda name: torch.device(name))
@@ -263,7 +263,7 @@ def test_tune_prints_what_it_timed_for_every_shape_that_is_loaded(
                 want.setdefault((module.bits, module.group_size), set()).add(shape)
     assert asked == want
     said = capsys.readouterr().out
-    assert "16 rows: tile 16 x 128, 1 splits, 12.3 us" in said
+    assert "16 rows: tile 16x128x64, 1 splits, begins early, 12.3 us" in said
     assert "8 bits, groups of" in said
     assert "nothing to tune there" in said
 

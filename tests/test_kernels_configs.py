@@ -1,5 +1,6 @@
 """Which kernel form runs: the table, the rule, the user's file, the workspace, and the launch of compiled kernels."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def test_every_problem_has_a_plan_that_fits(gpu: Gpu, bits: int, span: int) -> N
             assert span % (tile.block_k // (4 if tile.folded else 2)) == 0
             assert splits == 1 or configs.fits(tile, problem, splits)
             assert tile.block_m <= max(rows, 16) * 2 or gpu.order == 90
+
+
+@pytest.mark.parametrize("processors", [132, 114, 78])
+def test_no_folded_tile_unless_tuned(processors: int) -> None:
+    """They round the weight. A grid, for the rule takes the first tile that fills a GPU."""
+    for bits, span, rows in itertools.product((4, 8), tiles.SPANS, configs.BUCKETS):
+        for n, k in itertools.product(range(1024, 32768, 1792), range(1024, 32768, 3328)):
+            assert not configs.plan(Gpu(90, processors), Problem(bits, span, rows, n, k)).tile.folded
 
 
 def test_plans_fill_the_gpu_once() -> None:
@@ -139,6 +148,14 @@ def test_a_file_of_another_format_is_refused() -> None:
     path.write_text('{"format": 0}')
     with pytest.raises(ValueError, match="must have format 2, .* has 0; delete it and tune again"):
         configs.plan(H200, Problem(4, 128, 1, 64, 64))
+
+
+def test_nothing_is_timed_for_a_file_that_could_not_be_read() -> None:
+    path = configs.user_file()
+    path.parent.mkdir(parents=True)
+    path.write_text('{"format": 1, "tiles": {}, "shapes": [], "dequantize_from": {}}')
+    with pytest.raises(ValueError, match="must have format 2, .* has 1; delete it and tune again"):
+        tune.tune(H200, [Problem(4, 128, 1, 4096, 4096)], lambda plan, problem: pytest.fail("timed"), "a test")
 
 
 def test_an_incomplete_table_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,44 @@ def test_every_number_of_rows_of_a_bucket_runs_one_compiled_kernel(launches: lis
     assert len(cache[0]) == 1
 
 
+@pytest.mark.parametrize(("capability", "early"), [(90, True), (80, False)])
+def test_a_plan_that_begins_early(
+    launches: list[Launched], monkeypatch: pytest.MonkeyPatch, capability: int, early: bool
+) -> None:
+    """Twice, past Triton the second time; only from compute capability 9.0 on, and only where the plan says so."""
+    from ptq_kernels.triton import ahead, configs, launch
+
+    monkeypatch.setattr(launch, "_INTERPRETED_GPU", configs.Gpu(capability, 132))
+    weight = tile_cases.tiled(random_case(128, 512, 128, dtype=torch.bfloat16), "tile_sm90")
+    x = random_rows(3, 512, torch.bfloat16)
+    usual = configs.plan(configs.Gpu(90, 132), configs.Problem(4, 128, 3, 128, 512))
+    for plan in (usual, usual._replace(early=ahead.BYTES)):
+        with launch.forced(plan):
+            for _ in range(2):
+                run(x, weight)
+    assert [each.dependent for each in launches] == [False, False, early, early]
+    assert [each.arguments["AHEAD"] for each in launches] == [0, 0, *[ahead.BYTES * early] * 2]
+
+
+def test_a_folded_tile_has_a_kernel_of_its_own(launches: list[Launched]) -> None:
+    """Oracle: what its launch is given is what the other kernel would be."""
+    from ptq_kernels.triton import configs, launch
+
+    weight = tile_cases.tiled(random_case(300, 512, 128, dtype=torch.bfloat16), "tile_sm90")
+    x = random_rows(70, 512, torch.bfloat16)
+    tiles = [t for t in configs.tiles(90) if (t.rows, t.bits, t.span) == (512, 4, 128)]
+    for tile in tiles:
+        with launch.forced(configs.Plan(tile, 2)):
+            run(x, weight)
+    assert {tile.folded for tile in tiles} == {False, True}
+    for tile, launched in zip(tiles, launches, strict=True):
+        sizes = (-(-300 // tile.block_n) * -(-70 // tile.block_m), 2, 1)
+        assert launched.grid == sizes
+        assert launched.addresses["w_ptr"] == weight.qweight.data_ptr()
+        assert launched.kernel == ("wide_kernel" if tile.folded else "tiled_kernel")
+        assert launched.values["SPLIT"] is True
+
+
 def test_a_bias_of_another_dtype_is_another_kernel(launches: list[Launched]) -> None:
     """The compiled kernel reads the bias in one dtype; layers of one shape may differ in it."""
     weight = tile_cases.tiled(random_case(64, 256, 128, dtype=torch.bfloat16), "tile_sm90")

@@ -145,7 +145,7 @@ def test_a_gpu_below_the_requirement_is_refused(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("capability", "span", "rows", "name"),
     [(90, 128, 16, "16x128x128"), (90, 128, 32, "32x128x128"), (90, 128, 64, "64x256x128"), (90, 128, 64, "64x128x128"),
-     (90, 128, 512, "128x128x128"), (90, 128, 512, "64x256x64 folded"), (90, 64, 16, "16x128x128"),
+     (90, 128, 512, "128x128x128"), (90, 128, 512, "64x256x128 folded"), (90, 64, 16, "16x128x128"),
      (80, 128, 16, "16x128x128")],
 )  # fmt: skip
 def test_machine_code(capability: int, span: int, rows: int, name: str, asymmetric: bool) -> None:
@@ -158,6 +158,15 @@ def test_machine_code(capability: int, span: int, rows: int, name: str, asymmetr
     check_machine_code(form)
     if capability == 90 and span == 128 and rows <= 64:
         assert aot.most_instructions(form) <= 3.0
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["16x128x128", "64x256x128 folded"])
+def test_machine_code_of_a_kernel_that_begins_early(name: str) -> None:
+    from ptq_kernels.triton import aot, configs
+
+    found = next(t for t in configs.tiles(90) if (t.bits, t.span, t.name) == (4, 128, name))
+    check_machine_code(aot.Form(found, 90, early=True))
 
 
 @needs_compiler
@@ -216,6 +225,17 @@ def test_overwritten_operands_are_found() -> None:
     assert aot.early_overwrites([product, "LDS.128 R32, [R1]", wait]) == ["LDS.128 R32, [R1]"]
     assert aot.early_overwrites([product, "SHFL.BFLY PT, R35, R9, 0x1, 0x1f", wait]) != []
     assert aot.early_overwrites([product, "STS [R33], R1", wait]) == []
+
+
+def test_accesses_before_the_wait_are_found() -> None:
+    """Oracle: hand-written code, of which a prefetch may come first."""
+    from ptq_kernels.triton import aot
+
+    wait, load, ask = "ACQBULK", "LDG.E.U16 R112, desc[UR16][R18.64]", "CCTL.E.PF2 [R6]"
+    assert aot.hasty([ask, wait, load]) == []
+    assert aot.hasty([ask, load, wait, load]) == [load]
+    assert aot.hasty(["@!P0 STG.E desc[UR16][R2.64], RZ", wait]) == ["@!P0 STG.E desc[UR16][R2.64], RZ"]
+    assert aot.hasty([load]) is None
 
 
 def test_a_tool_that_prints_something_else_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,13 +52,13 @@ def variants(gpu: Gpu, rows: int) -> list[Variant]:
         others += [narrow._replace(stages=stages, max_registers=None) for stages in (4, 6, 8)]
         others += [first._replace(max_registers=None), first._replace(block_n=256, warps=8, stages=3)]
     else:
-        folded = first._replace(block_m=64, block_n=256, block_k=64, warps=8, max_registers=128, folded=True)
-        others += [folded._replace(stages=stages) for stages in (3, 5, 6)]
-        others += [folded._replace(max_registers=None, stages=6)]
-        others += [folded._replace(block_n=128, warps=4, stages=5, max_registers=168)]
-        others += [folded._replace(block_m=128, max_registers=None, stages=stages) for stages in (3, 5)]
-        others += [folded._replace(block_m=128, max_registers=None, block_k=128, stages=3)]
-        others += [folded._replace(block_m=256, block_n=128, max_registers=None, stages=stages) for stages in (3, 4)]
+        folded = first._replace(block_m=64, block_n=256, warps=8, stages=3, max_registers=128, folded=True)
+        others += [folded._replace(stages=stages) for stages in (2, 4)]
+        others += [folded._replace(max_registers=None, stages=stages) for stages in (3, 4, 5)]
+        others += [folded._replace(block_k=64, stages=stages) for stages in (4, 6)]
+        others += [folded._replace(block_n=128, warps=4, max_registers=168)]
+        others += [folded._replace(block_m=128, max_registers=None, stages=stages) for stages in (2, 4)]
+        others += [folded._replace(block_m=256, block_n=128, max_registers=None, stages=stages) for stages in (2, 3)]
     return list(dict.fromkeys([*found, *(Variant(tile, usual) for tile in others)]))
 
 
@@ -100,6 +100,7 @@ def main() -> None:
     shapes = SHAPES[:1] if options.tiny else [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)]
     for n, k in shapes:
         records += chunks(clock, n, k)
+        options.output.write_text(json.dumps({"records": records}, indent=1))
     for rows in options.rows[:2] if options.tiny else options.rows:
         for n, k in shapes:
             if time.monotonic() > end:

@@ -41,7 +41,7 @@ _ready: dict[tuple[int, Scheme], _Ready] = {}  # by id of qweight
 
 def remember(x: Tensor, weight: PackedWeight, bias: Tensor | None, scheme: Scheme) -> None:
     """Let the next call with these very tensors take the short way, where there is one; `x` has just been served."""
-    if torch.compiler.is_compiling() or not x.numel():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or not x.numel():
         return
     qweight, plain = weight.qweight, (Tensor, Parameter)
     if not qweight.is_contiguous() or type(qweight) not in plain:

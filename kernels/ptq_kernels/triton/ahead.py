@@ -29,13 +29,12 @@ def _ask_for(pointers):
 @triton.jit
 def begin(w_ptr, first_n, first_k, steps, N, K, BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
           AHEAD: tl.constexpr):  # fmt: skip
-    """Let the next kernel begin, ask for the first AHEAD bytes of each row of tiles, wait for the kernel before.
+    """Ask for the first AHEAD bytes of each row of tiles, wait for the kernel before, let the next one begin.
 
     The weight of the program starts at row first_n and column first_k, both in units of 64, and has so many steps. With
     AHEAD 0 the kernel begins when the one before it has ended, and nothing happens here.
     """
     if AHEAD:
-        gdc_launch_dependents()
         down = tl.minimum(first_n + tl.arange(0, BN // 64), (N + 127) // 128 * 2 - 1)  # which N is padded to
         row = w_ptr + (down.to(tl.int64) * ((K + 127) // 128 * 2) + first_k)[:, None] * (512 * BITS)
         own = steps * (BK * 8 * BITS)
@@ -43,3 +42,5 @@ def begin(w_ptr, first_n, first_k, steps, N, K, BITS: tl.constexpr, BN: tl.const
         for start in range(0, tl.minimum(own, AHEAD), _LINE * _LINES):
             _ask_for(row + tl.minimum(start + tl.arange(0, _LINES) * _LINE, last)[None, :])
         gdc_wait()
+        # Only now: what comes next may rely on it that what came before this kernel has ended.
+        gdc_launch_dependents()

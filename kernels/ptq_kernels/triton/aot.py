@@ -27,6 +27,7 @@ from ptq_kernels.triton.wide import wide_kernel
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _MOST_SPILLED, _MOST_SPILLED_RARELY = 8, 24  # bytes
+_MOST_LOCAL_FOLDED = 5  # instructions that read or write what was spilled
 _SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB; each resident program takes 1 KiB of it besides its own
 _MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB of one program
 _RECORDED = (90, 80)  # whose programs and instructions the table of tiles records
@@ -69,6 +70,7 @@ class Report(NamedTuple):
     from_registers: bool | None  # does wgmma take the weight from registers? None: there is no wgmma
     overwrites: list[str]  # instructions that write a register which an unfinished wgmma may still read
     weights: float  # a thread unpacks in one turn of the loop
+    hasty: list[str] | None  # accesses to memory before the wait for the kernel before; None: there is no wait
 
     @property
     def per_weight(self) -> float:
@@ -191,7 +193,18 @@ def inspect(kernel: Any, form: Form) -> Report:
         all(re.search(r"R\d+, R\d+, gdesc", line) for line in wgmma) if wgmma else None,
         early_overwrites(loop + loop) or early_overwrites([line for _, line in lines]),
         form.tile.block_n * form.tile.block_k / threads,
+        hasty([line for _, line in lines]),
     )
+
+
+def hasty(lines: Sequence[str]) -> list[str] | None:
+    """Loads and stores before ACQBULK, which waits for the kernel before; asking the cache for something is neither.
+
+    None if nothing waits.
+    """
+    waits = [i for i, line in enumerate(lines) if "ACQBULK" in line]
+    accesses = ("LDG", "LDGSTS", "LD", "STG", "ST", "ATOM", "ATOMG", "RED")
+    return [line for line in lines[: waits[0]] if _opcode(line) in accesses] if waits else None
 
 
 def _main_loop(lines: Sequence[tuple[int, str]]) -> tuple[int, int]:
@@ -256,7 +269,8 @@ def violations(form: Form, report: Report) -> list[str]:
     """What of the report must not be shipped; empty if all is well."""
     tile, loop = form.tile, report.loop
     scales = max(tile.block_k // tile.span, 1)  # of a weight row in a step
-    placed = (1 + form.asymmetric) * (tile.folded and scales > 1)  # scales and zeros may come by a matrix load each
+    # scales and zeros of the two halves of a step may come by a matrix load each
+    placed = 2 * (1 + form.asymmetric) * (tile.folded and scales > 1)
     wide = order_of(form.capability) == 90
     resident = tile.resident if form.capability in _RECORDED else 1  # others have less shared memory
     rules = [
@@ -269,6 +283,7 @@ def violations(form: Form, report: Report) -> list[str]:
         (report.from_registers is True if wide else loop["HMMA"] > 0, "the tensor cores do not read registers"),
         (report.shared <= _MOST_SHARED[form.capability] * 1024, f"needs {report.shared} bytes of shared memory"),
         (report.resident >= resident, f"{report.resident} programs resident, the table says {resident}"),
+        (report.hasty == ([] if form.early else None), f"before the wait for the kernel before: {report.hasty}"),
         (report.per_weight <= most_instructions(form), f"{report.per_weight:.2f} instructions a weight"),
     ]
     return [message for holds, message in rules if not holds]
@@ -277,14 +292,19 @@ def violations(form: Form, report: Report) -> list[str]:
 def _spills_little(form: Form, report: Report) -> bool:
     """None by Triton 3.6; by later ones two registers around the loop, with a ragged last step, which is rare, six.
 
-    3.7.1 and 3.9 do that in some forms, each in others. Folded tiles, which are made to fit a number of registers, may
-    spill six around the loop with any.
+    3.7.1 and 3.9 do that in some forms, each in others. Folded tiles, some of which are made to fit two programs on a
+    multiprocessor, may spill six with any, five instructions of the loop use those; twelve with a ragged last step.
     """
-    rare = form.tile.folded or not form.even
-    if triton.__version__.startswith("3.6.") and not form.tile.folded:
-        return report.stack == 0
     in_loop = report.loop["LDL"] + report.loop["STL"]
-    return report.stack <= (_MOST_SPILLED_RARELY if rare else _MOST_SPILLED) and (in_loop == 0 or not form.even)
+    if form.tile.folded:
+        if not form.even:
+            return report.stack <= 2 * _MOST_SPILLED_RARELY
+        return report.stack <= _MOST_SPILLED_RARELY and in_loop <= _MOST_LOCAL_FOLDED
+    if triton.__version__.startswith("3.6."):
+        return report.stack == 0
+    if not form.even:
+        return report.stack <= _MOST_SPILLED_RARELY
+    return report.stack <= _MOST_SPILLED and in_loop == 0
 
 
 def _most_permutations(form: Form, report: Report) -> float:

@@ -86,6 +86,12 @@ def _read(path: Path) -> dict[str, Any]:
     return table
 
 
+def readable(path: Path) -> None:
+    """ValueError, as `plan` would raise it, if there is a file in a format that is not this one's."""
+    _read.cache_clear()
+    _read(path)
+
+
 def user_file() -> Path:
     """Where `tune` writes: $PTQ_KERNELS_CONFIGS, or ptq_kernels/configs.json in the user's cache folder."""
     if chosen := os.environ.get("PTQ_KERNELS_CONFIGS"):
@@ -169,7 +175,9 @@ def plan(gpu: Gpu, problem: Problem) -> Plan:
     for path in (user_file(), SHIPPED):
         if listed := _listed(path, gpu, problem):
             return listed
-    found = [Plan(tile, splits_by_rule(gpu, tile, problem)) for tile in candidates(gpu, problem)]
+    # folded tiles round the weight, and none of them was ever timed: only `tune` chooses them
+    exact = [tile for tile in candidates(gpu, problem) if not tile.folded]
+    found = [Plan(tile, splits_by_rule(gpu, tile, problem)) for tile in exact]
     filled = [_filled(gpu, problem, each) for each in found]
     most = min(max(filled), _WELL_FILLED)
     return next(each for each, fill in zip(found, filled, strict=True) if fill >= most)

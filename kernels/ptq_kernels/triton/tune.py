@@ -85,14 +85,18 @@ def graph_times(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> lis
 
 
 def plans(gpu: Gpu, problem: Problem) -> list[Plan]:
-    """Every tile with every number of splits that has work for each and room in the workspace."""
+    """Every tile with every number of splits that has work for each, room in the workspace, and at most two waves."""
     problem = problem._replace(rows=configs.bucket(problem.rows))
-    return [
-        Plan(tile, splits)
-        for tile in configs.candidates(gpu, problem)
-        for splits in SPLITS
-        if configs.fits(tile, problem, splits)
-    ]
+    found = []
+    for tile in configs.candidates(gpu, problem):
+        outputs = -(-problem.n // tile.block_n) * -(-problem.rows // tile.block_m)
+        waves = 2 * gpu.processors * tile.resident
+        found += [
+            Plan(tile, splits)
+            for splits in SPLITS
+            if configs.fits(tile, problem, splits) and (splits == 1 or outputs * splits <= waves)
+        ]
+    return found
 
 
 def tune(gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str) -> dict[Problem, tuple[Plan, float]]:
@@ -103,6 +107,7 @@ def tune(gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str) -
     from which the weight is dequantized is written too. The file keeps its other entries. It is written under a lock
     and replaced at once, so that several processes may tune at the same time and readers never see half of it.
     """
+    configs.readable(configs.user_file())
     best: dict[Problem, tuple[Plan, float]] = {}
     dense: dict[Problem, float] = {}
     for problem in problems:
@@ -113,8 +118,10 @@ def tune(gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str) -
                 timed.append((timer(plan, problem), plan))
         timed.sort(key=lambda pair: pair[0])
         if gpu.capability >= ahead.LEAST_CAPABILITY:
-            early = [plan._replace(early=ahead.BYTES) for _, plan in timed[:3]]
-            timed += [(timer(plan, problem), plan) for plan in early]
+            for _, plan in timed[:3]:
+                early = plan._replace(early=ahead.BYTES)
+                with contextlib.suppress(OutOfResources):
+                    timed.append((timer(early, problem), early))
         fastest = min(timed, key=lambda pair: pair[0])
         best[problem] = (fastest[1], fastest[0])
         if problem.rows > _SMALL:

@@ -1,4 +1,4 @@
-"""The product for many rows: the scale is multiplied into the weight, and the tensor cores accumulate in place.
+"""The product with folded tiles: the scale is multiplied into the weight, the tensor cores accumulate in place.
 
 Each weight is formed as cuBLAS would get it, integer times scale rounded once to the dtype of x. Without a second
 accumulator for what a step adds, a tile of 64 rows leaves room for two programs on a multiprocessor, one of which
@@ -16,8 +16,15 @@ import triton.language as tl
 
 from ptq_kernels.triton.ahead import begin
 from ptq_kernels.triton.fragments import centered, raised_codes
-from ptq_kernels.triton.pointers import padded, scales_of, tile_pointers, zeros_of
+from ptq_kernels.triton.pointers import load_x, padded, scales_of, tile_pointers, zeros_of
 from ptq_kernels.triton.splits import own_steps, own_tile, store
+
+
+@triton.jit
+def _product(w, x, acc, USE_ASM: tl.constexpr):
+    if not USE_ASM:
+        x, w = x.to(tl.float32), w.to(tl.float32)  # the interpreter multiplies the bit patterns of bfloat16
+    return tl.dot(w, x, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -33,7 +40,7 @@ def _scales(scale_ptr, zero_ptr, n, first_k, width, GROUP: tl.constexpr, PARTS: 
             ASYM: tl.constexpr):  # fmt: skip
     """Scales and zeros ``[BN, PARTS]`` of the columns from first_k on."""
     row = first_k + tl.arange(0, PARTS) * SPAN
-    row = (row // GROUP if GROUP else row * 0) * width  # fewer than 2**31 scales are beyond any weight
+    row = (row // GROUP if GROUP else row * 0) * width  # in 32 bits: no weight has 2**31 scales
     at = n[:, None] + row[None, :]
     scale = tl.load(scale_ptr + at)
     zero = scale
@@ -83,12 +90,15 @@ def wide_kernel(
     """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile (M fastest), split. BK / 4 divides the group."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tl.static_assert(GROUP % (BK // 4) == 0)
-    PARTS: tl.constexpr = 1 if GROUP % BK == 0 else 2 if GROUP % (BK // 2) == 0 else 4  # that have scales of their own
+    HALF: tl.constexpr = BK // 2  # a step is two products: the second half is unpacked while the first is multiplied
+    PARTS: tl.constexpr = 1 if GROUP % HALF == 0 else 2  # of a half, with scales of their own
+    SPAN: tl.constexpr = HALF // PARTS
+    SHARED: tl.constexpr = GROUP % BK == 0  # the halves have the same scales
     pn, m, n = own_tile(M, BM, BN)
     first, count = own_steps(K, BK, SPLIT)
     begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, BN, BK, AHEAD)
-    q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), N, K, BITS, BN, BK)
-    k = first * BK + tl.arange(0, BK)
+    q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), N, K, BITS, BN, HALF)
+    k = first * BK + tl.arange(0, HALF)
     x_ptrs = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * K + k[:, None]  # rows beyond M are not stored
     width = padded(N)
     own = tl.minimum(n, width - 1) if BN > 128 else n  # which N is padded to
@@ -97,21 +107,25 @@ def wide_kernel(
     acc = tl.zeros((BN, BM), tl.float32)
     q_offset, x_offset = 0, 0
     last = tl.cdiv(K, BK) - 1
-    scale, zero = _scales(scale_ptr, zero_ptr, own, first * BK, width, GROUP, PARTS, BK // PARTS, ASYM)
+    scale, zero = _scales(scale_ptr, zero_ptr, own, first * BK, width, GROUP, PARTS, SPAN, ASYM)
+    scale1, zero1 = scale, zero
+    if not SHARED:
+        scale1, zero1 = _scales(scale_ptr, zero_ptr, own, first * BK + HALF, width, GROUP, PARTS, SPAN, ASYM)
     for i in range(count):
         q = tl.load(q_ptrs + q_offset, eviction_policy="evict_first")
-        if EVEN_K:
-            x = tl.load(x_ptrs + x_offset, eviction_policy="evict_last")
-        else:
-            x = tl.load(x_ptrs + x_offset, mask=(k + x_offset < K)[:, None], other=0.0, eviction_policy="evict_last")
+        q1 = tl.load(q_ptrs + q_offset + HALF * (8 * BITS), eviction_policy="evict_first")
+        x = load_x(x_ptrs + x_offset, k + x_offset, m, K, EVEN_K, False)
+        x1 = load_x(x_ptrs + x_offset + HALF, k + x_offset + HALF, m, K, EVEN_K, False)
+        w = _weight(q, scale, zero, BITS, ORDER, BN, HALF, PARTS, ASYM, DTYPE, USE_ASM)
+        acc = _product(w, x, acc, USE_ASM)
+        w = _weight(q1, scale1, zero1, BITS, ORDER, BN, HALF, PARTS, ASYM, DTYPE, USE_ASM)
+        acc = _settled(_product(w, x1, acc, USE_ASM), USE_ASM)
         # Triton pipelines only the loads that feed the product: the next scales are fetched one step ahead by hand.
         after = tl.minimum(first + i + 1, last) * BK
-        next_scale, next_zero = _scales(scale_ptr, zero_ptr, own, after, width, GROUP, PARTS, BK // PARTS, ASYM)
-        w = _weight(q, scale, zero, BITS, ORDER, BN, BK, PARTS, ASYM, DTYPE, USE_ASM)
-        if not USE_ASM:
-            x, w = x.to(tl.float32), w.to(tl.float32)  # the interpreter multiplies the bit patterns of bfloat16
-        acc = _settled(tl.dot(w, x, acc, input_precision="ieee"), USE_ASM)
+        scale, zero = _scales(scale_ptr, zero_ptr, own, after, width, GROUP, PARTS, SPAN, ASYM)
+        scale1, zero1 = scale, zero
+        if not SHARED:
+            scale1, zero1 = _scales(scale_ptr, zero_ptr, own, after + HALF, width, GROUP, PARTS, SPAN, ASYM)
         q_offset += BK * (8 * BITS)
         x_offset += BK
-        scale, zero = next_scale, next_zero
     store(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS, SPLIT)
