@@ -292,11 +292,11 @@ def violations(form: Form, report: Report) -> list[str]:
 def _spills_little(form: Form, report: Report) -> bool:
     """None by Triton 3.6; by later ones two registers around the loop, with a ragged last step, which is rare, six.
 
-    3.7.1 and 3.9 do that in some forms, each in others. Folded tiles, some of which are made to fit two programs on a
-    multiprocessor, may spill six with any, five instructions of the loop use those; twelve with a ragged last step.
+    3.7.1 and 3.9 do that in some forms, each in others. What only `tune` chooses, kernels that begin early and folded
+    tiles, may spill six with any, and five instructions of the loop use those; twelve with a ragged last step.
     """
     in_loop = report.loop["LDL"] + report.loop["STL"]
-    if form.tile.folded:
+    if form.tile.folded or form.early:
         if not form.even:
             return report.stack <= 2 * _MOST_SPILLED_RARELY
         return report.stack <= _MOST_SPILLED_RARELY and in_loop <= _MOST_LOCAL_FOLDED
