@@ -130,13 +130,12 @@ def _quantize(options: argparse.Namespace) -> int:
     from ptq.report import summary
 
     report = quantize(config, overwrite=options.overwrite, fresh=options.fresh, ranks=ranks)
-    ranks.close()
-    if not ranks.first:
-        return 0
-    print()
-    if report.document.get("evaluation"):
-        print(show(report.document["evaluation"]), end="\n\n")
-    print(summary(report))
+    if ranks.first:
+        print()
+        if report.document.get("evaluation"):
+            print(show(report.document["evaluation"]), end="\n\n")
+        print(summary(report))
+    ranks.leave()
     return 0
 
 

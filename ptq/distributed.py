@@ -154,10 +154,17 @@ class Ranks:
         """A message with its speaker."""
         return message if self.size == 1 else f"rank {self.rank}: {message}"
 
-    def close(self) -> None:
-        """Leave, after a run that went well."""
+    def leave(self) -> None:
+        """End this process, one of several, after a run that went well; in a run of one, nothing.
+
+        At once, without Python's own end: a thread of torch that comes back into Python meanwhile is ended within C++,
+        which aborts the process ("terminate called without an active exception"), and torchrun then ends the others.
+        """
         if self.size > 1:
             dist.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:

@@ -293,13 +293,12 @@ def _spills_little(form: Form, report: Report) -> bool:
     """None by Triton 3.6; by later ones two registers around the loop, with a ragged last step, which is rare, six.
 
     3.7.1 and 3.9 do that in some forms, each in others. What only `tune` chooses, kernels that begin early and folded
-    tiles, may spill six with any, and five instructions of the loop use those; twelve with a ragged last step.
+    tiles, may spill six with any, twelve if early or with a ragged last step; five instructions of the loop use them.
     """
     in_loop = report.loop["LDL"] + report.loop["STL"]
     if form.tile.folded or form.early:
-        if not form.even:
-            return report.stack <= 2 * _MOST_SPILLED_RARELY
-        return report.stack <= _MOST_SPILLED_RARELY and in_loop <= _MOST_LOCAL_FOLDED
+        most = _MOST_SPILLED_RARELY * (2 if form.early or not form.even else 1)
+        return report.stack <= most and (in_loop <= _MOST_LOCAL_FOLDED or not form.even)
     if triton.__version__.startswith("3.6."):
         return report.stack == 0
     if not form.even:
