@@ -50,7 +50,7 @@ def store(
         last = arrived == splits - 1
         if last:
             acc = tl.zeros_like(acc)
-            # A load of a part takes most of a microsecond: several are under way at a time, as many as registers hold.
+            # A load of a part is a trip to the L2 cache: several are under way at a time, as many as registers hold.
             for i in range(0, splits, TOGETHER):
                 for j in tl.static_range(TOGETHER):
                     part = parts_ptr + ((i + j) * size + offset)
