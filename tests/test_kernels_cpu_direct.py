@@ -10,6 +10,7 @@ from typing import Any
 import ptq_kernels
 import pytest
 import torch
+from counted_operator import OPERATOR, counted_operator
 from cpu_libraries import current_libraries
 from packed_weights import Case, random_case, random_rows
 from ptq_kernels import direct, torch_op
@@ -19,7 +20,6 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPERATOR = torch_op.matmul
 CASE = random_case(48, 64, 32, symmetric=False)
 
 
@@ -34,14 +34,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def operator(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every call that reaches the operator."""
-    calls: list[int] = []
-
-    def counted(*arguments: Any) -> torch.Tensor:
-        calls.append(1)
-        return OPERATOR(*arguments)
-
-    monkeypatch.setattr(torch_op, "matmul", counted)
-    return calls
+    return counted_operator(monkeypatch)
 
 
 class Layer:

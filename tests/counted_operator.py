@@ -1,0 +1,21 @@
+"""The operator of `ptq_kernels.matmul`, and a count of the calls that reach it: none on the short way."""
+
+from typing import Any
+
+import pytest
+import torch
+from ptq_kernels import torch_op
+
+OPERATOR = torch_op.matmul
+
+
+def counted_operator(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every call from now on."""
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        return OPERATOR(*arguments)
+
+    monkeypatch.setattr(torch_op, "matmul", counted)
+    return calls
