@@ -3,7 +3,7 @@
 What is recorded is what the CUDA driver would be given: the compiled kernel, its grid, stream and arguments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +34,11 @@ class Launched(NamedTuple):
         return {name: v.data_ptr() if isinstance(v, torch.Tensor) else v for name, v in pointers.items()}
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[list[Launched]]:
-    """Every launch, in order; `folder` is for what Triton compiles."""
-    from ptq_kernels.triton import launch, tiled, wide, workspace
+def recorded(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, then: Callable[[Any, Launched], None] | None = None
+) -> Iterator[list[Launched]]:
+    """Every launch, in order; `folder` is for what Triton compiles. `then` is called with Triton's source of each."""
+    from ptq_kernels.triton import launch, pipelined, tiled, wide, workspace
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
@@ -69,6 +71,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[list[Lau
                     self.dependent,
                 )
             )
+            if then:
+                then(self.source, found[-1])
 
     class Recording(CudaDriver):
         def __init__(self) -> None:
@@ -86,7 +90,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[list[Lau
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     monkeypatch.setattr(workspace, "_of_stream", {})
     monkeypatch.setattr(workspace, "_spare", {})
-    kernels = (tiled.tiled_kernel, wide.wide_kernel)
+    kernels = (tiled.tiled_kernel, wide.wide_kernel, pipelined.pipelined_kernel)
     for kernel in kernels:
         kernel.device_caches.clear()
     launch.forget()

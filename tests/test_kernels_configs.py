@@ -12,7 +12,7 @@ from ptq_kernels import tiles
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from ptq_kernels.triton import ahead, configs, launch, tune, workspace
+from ptq_kernels.triton import ahead, configs, launch, recipes, tune, w4a16, workspace
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 from triton.runtime.errors import OutOfResources
 
@@ -38,17 +38,17 @@ def test_every_problem_has_a_plan_that_fits(gpu: Gpu, bits: int, span: int) -> N
             problem = Problem(bits, span, rows, n, k)
             tile, splits, _ = configs.plan(gpu, problem)
             assert (tile.bits, tile.span) == (bits, span)
-            assert span % (tile.block_k // (4 if tile.folded else 2)) == 0
-            assert splits == 1 or configs.fits(tile, problem, splits)
+            assert span % (tile.block_k // (4 if tile.kind == "folded" else 2)) == 0
+            assert splits == 1 or configs.fits(gpu, tile, problem, splits)
             assert tile.block_m <= max(rows, 16) * 2 or gpu.order == 90
 
 
 @pytest.mark.parametrize("processors", [132, 114, 78])
-def test_no_folded_tile_unless_tuned(processors: int) -> None:
+def test_no_tile_that_rounds_unless_tuned(processors: int) -> None:
     """They round the weight. A grid, for the rule takes the first tile that fills a GPU."""
     for bits, span, rows in itertools.product((4, 8), tiles.SPANS, configs.BUCKETS):
         for n, k in itertools.product(range(1024, 32768, 1792), range(1024, 32768, 3328)):
-            assert not configs.plan(Gpu(90, processors), Problem(bits, span, rows, n, k)).tile.folded
+            assert not configs.plan(Gpu(90, processors), Problem(bits, span, rows, n, k)).tile.rounds
 
 
 def test_plans_fill_the_gpu_once() -> None:
@@ -77,7 +77,7 @@ def test_table_says_where_it_comes_from() -> None:
 
 
 def test_buckets() -> None:
-    assert [configs.bucket(rows) for rows in (1, 16, 17, 65, 512, 9999)] == [16, 16, 32, 128, 512, 512]
+    assert [configs.bucket(rows) for rows in (1, 16, 17, 65, 512, 9999)] == [16, 16, 32, 128, 512, 2048]
 
 
 def test_user_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -107,6 +107,39 @@ def test_tuning_writes_what_plan_reads() -> None:
     assert [entry["provenance"] for entry in entries] == ["again", "a test"]
 
 
+def test_a_tuned_pipelined_tile_serves_only_what_it_can() -> None:
+    """Oracle: a timer that likes pipelined tiles. The copy engine wants rows of whole 16 bytes, the kernel a Hopper
+    GPU, and scales in the dtype of x.
+    """
+    problems = [Problem(4, 128, 256, 512, k, recipes.pipelines(H200, k)) for k in (1024, 1020)]
+    best = tune.tune(H200, problems, lambda plan, _: 1.0 + (plan is None or plan.tile.kind != "pipelined"), "a test")
+    assert [plan.tile.kind == "pipelined" for plan, _ in best.values()] == [True, False]
+    assert configs.plan(H200, problems[0]).tile.kind == "pipelined"
+    assert configs.plan(H200, problems[0]._replace(pipelined=False)).tile.kind != "pipelined"
+    assert [recipes.pipelines(gpu, 1024) for gpu in (H200, A100, ADA, BLACKWELL)] == [True, False, False, False]
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for scales, k, group, pipelined in ((bf16, 1024, 128, True), (fp32, 1024, 128, False), (bf16, 1020, 1020, False)):
+        weight = tile_cases.tiled(random_case(512, k, group, dtype=scales), "tile_sm90")
+        layer = launch.layer_of(torch.empty(0, dtype=bf16), weight, None)
+        assert layer.pipelined == (pipelined and not w4a16.interpreted())
+
+
+def test_room_for_the_parts_of_whole_tiles() -> None:
+    """A pipelined tile writes its part with the rows that lie beyond N: 12 tiles of 256 x 128 float32 values. And all
+    programs are on the GPU at once, one a multiprocessor.
+    """
+    tile = next(t for t in configs.tiles(90) if t.name == "128x256x64 pipelined")
+    problem = Problem(4, 128, 512, 600, 8192, True)
+    most = workspace.PART_BYTES // (4 * 12 * 256 * 128)
+    assert most == 10
+    for gpu, kind, splits, fits in (
+        (H200, "pipelined", most, True), (H200, "pipelined", most + 1, False), (H200, "exact", most + 1, True),
+        (Gpu(90, 120), "pipelined", most, True), (Gpu(90, 119), "pipelined", most, False),
+        (Gpu(90, 119), "exact", most, True), (Gpu(90, 11), "pipelined", 1, True),
+    ):  # fmt: skip
+        assert configs.fits(gpu, tile._replace(kind=kind), problem, splits) == fits
+
+
 @pytest.mark.parametrize(("dense", "rows"), [(5.0, 65), (25.0, 257), (100.0, 513)])
 def test_tuning_finds_from_where_to_dequantize(dense: float, rows: int) -> None:
     """Oracle: a kernel that takes 10, 20, 40 us for 128, 256, 512 rows; and plans that do not fit the GPU."""
@@ -125,11 +158,22 @@ def test_tuning_finds_from_where_to_dequantize(dense: float, rows: int) -> None:
     assert configs.dequantize_from(A100) == 257  # as shipped
 
 
+def test_a_split_without_work_is_refused() -> None:
+    """512 columns are four steps of 128: of three splits the last would have none."""
+    weight, x = tile_cases.tiled(random_case(128, 512, 128), "tile_sm90"), random_rows(1, 512, torch.float16)
+    tile = next(t for t in configs.tiles(90) if t.kind == "pipelined")
+    with (
+        launch.forced(Plan(tile, 3)),
+        pytest.raises(ValueError, match=r"a step of 128 columns, 3 splits of 4"),
+    ):
+        launch.layer_of(x, weight, None).launch(1)
+
+
 def test_a_forced_plan_serves_any_rows_and_none_dequantizes() -> None:
     """What `tune` times is what it asks for, whatever the tables say."""
     weight, x = tile_cases.tiled(random_case(128, 256, 128), "tile_sm90"), random_rows(1, 256, torch.float16)
     plan = configs.plan(H200, Problem(4, 128, 512, 128, 256))
-    for forced, most in ((plan, 513), (None, 0)):
+    for forced, most in ((plan, 2049), (None, 0)):
         with launch.forced(forced):
             assert launch.layer_of(x, weight, None).most_rows == most
     assert launch.layer_of(x, weight, None).most_rows == 512
@@ -139,7 +183,7 @@ def test_plans_to_tune_all_fit() -> None:
     problem = Problem(4, 128, 1, 4096, 4096)
     found = tune.plans(H200, problem)
     assert {plan.splits for plan in found} >= {1, 2, 4, 8, 16}
-    assert all(configs.fits(plan.tile, problem, plan.splits) for plan in found)
+    assert all(configs.fits(H200, plan.tile, problem, plan.splits) for plan in found)
 
 
 def test_a_file_of_another_format_is_refused() -> None:

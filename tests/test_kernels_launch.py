@@ -87,8 +87,8 @@ def test_a_plan_that_begins_early(
     assert [each.arguments["AHEAD"] for each in launches] == [0, 0, *[ahead.BYTES * early] * 2]
 
 
-def test_a_folded_tile_has_a_kernel_of_its_own(launches: list[Launched]) -> None:
-    """Oracle: what its launch is given is what the other kernel would be."""
+def test_each_kind_of_tile_has_a_kernel_of_its_own(launches: list[Launched]) -> None:
+    """Oracle: what its launch is given is what the other kernels would be."""
     from ptq_kernels.triton import configs, launch
 
     weight = tile_cases.tiled(random_case(300, 512, 128, dtype=torch.bfloat16), "tile_sm90")
@@ -97,13 +97,40 @@ def test_a_folded_tile_has_a_kernel_of_its_own(launches: list[Launched]) -> None
     for tile in tiles:
         with launch.forced(configs.Plan(tile, 2)):
             run(x, weight)
-    assert {tile.folded for tile in tiles} == {False, True}
+    kernels = {"exact": "tiled_kernel", "folded": "wide_kernel", "pipelined": "pipelined_kernel"}
+    assert {tile.kind for tile in tiles} == set(kernels)
     for tile, launched in zip(tiles, launches, strict=True):
         sizes = (-(-300 // tile.block_n) * -(-70 // tile.block_m), 2, 1)
         assert launched.grid == sizes
         assert launched.addresses["w_ptr"] == weight.qweight.data_ptr()
-        assert launched.kernel == ("wide_kernel" if tile.folded else "tiled_kernel")
+        assert launched.kernel == kernels[tile.kind]
         assert launched.values["SPLIT"] is True
+
+
+def test_what_the_copy_engine_is_told(launches: list[Launched]) -> None:
+    """Oracle: the sizes. x and its descriptor are new in every call, that of a weight is kept; a launch past Triton's
+    own code gives the same as one by it.
+    """
+    from ptq_kernels.triton import configs, launch
+
+    case = random_case(300, 520, 520, dtype=torch.bfloat16)
+    weights = [tile_cases.tiled(case, "tile_sm90") for _ in range(2)]
+    tile = next(t for t in configs.tiles(90) if t.kind == "pipelined" and (t.rows, t.span) == (512, 128))
+    rows = [random_rows(count, 520, torch.bfloat16) for count in (70, 70, 100)]
+    with launch.forced(configs.Plan(tile, 1)):
+        for x, weight in zip(rows, (*weights, weights[0]), strict=True):
+            run(x, weight)
+    for x, weight, launched in zip(rows, (*weights, weights[0]), launches, strict=True):
+        described, words = launched.arguments["x_desc"], launched.arguments["q_desc"]
+        assert (described.base.data_ptr(), list(described.shape), list(described.strides)) == (
+            x.data_ptr(), list(x.shape), [520, 1]
+        )  # fmt: skip
+        assert described.block_shape == [tile.block_m, tile.block_k]
+        assert (words.base.data_ptr(), words.shape, words.strides) == (weight.qweight.data_ptr(), [6, 5120], [5120, 1])
+        assert words.block_shape == [tile.block_n // 64, 8 * tile.block_k]
+        assert words.base.dtype == torch.int32
+    first, _, third = launches
+    assert first.arguments["q_desc"] is third.arguments["q_desc"]
 
 
 def test_a_bias_of_another_dtype_is_another_kernel(launches: list[Launched]) -> None:

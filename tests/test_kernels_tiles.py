@@ -15,9 +15,6 @@ from ptq_kernels.layouts import PackedWeight
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-needs_compiler = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="compilation needs Triton without its interpreter"
-)
 
 
 def place(layout: str, bits: int, n: int, k: int) -> tuple[int, int]:
@@ -138,119 +135,6 @@ def test_a_gpu_below_the_requirement_is_refused(monkeypatch: pytest.MonkeyPatch)
         dispatch.choose("triton", torch.device("cuda:3"))
     assert dispatch.choose("auto", torch.device("cuda:3")) == "reference"
     w4a16._too_old.cache_clear()
-
-
-@needs_compiler
-@pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize(
-    ("capability", "span", "rows", "name"),
-    [(90, 128, 16, "16x128x128"), (90, 128, 32, "32x128x128"), (90, 128, 64, "64x256x128"), (90, 128, 64, "64x128x128"),
-     (90, 128, 512, "128x128x128"), (90, 128, 512, "64x256x128 folded"), (90, 64, 16, "16x128x128"),
-     (80, 128, 16, "16x128x128")],
-)  # fmt: skip
-def test_machine_code(capability: int, span: int, rows: int, name: str, asymmetric: bool) -> None:
-    """Of what most products run as; `test_machine_code_of_every_tile` has the rest."""
-    from ptq_kernels.triton import aot, configs
-
-    key = (4, span, rows, name)
-    (found,) = [t for t in configs.tiles(capability) if (t.bits, t.span, t.rows, t.name) == key]
-    form = aot.Form(found, capability, "bf16", asymmetric)
-    report = check_machine_code(form)
-    if capability == 90 and span == 128 and rows <= 64:
-        assert report.per_weight <= 3.0
-
-
-@needs_compiler
-@pytest.mark.parametrize("name", ["16x128x128", "64x256x128 folded"])
-def test_machine_code_of_a_kernel_that_begins_early(name: str) -> None:
-    from ptq_kernels.triton import aot, configs
-
-    found = next(t for t in configs.tiles(90) if (t.bits, t.span, t.name) == (4, 128, name))
-    check_machine_code(aot.Form(found, 90, early=True))
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [90, 80, 89])
-def test_machine_code_of_every_tile(capability: int) -> None:
-    from ptq_kernels.triton import aot
-
-    for form in aot.forms([capability]):
-        check_machine_code(form)
-
-
-@pytest.mark.slow
-def test_every_tile_with_two_versions_of_triton() -> None:
-    """In environments of their own, which the script makes where there are none: 3.6, and the newest."""
-    script = Path(__file__).resolve().parent.parent / "scripts" / "compile_check"
-    run = subprocess.run([script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert "triton 3.6.0: " in run.stdout
-    assert run.stdout.count("0 forms are not fit to ship") == 2
-
-
-def check_machine_code(form) -> None:
-    from ptq_kernels.triton import aot
-
-    kernel = aot.compile_form(form)
-    assert ("wgmma" in kernel.asm["ptx"]) == (form.capability == 90)
-    if not aot.available():
-        pytest.skip("this triton wheel brings no cuobjdump, so registers and machine code are not checked")
-    report = aot.inspect(kernel, form)
-    assert aot.violations(form, report) == [], form.name
-    return report
-
-
-@needs_compiler
-@pytest.mark.parametrize("capability", [90, 80])
-def test_machine_code_of_the_dequantizer(capability: int) -> None:
-    """16-byte stores, no spills, no conversion of an integer."""
-    from ptq_kernels.triton import aot
-
-    kernel = aot.compile_dequantizer(capability, asymmetric=True)
-    assert "st.global.v4.b32" in kernel.asm["ptx"]
-    if aot.available():
-        _, stack, lines = aot.machine_code(kernel)
-        assert stack == 0
-        assert not [line for _, line in lines if "I2F" in line]
-
-
-def test_overwritten_operands_are_found() -> None:
-    """Oracle: hand-written code; the second program waits before it writes."""
-    from ptq_kernels.triton import aot
-
-    product = "HGMMA.64x16x16.F32.BF16 R24, R32, gdesc[UR12], R24, gsb0"
-    write, wait = "HADD2.BF16_V2 R33, R40, -136, -136", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
-    assert aot.early_overwrites([product, write, wait]) == [write]
-    assert aot.early_overwrites([product, wait, write]) == []
-    assert aot.early_overwrites([product, "LDS.128 R32, [R1]", wait]) == ["LDS.128 R32, [R1]"]
-    assert aot.early_overwrites([product, "SHFL.BFLY PT, R35, R9, 0x1, 0x1f", wait]) != []
-    assert aot.early_overwrites([product, "STS [R33], R1", wait]) == []
-
-
-def test_accesses_before_the_wait_are_found() -> None:
-    """Oracle: hand-written code, of which a prefetch may come first."""
-    from ptq_kernels.triton import aot
-
-    wait, load, ask = "ACQBULK", "LDG.E.U16 R112, desc[UR16][R18.64]", "CCTL.E.PF2 [R6]"
-    assert aot.hasty([ask, wait, load]) == []
-    assert aot.hasty([ask, load, wait, load]) == [load]
-    assert aot.hasty(["@!P0 STG.E desc[UR16][R2.64], RZ", wait]) == ["@!P0 STG.E desc[UR16][R2.64], RZ"]
-    assert aot.hasty([load]) is None
-
-
-def test_a_tool_that_prints_something_else_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ptq_kernels.triton import aot
-
-    class Answer:
-        stdout = "nothing"
-
-    class Kernel:
-        asm = {"cubin": b""}  # noqa: RUF012
-
-    monkeypatch.setattr(aot.subprocess, "run", lambda *arguments, **options: Answer())
-    with pytest.raises(RuntimeError, match="must print REG and STACK, it printed 'nothing'"):
-        aot.machine_code(Kernel())
 
 
 @needs_gpu

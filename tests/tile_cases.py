@@ -96,7 +96,7 @@ def weight_rounding(weight: PackedWeight, rows: int, dtype: torch.dtype, device:
     if weight.layout not in launch.ORDERS:
         return 0.0
     layer = launch.layer_of(torch.empty(0, dtype=dtype, device=device), on_device(weight, device), None)
-    rounds = rows >= layer.most_rows or layer.plan(configs.bucket(rows)).tile.folded
+    rounds = rows >= layer.most_rows or layer.plan(configs.bucket(rows)).tile.rounds
     return UNIT[dtype] if rounds else 0.0
 
 

@@ -94,21 +94,27 @@ def dequantizer(layout: str, device: str, every: bool = False) -> None:
                 assert torch.equal(found, want.to(dtype)), (bits, n, k, group, dtype)
 
 
-def folded(layout: str, device: str, every: bool = False) -> None:
-    """Every tile that multiplies the scale into the weight, whole and split: right within the rounding of a weight.
+def rounding(layout: str, device: str, kind: str, every: bool = False) -> None:
+    """Every tile of a kind that multiplies the scale into the weight, whole and split: right within its rounding.
 
     More weight rows and rows of x than a tile has, ragged sizes, groups that a step straddles, scales of other dtypes.
     """
     bf16, fp16 = torch.bfloat16, torch.float16
     dtypes = ((bf16, bf16), (fp16, fp16), (bf16, fp16), (fp16, torch.float32))
-    chosen = [tile for tile in configs.tiles(launch.ORDERS[layout]) if tile.folded]
-    matched = [(tile, shape) for tile in chosen for shape in SHAPES_OF_SPAN[tile.span]]
+    if kind == "pipelined":
+        dtypes = ((bf16, bf16), (fp16, fp16)) * 2  # it takes no others
+    chosen = [tile for tile in configs.tiles(launch.ORDERS[layout]) if tile.kind == kind]
+    shapes = {
+        span: [s for s in SHAPES_OF_SPAN[span] if kind != "pipelined" or s[1] % 8 == 0] for span in SHAPES_OF_SPAN
+    }
+    matched = [(tile, shape) for tile in chosen for shape in shapes[tile.span]]
     options = [*itertools.product((True, False), (1, 3), dtypes)]
     for i, (tile, (n, k, group)) in enumerate(matched):
         for symmetric, splits, (dtype, scales) in options if every else [options[5 * i % 16]]:
             case = random_case(n, k, group, tile.bits, symmetric, scales)
             x, bias = random_rows(tile.block_m + 6, k, dtype), torch.linspace(-1, 1, n).to(dtype)
-            plan = configs.Plan(tile, min(splits, -(-k // tile.block_k)))
+            steps = -(-k // tile.block_k)
+            plan = configs.Plan(tile, min(splits, steps) if kind == "folded" else min(splits, steps, 2))
             with launch.forced(plan):
                 y = tile_cases.multiply(x, tile_cases.tiled(case, layout), bias, device)
             assert worst_error(y, x, case, bias, UNIT[dtype]) <= 1, (plan, n, k, group, symmetric, dtype, scales)
@@ -132,9 +138,9 @@ def overflow(layout: str, device: str) -> None:
 
 
 def everything(layout: str, device: str, every: bool = False) -> None:
-    """All of them; on a GPU the folded tiles, each of which must be compiled, have a process of their own."""
+    """All of them; on a GPU the tiles that round, each of which must be compiled, have processes of their own."""
     for path in (boundaries, rows_of_any_kind, dense, overflow):
         path(layout, device)
     if device == "cpu":
-        folded(layout, device, every)
+        rounding(layout, device, "folded", every)
     dequantizer(layout, device, every)

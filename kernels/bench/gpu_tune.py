@@ -1,6 +1,6 @@
 """Times every tile and number of splits on this GPU, beside what the shipped table chooses, and writes JSON.
 
-Run:    python kernels/bench/gpu_tune.py out.json [--seconds 100] [--tiny]
+Run:    python kernels/bench/gpu_tune.py out.json [--seconds 100] [--without-pipelined] [--tiny]
 The best ones go into the user's table (`ptq_kernels.triton.configs.user_file`), whose text is in the result too.
 """
 
@@ -16,10 +16,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_linear import GROUP, SHAPES
-from ptq_kernels.triton import configs, launch, tune
+from ptq_kernels.triton import configs, launch, recipes, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
-ROWS = ((16,), (64,), (128, 256, 512))  # the last together: they decide from where the weight is dequantized
+ROWS = ((16,), (64,), (128, 256, 512, 2048))  # the last together: they decide from where the weight is dequantized
 H200 = Gpu(90, 132)
 
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=100.0, help="nothing further is begun after that")
+    parser.add_argument("--without-pipelined", action="store_true", help="no tiles that need Hopper's copy engine")
     parser.add_argument("--tiny", action="store_true", help="a made-up clock, on any machine, to try the bench itself")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
@@ -52,7 +53,9 @@ def main() -> None:
     for rows, some in parts:
         if time.monotonic() > end:
             break
-        problems = [Problem(4, GROUP, m, n, k) for m in rows for n, k in some]
+        pipelined = [not options.without_pipelined and recipes.pipelines(gpu, k) for _, k in some]
+        sizes = [(*shape, each) for shape, each in zip(some, pipelined, strict=True)]
+        problems = [Problem(4, GROUP, m, *size) for m in rows for size in sizes]
         shipped = {problem: configs.plan(gpu, problem) for problem in problems}
         best = tune.tune(gpu, problems, clock, name)
         for problem, (plan, microseconds) in best.items():

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_linear import GROUP, SHAPES
 from gpu_tune import timer
-from ptq_kernels.triton import ahead, configs, dequant, tune
+from ptq_kernels.triton import ahead, configs, dequant, recipes, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem, Tile
 
 
@@ -38,10 +38,11 @@ class Variant(NamedTuple):
         return f"{t.name} warps {t.warps} stages {t.stages} registers {t.max_registers} early {self.early}"
 
 
-def variants(gpu: Gpu, rows: int) -> list[Variant]:
+def variants(gpu: Gpu, problem: Problem) -> list[Variant]:
     """The tiles of the table; of the first, other stages and beginnings; tiles that the table lacks."""
+    rows = problem.rows
     usual = ahead.BYTES if gpu.capability >= ahead.LEAST_CAPABILITY else 0
-    tiles = configs.candidates(gpu, Problem(4, GROUP, rows, *SHAPES[0]))
+    tiles = configs.candidates(gpu, problem)
     found = [Variant(tile, usual) for tile in tiles]
     found += [Variant(tile, 0) for tile in tiles]
     first = tiles[0]
@@ -52,22 +53,29 @@ def variants(gpu: Gpu, rows: int) -> list[Variant]:
         others += [narrow._replace(stages=stages, max_registers=None) for stages in (4, 6, 8)]
         others += [first._replace(max_registers=None), first._replace(block_n=256, warps=8, stages=3)]
     else:
-        folded = first._replace(block_m=64, block_n=256, warps=8, stages=3, max_registers=128, folded=True)
+        folded = first._replace(block_m=64, block_n=256, warps=8, stages=3, max_registers=128, kind="folded")
         others += [folded._replace(stages=stages) for stages in (2, 4)]
         others += [folded._replace(max_registers=None, stages=stages) for stages in (3, 4, 5)]
         others += [folded._replace(block_k=64, stages=stages) for stages in (4, 6)]
         others += [folded._replace(block_n=128, warps=4, max_registers=168)]
         others += [folded._replace(block_m=128, max_registers=None, stages=stages) for stages in (2, 4)]
         others += [folded._replace(block_m=256, block_n=128, max_registers=None, stages=stages) for stages in (2, 3)]
+    for tile in [tile for tile in tiles if tile.kind == "pipelined"]:
+        alone = tile._replace(
+            resident=1
+        )  # how many fit with more stages nobody has counted, and they wait for each other
+        others += [alone._replace(stages=stages) for stages in (tile.stages - 2, tile.stages - 1, tile.stages + 1)]
+        others += [alone._replace(block_k=64, stages=tile.stages + 2)] if tile.block_k == 128 else []
+        others += [alone._replace(block_n=64)] if tile.block_n == 128 and tile.warps == 4 else []
     return list(dict.fromkeys([*found, *(Variant(tile, usual) for tile in others)]))
 
 
 def timings(gpu: Gpu, clock: tune.Timer, problem: Problem) -> Iterator[dict[str, Any]]:
     """A record for each variant and number of splits."""
-    for variant in variants(gpu, problem.rows):
+    for variant in variants(gpu, problem):
         record = {"n": problem.n, "k": problem.k, "m": problem.rows, "variant": variant.name}
         for splits in tune.SPLITS:
-            if not configs.fits(variant.tile, problem, splits):
+            if not configs.fits(gpu, variant.tile, problem, splits):
                 continue
             try:
                 microseconds = clock(Plan(variant.tile, splits, variant.early), problem)
@@ -92,6 +100,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=200.0, help="nothing further is begun after that")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 128, 64, 256, 512])
+    parser.add_argument("--without-pipelined", action="store_true", help="no tiles that need Hopper's copy engine")
     parser.add_argument("--tiny", action="store_true", help="a made-up clock, on any machine, to try the bench itself")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
@@ -105,7 +114,8 @@ def main() -> None:
         for n, k in shapes:
             if time.monotonic() > end:
                 break
-            records += timings(gpu, clock, Problem(4, GROUP, rows, n, k))
+            pipelined = not options.without_pipelined and recipes.pipelines(gpu, k)
+            records += timings(gpu, clock, Problem(4, GROUP, rows, n, k, pipelined))
             options.output.write_text(json.dumps({"records": records}, indent=1))
             timed = [r for r in records if (r["n"], r["k"], r["m"]) == (n, k, rows) and "microseconds" in r]
             for record in sorted(timed, key=lambda r: r["microseconds"])[:6]:

@@ -20,10 +20,19 @@ _LINES = tl.constexpr(128)  # of a row of tiles, in one instruction of all threa
 
 
 @triton.jit
-def _ask_for(pointers):
+def ask_for(pointers):
+    """Ask the L2 cache for the lines of 128 bytes at these addresses."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def depend():
+    """Wait for the kernel before, let the next one begin."""
+    gdc_wait()
+    # Only now: what comes next may rely on it that what came before this kernel has ended.
+    gdc_launch_dependents()
 
 
 @triton.jit
@@ -40,7 +49,5 @@ def begin(w_ptr, first_n, first_k, steps, N, K, BITS: tl.constexpr, BN: tl.const
         own = steps * (BK * 8 * BITS)
         last = tl.minimum(own, AHEAD) - _LINE
         for start in range(0, tl.minimum(own, AHEAD), _LINE * _LINES):
-            _ask_for(row + tl.minimum(start + tl.arange(0, _LINES) * _LINE, last)[None, :])
-        gdc_wait()
-        # Only now: what comes next may rely on it that what came before this kernel has ended.
-        gdc_launch_dependents()
+            ask_for(row + tl.minimum(start + tl.arange(0, _LINES) * _LINE, last)[None, :])
+        depend()

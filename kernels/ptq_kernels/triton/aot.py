@@ -4,30 +4,24 @@
 instructions a weight and every violation of `violations`; the exit status says whether there was one.
 
 The longest backward branch around a tensor-core instruction counts as the main loop. The machine code is read as text,
-with the opcodes that these kernels use. No timing comes out of this.
+with the opcodes that these kernels use (sass.py). No timing comes out of this.
 """
 
 import argparse
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ptq_kernels.triton import ahead, configs, dequant
+from ptq_kernels.triton import ahead, configs, dequant, recipes, sass
 from ptq_kernels.triton.configs import Tile
-from ptq_kernels.triton.tiled import tiled_kernel
-from ptq_kernels.triton.wide import wide_kernel
 
-_TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _MOST_SPILLED, _MOST_SPILLED_RARELY = 8, 24  # bytes
-_MOST_LOCAL_FOLDED = 5  # instructions that read or write what was spilled
+_MOST_LOCAL = 5  # instructions that read or write what was spilled
 _SHARED_OF_SM = {80: 164, 86: 100, 89: 100, 90: 228}  # KiB; each resident program takes 1 KiB of it besides its own
 _MOST_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB of one program
 _RECORDED = (90, 80)  # whose programs and instructions the table of tiles records
@@ -78,11 +72,6 @@ class Report(NamedTuple):
         return sum(self.loop.values()) / self.weights
 
 
-def available() -> bool:
-    """Whether this Triton brings the tool that prints machine code."""
-    return _TOOL.exists()
-
-
 def order_of(capability: int) -> int:
     """The layout that a capability uses."""
     return configs.Gpu(capability, 0).order
@@ -91,24 +80,26 @@ def order_of(capability: int) -> int:
 def compile_form(form: Form) -> Any:
     """The compiled kernel, specialised as the launcher does for sizes that are multiples of 16."""
     tile = form.tile
-    constants = {
-        "BITS": tile.bits,
-        "ORDER": order_of(form.capability),
-        "GROUP": tile.span,
-        "SCALES": _TYPES[form.dtype],
-        "ASYM": form.asymmetric,
-        "HAS_BIAS": form.bias,
-        "SPLIT": form.split,
-        "EVEN_K": form.even,
-        "BM": tile.block_m,
-        "BN": tile.block_n,
-        "BK": tile.block_k,
-        "AHEAD": ahead.BYTES if form.early else 0,
-        "USE_ASM": True,
-    }
-    pointers = {"w_ptr": "*u8", "parts_ptr": "*fp32", "counters_ptr": "*i32"}
-    pointers |= dict.fromkeys(("x_ptr", "b_ptr", "y_ptr"), "*" + form.dtype)
-    return _compile(kernel_of(tile), constants, pointers, form.capability, options(tile, form.early))
+    constants = recipes.constants(
+        tile,
+        order=order_of(form.capability),
+        group=tile.span,
+        scales=_TYPES[form.dtype],
+        asymmetric=form.asymmetric,
+        bias=form.bias,
+        split=form.split,
+        even=form.even,
+        early=ahead.BYTES if form.early else 0,
+    )
+    types = {"w_ptr": "*u8", "parts_ptr": "*fp32", "counters_ptr": "*i32"}
+    types |= dict.fromkeys(("x_ptr", "b_ptr", "y_ptr"), "*" + form.dtype)
+    if tile.kind == "pipelined":
+        from ptq_kernels.triton.pipelined import q_layout, x_layout
+
+        types["x_desc"] = f"tensordesc<{form.dtype}[{tile.block_m}, {tile.block_k}],{x_layout()!r}>"
+        types["q_desc"] = f"tensordesc<i32[{tile.block_n // 64}, {8 * tile.block_k}],{q_layout()!r}>"
+    options = recipes.options(tile, form.early)
+    return _compile(recipes.kernel_of(tile), constants, types, form.capability, options)
 
 
 def compile_dequantizer(capability: int, *, asymmetric: bool) -> Any:
@@ -129,53 +120,28 @@ def compile_dequantizer(capability: int, *, asymmetric: bool) -> Any:
 
 
 def _compile(
-    kernel: Any, constants: dict[str, Any], pointers: dict[str, str], capability: int, chosen: dict[str, Any]
+    kernel: Any, constants: dict[str, Any], types: dict[str, str], capability: int, chosen: dict[str, Any]
 ) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = {*pointers, "N", "K"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = {*(name for name in types if name.endswith("_ptr")), "N", "K"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kind_of_source: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        kind_of_source = GluonASTSource
+    source = kind_of_source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
-
-
-def kernel_of(tile: Tile) -> Any:
-    """The kernel that a tile is made for; both take the same arguments."""
-    return wide_kernel if tile.folded else tiled_kernel
-
-
-def options(tile: Tile, early: bool) -> dict[str, Any]:
-    """The compiler's options for a tile, whose kernel may begin early."""
-    # Fusing is for the accumulator's multiply-add: Triton 3.10 no longer fuses unasked.
-    chosen = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    if early:
-        chosen["launch_pdl"] = True
-    return chosen if tile.max_registers is None else {**chosen, "maxnreg": tile.max_registers}
-
-
-def machine_code(kernel: Any) -> tuple[int, int, list[tuple[int, str]]]:
-    """(registers, bytes of stack, (address, instruction) of the whole kernel)."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage, code = (
-            subprocess.run([_TOOL, flag, cubin], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"{_TOOL.name} must print REG and STACK, it printed {usage!r}; use the one of this Triton")
-    lines = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
-    return int(found[1]), int(found[2]), lines
 
 
 def inspect(kernel: Any, form: Form) -> Report:
     """The report on what `compile_form` returned."""
-    registers, stack, lines = machine_code(kernel)
-    first, last = _main_loop(lines)
+    registers, stack, lines = sass.machine_code(kernel)
+    first, last = sass.main_loop(lines)
     loop = [line for at, line in lines if first <= at <= last]
     wgmma = [line for _, line in lines if "HGMMA" in line]
     shared, threads = kernel.metadata.shared, 32 * form.tile.warps
@@ -189,80 +155,12 @@ def inspect(kernel: Any, form: Form) -> Report:
         stack,
         shared,
         resident,
-        Counter(_opcode(line) for line in loop),
+        Counter(sass.opcode(line) for line in loop),
         all(re.search(r"R\d+, R\d+, gdesc", line) for line in wgmma) if wgmma else None,
-        early_overwrites(loop + loop) or early_overwrites([line for _, line in lines]),
+        sass.early_overwrites(loop + loop) or sass.early_overwrites([line for _, line in lines]),
         form.tile.block_n * form.tile.block_k / threads,
-        hasty([line for _, line in lines]),
+        sass.hasty([line for _, line in lines]),
     )
-
-
-def hasty(lines: Sequence[str]) -> list[str] | None:
-    """Loads and stores before ACQBULK, which waits for the kernel before; asking the cache for something is neither.
-
-    None if nothing waits.
-    """
-    waits = [i for i, line in enumerate(lines) if "ACQBULK" in line]
-    accesses = ("LDG", "LDGSTS", "LD", "STG", "ST", "ATOM", "ATOMG", "RED")
-    return [line for line in lines[: waits[0]] if _opcode(line) in accesses] if waits else None
-
-
-def _main_loop(lines: Sequence[tuple[int, str]]) -> tuple[int, int]:
-    """(first, last address) of the longest loop, of those with tensor-core instructions where there are such."""
-    spans = [
-        (int(target[1], 16), at)
-        for at, line in lines
-        if (target := re.search(r"BRA\b.*?(0x[0-9a-f]+)", line)) and int(target[1], 16) < at
-    ]
-    products = [at for at, line in lines if "MMA." in line]
-    with_products = [(first, last) for first, last in spans if any(first <= at <= last for at in products)]
-    return max(with_products or spans, key=lambda span: span[1] - span[0], default=(0, -1))
-
-
-def _bare(line: str) -> str:
-    return re.sub(r"^@!?U?P\w+\s+", "", line)
-
-
-def _opcode(line: str) -> str:
-    return _bare(line).split()[0].split(".")[0]
-
-
-def _written(line: str) -> set[int]:
-    """Registers that an instruction writes."""
-    opcode, _, operands = _bare(line).partition(" ")
-    if opcode.startswith("SHFL"):
-        operands = operands.partition(",")[2]
-    first = re.match(r"R(\d+)\b", operands.strip())
-    reads_only = ("STS", "STG", "STL", "ST", "RED", "BAR", "BRA", "LDGSTS", "WARPGROUP", "DEPBAR")
-    if first is None or opcode.split(".")[0] in reads_only:
-        return set()
-    width = 4 if ".128" in opcode or opcode.endswith(".4") else 2 if ".64" in opcode or ".WIDE" in opcode else 1
-    if shape := re.search(r"HGMMA\.64x(\d+)x", opcode):
-        width = int(shape[1]) // 2
-    return set(range(int(first[1]), int(first[1]) + width))
-
-
-def early_overwrites(lines: Sequence[str]) -> list[str]:
-    """Instructions that write a register operand of a wgmma before a wait has retired its group.
-
-    The assembler of Triton 3.6 emits such code for products that accumulate in place.
-    """
-    groups: list[set[int]] = []  # operand registers of the committed groups, oldest first
-    current: set[int] = set()
-    found = []
-    for line in lines:
-        if wait := re.search(r"WARPGROUP\.DEPBAR.*gsb0, (0x[0-9a-f]+)", line):
-            keep = int(wait[1], 16)
-            groups = groups[-keep:] if keep else []
-            continue
-        if current.union(*groups) & _written(line):
-            found.append(line)
-        if operand := re.search(r"HGMMA.* R\d+, R(\d+), gdesc", line):
-            current = current | set(range(int(operand[1]), int(operand[1]) + 4))
-        if "HGMMA" in line and "gsb0" in line:
-            groups.append(current)
-            current = set()
-    return found
 
 
 def violations(form: Form, report: Report) -> list[str]:
@@ -270,7 +168,7 @@ def violations(form: Form, report: Report) -> list[str]:
     tile, loop = form.tile, report.loop
     scales = max(tile.block_k // tile.span, 1)  # of a weight row in a step
     # scales and zeros of the two halves of a step may come by a matrix load each
-    placed = 2 * (1 + form.asymmetric) * (tile.folded and scales > 1)
+    placed = 2 * (1 + form.asymmetric) * (tile.kind == "folded" and scales > 1)
     wide = order_of(form.capability) == 90
     resident = tile.resident if form.capability in _RECORDED else 1  # others have less shared memory
     rules = [
@@ -283,6 +181,8 @@ def violations(form: Form, report: Report) -> list[str]:
         (report.from_registers is True if wide else loop["HMMA"] > 0, "the tensor cores do not read registers"),
         (report.shared <= _MOST_SHARED[form.capability] * 1024, f"needs {report.shared} bytes of shared memory"),
         (report.resident >= resident, f"{report.resident} programs resident, the table says {resident}"),
+        # an arrival and a wait for each of the two products: the assembler may also wait after every instruction
+        (tile.kind != "pipelined" or loop["WARPGROUP"] <= 4, "the tensor cores wait for each other's instructions"),
         (report.hasty == ([] if form.early else None), f"before the wait for the kernel before: {report.hasty}"),
         (report.per_weight <= most_instructions(form), f"{report.per_weight:.2f} instructions a weight"),
     ]
@@ -293,12 +193,13 @@ def _spills_little(form: Form, report: Report) -> bool:
     """None by Triton 3.6; by later ones two registers around the loop, with a ragged last step, which is rare, six.
 
     3.7.1 and 3.9 do that in some forms, each in others. What only `tune` chooses, kernels that begin early and folded
-    tiles, may spill six with any, twelve if early or with a ragged last step; five instructions of the loop use them.
+    or pipelined tiles, may spill six with any, twelve if early or with a ragged last step; five instructions of the
+    loop use them.
     """
     in_loop = report.loop["LDL"] + report.loop["STL"]
-    if form.tile.folded or form.early:
+    if form.tile.rounds or form.early:
         most = _MOST_SPILLED_RARELY * (2 if form.early or not form.even else 1)
-        return report.stack <= most and (in_loop <= _MOST_LOCAL_FOLDED or not form.even)
+        return report.stack <= most and (in_loop <= _MOST_LOCAL or not form.even)
     if triton.__version__.startswith("3.6."):
         return report.stack == 0
     if not form.even:
@@ -310,6 +211,8 @@ def _most_permutations(form: Form, report: Report) -> float:
     """A few a step place scales and zeros (moving the weight takes 64); 8 bits need one a weight, half with float16."""
     scales = max(form.tile.block_k // form.tile.span, 1)
     around = scales * (12 if form.asymmetric else 4)
+    if form.tile.kind == "pipelined":  # two of each scale and zero, for the pairs of a register
+        around = 8 * (1 + form.asymmetric)
     if form.tile.bits == 4:
         return around
     return around + report.weights * (1.0 if form.dtype == "bf16" else 0.5)
@@ -326,7 +229,7 @@ def most_instructions(form: Form) -> float:
     few = (
         order_of(form.capability) == 90
         and tile.block_m <= 64
-        and (tile.bits, tile.span, tile.folded) == (4, 128, False)
+        and (tile.bits, tile.span, tile.kind) == (4, 128, "exact")
     )
     # the masks of a ragged last step are not counted: sizes that need them are rare, and none has them in each step
     return (min(recorded, _MOST_FOR_FEW_ROWS) if few else recorded) if form.even else float("inf")

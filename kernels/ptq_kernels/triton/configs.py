@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ptq_kernels.triton.workspace import COUNTERS, PART_BYTES
 
 SHIPPED = Path(__file__).with_name("configs.json")
-BUCKETS = (16, 32, 64, 128, 256, 512)  # numbers of rows are rounded up to one of these
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # numbers of rows are rounded up to one of these
 _SMALL = 64  # rows of the largest bucket that one tile covers
 _WELL_FILLED = 0.7  # of the GPU: the first tile of the table that does is taken
 FORMAT = 2
@@ -28,12 +28,18 @@ class Tile(NamedTuple):
     stages: int
     max_registers: int | None  # a limit for the compiler; None: its own choice
     resident: int  # programs that fit a multiprocessor, by registers and shared memory
-    folded: bool = False  # the scale is multiplied into the weight (wide.py) instead of the accumulator (tiled.py)
+    kind: str = "exact"  # the kernel: "exact" (tiled.py), "folded" (wide.py) or "pipelined" (pipelined.py)
 
     @property
     def name(self) -> str:
         """What tells it from the other tiles for the same rows, bits and span."""
-        return f"{self.block_m}x{self.block_n}x{self.block_k}" + " folded" * self.folded
+        sizes = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return sizes if self.kind == "exact" else f"{sizes} {self.kind}"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a weight is rounded once to the dtype of x, as cuBLAS would get it."""
+        return self.kind != "exact"
 
 
 class Gpu(NamedTuple):
@@ -56,6 +62,7 @@ class Problem(NamedTuple):
     rows: int  # M, or a bucket
     n: int
     k: int
+    pipelined: bool = False  # whether pipelined tiles may serve it, see recipes.pipelines
 
 
 class Plan(NamedTuple):
@@ -113,6 +120,7 @@ def tiles(order: int) -> list[Tile]:
 def candidates(gpu: Gpu, problem: Problem) -> list[Tile]:
     """The tiles that can serve a problem, those made for its number of rows."""
     same = [t for t in tiles(gpu.order) if (t.bits, t.span) == (problem.bits, problem.span)]
+    same = [t for t in same if problem.pipelined or t.kind != "pipelined"]
     rows = min((t.rows for t in same if t.rows >= problem.rows), default=max(t.rows for t in same))
     return [t for t in same if t.rows == rows]
 
@@ -126,13 +134,23 @@ def dequantize_from(gpu: Gpu) -> int:
     raise ValueError(f"{SHIPPED} must name the rows to dequantize from for order {gpu.order}, it does not; restore it")
 
 
-def fits(tile: Tile, problem: Problem, splits: int) -> bool:
-    """Whether so many splits have work for each, and room in the workspace."""
+def fits(gpu: Gpu, tile: Tile, problem: Problem, splits: int) -> bool:
+    """Whether so many splits have work for each, and room in the workspace.
+
+    The programs of a split pipelined tile wait for each other, so that all of them must fit on the GPU at once.
+    """
     steps = -(-problem.k // tile.block_k)
-    each = -(-steps // splits)
+    if -(-steps // splits) * (splits - 1) >= steps:
+        return False
+    if splits == 1:
+        return True
     outputs = -(-problem.n // tile.block_n) * -(-problem.rows // tile.block_m)
-    room = splits == 1 or (4 * splits * problem.rows * problem.n <= PART_BYTES and outputs <= COUNTERS)
-    return room and each * (splits - 1) < steps
+    values = problem.rows * problem.n
+    if tile.kind == "pipelined":
+        values = outputs * tile.block_n * tile.block_m
+        if outputs * splits > gpu.processors * tile.resident:
+            return False
+    return 4 * splits * values <= PART_BYTES and outputs <= COUNTERS
 
 
 def splits_by_rule(gpu: Gpu, tile: Tile, problem: Problem) -> int:
@@ -143,7 +161,7 @@ def splits_by_rule(gpu: Gpu, tile: Tile, problem: Problem) -> int:
     traffic = 1.0 if problem.rows <= _SMALL else 2.0
     best = 1
     for splits in range(2, max(problem.k // shortest, 1) + 1):
-        if not fits(tile, problem, splits) or outputs * splits > gpu.processors * tile.resident:
+        if not fits(gpu, tile, problem, splits) or outputs * splits > gpu.processors * tile.resident:
             continue
         if 64 * splits * problem.rows <= traffic * problem.k * problem.bits:
             best = splits
@@ -164,7 +182,7 @@ def _listed(path: Path, gpu: Gpu, problem: Problem) -> Plan | None:
         if not (same_gpu and same_kind and least_n <= problem.n <= most_n and least_k <= problem.k <= most_k):
             continue
         for tile in candidates(gpu, problem):
-            if tile.name == entry["tile"] and fits(tile, problem, entry["splits"]):
+            if tile.name == entry["tile"] and fits(gpu, tile, problem, entry["splits"]):
                 return Plan(tile, entry["splits"], entry.get("early", 0))
     return None
 
@@ -175,8 +193,8 @@ def plan(gpu: Gpu, problem: Problem) -> Plan:
     for path in (user_file(), SHIPPED):
         if listed := _listed(path, gpu, problem):
             return listed
-    # folded tiles round the weight, and none of them was ever timed: only `tune` chooses them
-    exact = [tile for tile in candidates(gpu, problem) if not tile.folded]
+    # the other kinds round the weight, and none of them was ever timed: only `tune` chooses them
+    exact = [tile for tile in candidates(gpu, problem) if not tile.rounds]
     found = [Plan(tile, splits_by_rule(gpu, tile, problem)) for tile in exact]
     filled = [_filled(gpu, problem, each) for each in found]
     most = min(max(filled), _WELL_FILLED)

@@ -51,11 +51,16 @@ class Compiled:
             self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
 
     def __call__(
-        self, grid: tuple[int, int, int], stream: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]
+        self,
+        grid: tuple[int, int, int],
+        stream: int,
+        described: tuple[Any, ...],
+        tensors: tuple[Tensor, ...],
+        sizes: tuple[int, ...],
     ) -> None:
-        """Launch with these arguments, which are of the types that it was compiled for."""
+        """Launch with these descriptors, tensors and sizes, which are of the types that it was compiled for."""
         if self.straight and not hooked():
-            addresses = map(Tensor.data_ptr, tensors)
-            self.run(*grid, stream, self.function, self.metadata, None, None, None, *addresses, *sizes, *self.constants)
+            handed = (self.function, self.metadata, None, None, None, *described, *map(Tensor.data_ptr, tensors))
+            self.run(*grid, stream, *handed, *sizes, *self.constants)
         else:
-            self.kernel[grid](*tensors, *sizes, *self.constants, stream=stream)
+            self.kernel[grid](*described, *tensors, *sizes, *self.constants, stream=stream)

@@ -151,6 +151,81 @@ def raised_codes(q, BITS: tl.constexpr, ORDER: tl.constexpr, BN: tl.constexpr, B
 
 
 @triton.jit
+def _words4_bf16(q):
+    """int32 -> eight bfloat16 tensors of its shape, 128 + code: element e of output 4 w + i is field i, of the half
+    words e, of word w of a pair."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c;
+        shr.u32 a, $8, 4;
+        shr.u32 b, $8, 8;
+        shr.u32 c, $8, 12;
+        lop3.b32 $0, $8, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $1, a, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $2, b, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $3, c, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 a, $9, 4;
+        shr.u32 b, $9, 8;
+        shr.u32 c, $9, 12;
+        lop3.b32 $4, $9, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $5, a, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $6, b, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $7, c, 0x000F000F, 0x43004300, 0xEA;
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+        [q],
+        dtype=(tl.bfloat16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _words4_fp16(q):
+    """int32 -> eight float16 tensors of its shape, 1024 + code: element e of output 4 w + i is field i, of the half
+    words e, of word w of a pair."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c;
+        shr.u32 a, $8, 4;
+        shr.u32 b, $8, 8;
+        shr.u32 c, $8, 12;
+        lop3.b32 $0, $8, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 $1, a, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 $2, b, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 $3, c, 0x000F000F, 0x64006400, 0xEA;
+        shr.u32 a, $9, 4;
+        shr.u32 b, $9, 8;
+        shr.u32 c, $9, 12;
+        lop3.b32 $4, $9, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 $5, a, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 $6, b, 0x000F000F, 0x64006400, 0xEA;
+        lop3.b32 $7, c, 0x000F000F, 0x64006400, 0xEA;
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+        [q],
+        dtype=(tl.float16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def codes4_of_words(q, DTYPE: tl.constexpr):
+    """int32 ``[..., 2]`` -> raised codes ``[..., 2, 2, 2, 2]``: half word, word, and a field's two bits, low one last.
+
+    Each word is one register of four that hold two codes: a pair of words is unpacked at a time.
+    """
+    if DTYPE == tl.bfloat16:
+        a, b, c, d, e, f, g, h = _words4_bf16(q)
+    else:
+        a, b, c, d, e, f, g, h = _words4_fp16(q)
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.join(even, odd)
+
+
+@triton.jit
 def half_tiles(q, TILES: tl.constexpr):
     """4-bit tiles ``[TILES, 2048]`` -> those of columns 0..31 and of columns 32..63, ``[TILES, 1024]`` each."""
     first, second = tl.split(q.reshape(TILES, 128, 2, 8).permute(0, 1, 3, 2))
@@ -158,7 +233,7 @@ def half_tiles(q, TILES: tl.constexpr):
 
 
 @triton.jit
-def _raised_zero(zero, BITS: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
+def raised_zero(zero, BITS: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
     """uint8 zeros -> DTYPE, raised as the codes are; by or, so that no integer is converted."""
     RAISED: tl.constexpr = 1024.0 if DTYPE != tl.bfloat16 else 128.0 if BITS == 4 else -128.0
     if not USE_ASM:
@@ -176,7 +251,7 @@ def centered(t, zero, BITS: tl.constexpr, ASYM: tl.constexpr, DTYPE: tl.constexp
     """Raised codes ``[..., columns]`` minus their uint8 zeros ``[...]``, or minus the middle of the range."""
     MIDDLE: tl.constexpr = (1024.0 if DTYPE != tl.bfloat16 else 128.0 if BITS == 4 else -128.0) + 2 ** (BITS - 1)
     if ASYM:
-        return t - tl.expand_dims(_raised_zero(zero, BITS, DTYPE, USE_ASM), -1)
+        return t - tl.expand_dims(raised_zero(zero, BITS, DTYPE, USE_ASM), -1)
     elif MIDDLE == 0:
         return t
     else:

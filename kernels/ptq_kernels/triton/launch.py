@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ptq_kernels import tiles
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import ahead, configs, dequant, enqueue, w4a16, workspace
-from ptq_kernels.triton.aot import kernel_of, options
+from ptq_kernels.triton import ahead, configs, dequant, enqueue, recipes, w4a16, workspace
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
 ORDERS = {"tile_sm90": 90, "tile_sm80": 80}
 _SCALES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _INTERPRETED_GPU = Gpu(90, 132)  # whose table the interpreter follows
+_MOST_DESCRIBED = 1024  # weights of one shape
 
 
 @cache
@@ -35,14 +35,28 @@ def gpu(index: int) -> Gpu:
 class _Launch:
     """The kernel of a tile with one set of constants, for any rows that `plan` serves."""
 
-    def __init__(self, plan: Plan, constants: tuple[Any, ...], even_k: bool, capability: int) -> None:
+    def __init__(self, plan: Plan, layer: "_Layer") -> None:
         self.tile, self.splits, early = plan
-        if w4a16.interpreted() or capability < ahead.LEAST_CAPABILITY:
+        if w4a16.interpreted() or layer.gpu.capability < ahead.LEAST_CAPABILITY:
             early = 0
-        tile = plan.tile
-        self.constants = (*constants, self.splits > 1, even_k, tile.block_m, tile.block_n, tile.block_k, early)
-        self.options = options(tile, early > 0)
+        self.constants = recipes.constants(
+            plan.tile,
+            **layer.scheme,
+            bias=layer.has_bias,
+            split=self.splits > 1,
+            even=layer.shape[1] % plan.tile.block_k == 0,
+            early=early,
+            assembly=not w4a16.interpreted(),
+        )
+        self.options = recipes.options(plan.tile, early > 0)
+        steps = -(-layer.shape[1] // plan.tile.block_k)
+        if plan.tile.kind == "pipelined" and -(-steps // self.splits) * (self.splits - 1) >= steps:
+            raise ValueError(  # a program without a step would never end
+                f"each split must have a step of {plan.tile.block_k} columns, {self.splits} splits of {steps} steps do "
+                "not; take fewer"
+            )
         self.compiled: Any = None
+        self.described: dict[int, Any] = {}  # descriptors of weights, by their addresses
 
     def __call__(
         self, sizes: tuple[int, int, int], x: Tensor, qweight: Tensor, bias: Tensor | None, y: Tensor, stream: int
@@ -50,19 +64,32 @@ class _Launch:
         """Fill y with M, N, K. Every tensor is contiguous and aligned: the compiled kernel takes that for granted."""
         rows, outputs, columns = sizes
         grid = (-(-outputs // self.tile.block_n) * -(-rows // self.tile.block_m), self.splits, 1)
-        tensors = (x, qweight, x if bias is None else bias, y, *workspace.get(x.device, stream))
+        described = self._describe(x, qweight, sizes)
+        rest = (qweight, x if bias is None else bias, y, *workspace.get(x.device, stream))
+        tensors = rest if described else (x, *rest)
         if self.compiled is not None:
-            self.compiled(grid, stream, tensors, sizes)
+            self.compiled(grid, stream, described, tensors, sizes)
             return
         if workspace.capturing(x.device) and not w4a16.interpreted():
             raise RuntimeError(
                 f"the kernel for {rows} rows of a {outputs} x {columns} weight must be compiled before a CUDA graph is "
                 "captured, it is not; call ptq_kernels.warmup, or matmul once with so many rows, before"
             )
-        constants = (*self.constants, not w4a16.interpreted())
-        kernel = kernel_of(self.tile)[grid](*tensors, *sizes, *constants, **self.options)
+        kernel = recipes.kernel_of(self.tile)[grid](*described, *tensors, *sizes, **self.constants, **self.options)
         if not w4a16.interpreted():
-            self.compiled = enqueue.Compiled(kernel, constants)
+            self.compiled = enqueue.Compiled(kernel, tuple(self.constants.values()))
+
+    def _describe(self, x: Tensor, qweight: Tensor, sizes: tuple[int, int, int]) -> tuple[Any, ...]:
+        """What the copy engine is told of x and of the weight, where the kernel uses it."""
+        if self.tile.kind != "pipelined":
+            return ()
+        rows, outputs, columns = sizes
+        address = qweight.data_ptr()
+        if address not in self.described:
+            if len(self.described) == _MOST_DESCRIBED:  # of weights that may be gone long ago
+                self.described.clear()
+            self.described[address] = recipes.describe_tiles(address, outputs, columns, self.tile)
+        return recipes.describe_rows(x, rows, columns, self.tile), self.described[address]
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -83,21 +110,29 @@ class _Layer:
         self.span = tiles.span(weight) or tiles.SPANS[-1]
         group = 0 if weight.group_size == weight.in_features else weight.group_size
         asymmetric = weight.zeros is not None
-        self.scheme = (weight.bits, self.order, group, _SCALES[weight.scales.dtype], asymmetric)
+        self.bits = weight.bits
+        self.scheme = {
+            "order": self.order,
+            "group": group,
+            "scales": _SCALES[weight.scales.dtype],
+            "asymmetric": asymmetric,
+        }
         self.has_bias = has_bias
         self.shape = (weight.out_features, weight.in_features)
+        same = weight.scales.dtype == x.dtype  # as the kernel multiplies them
+        self.pipelined = same and not w4a16.interpreted() and recipes.pipelines(self.gpu, self.shape[1])
         self.most_rows = self._most_rows() if x.dtype != torch.float32 else 0  # and more are dequantized for
         self.launches: dict[int, _Launch] = {}
 
     def _most_rows(self) -> int:
         if _forced:
             return 0 if _forced[-1] is None else configs.BUCKETS[-1] + 1
-        return min(configs.dequantize_from(self.gpu), configs.BUCKETS[-1] + 1)  # the workspace has room for no more
+        return min(configs.dequantize_from(self.gpu), configs.BUCKETS[-1] + 1)  # no plan is for more
 
     def plan(self, rows: int) -> Plan:
         """How a number of rows is computed."""
         forced = _forced[-1] if _forced else None
-        return forced or configs.plan(self.table, Problem(self.scheme[0], self.span, rows, *self.shape))
+        return forced or configs.plan(self.table, Problem(self.bits, self.span, rows, *self.shape, self.pipelined))
 
     def launch(self, rows: int) -> _Launch:
         """The launcher of the bucket of `rows`."""
@@ -106,9 +141,7 @@ class _Layer:
             bucket = configs.bucket(rows)
             found = self.launches.get(bucket)
             if found is None:
-                plan = self.plan(bucket)
-                even = self.shape[1] % plan.tile.block_k == 0
-                found = _Launch(plan, (*self.scheme, self.has_bias), even, self.gpu.capability)
+                found = _Launch(self.plan(bucket), self)
             self.launches[bucket] = self.launches[rows] = found  # to find the bucket takes longer than to look it up
         return found
 
@@ -116,9 +149,10 @@ class _Layer:
         """Rows ``first_row..`` of the dense weight into out ``[rows, K]``; first_row is a multiple of 128."""
         rows, columns = out.shape
         grid = (triton.cdiv(rows, dequant.BLOCK_N), triton.cdiv(columns, dequant.BLOCK_K))
+        constants = (self.bits, *self.scheme.values(), self.span, dequant.BLOCK_N, dequant.BLOCK_K)
         dequant.dequantize_kernel[grid](
-            qweight, out, first_row, rows, *self.shape, *self.scheme, self.span, dequant.BLOCK_N, dequant.BLOCK_K,
-            not w4a16.interpreted(), num_warps=dequant.NUM_WARPS, num_stages=1, enable_fp_fusion=True,
+            qweight, out, first_row, rows, *self.shape, *constants, not w4a16.interpreted(),
+            num_warps=dequant.NUM_WARPS, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
 
     def chunks(self, qweight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

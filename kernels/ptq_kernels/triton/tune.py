@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 from ptq_kernels import bitstream, layouts, tiles
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import ahead, configs, launch
+from ptq_kernels.triton import ahead, configs, launch, recipes
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
 _L2_BYTES = 128 * 2**20  # copies of a weight are rotated through at least so much, so that no cache holds them
@@ -94,7 +94,7 @@ def plans(gpu: Gpu, problem: Problem) -> list[Plan]:
         found += [
             Plan(tile, splits)
             for splits in SPLITS
-            if configs.fits(tile, problem, splits) and (splits == 1 or outputs * splits <= waves)
+            if configs.fits(gpu, tile, problem, splits) and (splits == 1 or outputs * splits <= waves)
         ]
     return found
 
@@ -136,12 +136,14 @@ def tune(gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str) -
 
 def _threshold(best: dict[Problem, tuple[Plan, float]], dense: dict[Problem, float]) -> int:
     """From how many rows on all problems together are faster with the dequantized weight."""
-    rows = configs.BUCKETS[-1] + 1
-    for bucket in reversed([size for size in configs.BUCKETS if any(problem.rows == size for problem in dense)]):
+    timed = [size for size in configs.BUCKETS if any(problem.rows == size for problem in dense)]
+    rows = timed[-1] + 1
+    for bucket in reversed(timed):
         same = [problem for problem in dense if problem.rows == bucket]
         if sum(dense[problem] for problem in same) >= sum(best[problem][1] for problem in same):
             break
-        rows = configs.BUCKETS[configs.BUCKETS.index(bucket) - 1] + 1
+        smaller = [size for size in timed if size < bucket] or configs.BUCKETS[: configs.BUCKETS.index(bucket)]
+        rows = smaller[-1] + 1
     return rows
 
 
@@ -215,5 +217,6 @@ def tune_device(
         )
     name = torch.cuda.get_device_name(device)
     provenance = f"timed on {name}, torch {torch.__version__}"
-    problems = [Problem(bits, span, m, n, k) for n, k in shapes for m in rows]
-    return tune(launch.gpu(device.index), problems, GraphTimer(device, dtype, group_size), provenance)
+    gpu = launch.gpu(device.index)
+    problems = [Problem(bits, span, m, n, k, recipes.pipelines(gpu, k)) for n, k in shapes for m in rows]
+    return tune(gpu, problems, GraphTimer(device, dtype, group_size), provenance)

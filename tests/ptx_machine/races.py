@@ -1,0 +1,69 @@
+"""Which accesses to shared memory are ordered: vector clocks of the warps, advanced where they synchronize.
+
+A clock has a column for each warp, and one for each barrier in shared memory: how many of its phases are known to be
+complete, and so which copies to have arrived.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptx_machine.errors import HazardError
+
+Clock = NDArray[np.int32]  # the time up to which what each column stands for is known to have happened
+BARRIERS = 32  # at most
+CHUNK = 16  # bytes that a swizzle keeps together
+
+
+def first(warps: int, own: int) -> Clock:
+    """Return the clock of a warp at its beginning: it knows of itself only."""
+    clock = np.zeros(warps + BARRIERS, np.int32)
+    clock[own] = 1
+    return clock
+
+
+class Races:
+    """The time of the last access to each byte by each warp, and of the copy that brought each chunk."""
+
+    def __init__(self, size: int, warps: int) -> None:
+        self._warps = warps
+        self._read = np.zeros((size, warps), np.int32)
+        self._written = np.zeros((size, warps), np.int32)
+        self._column = np.zeros(size // CHUNK, np.int64)
+        self._arrived = np.zeros(size // CHUNK, np.int32)
+        self._stored = False  # most kernels store nothing for long, and there is nothing to check
+
+    def _check_copies(self, chunks: NDArray[Any], clock: Clock) -> None:
+        if (self._arrived[chunks] > clock[self._column[chunks]]).any():
+            raise HazardError("nobody has waited for the copy that brought what is accessed here")
+
+    def read(self, places: NDArray[Any], warp: int, clock: Clock) -> None:
+        """Note a read, which all stores and copies must be known to have happened before."""
+        self._check_copies(places // CHUNK, clock)
+        if self._stored and (self._written[places] > clock[: self._warps]).any():
+            raise HazardError("a read that nothing orders after the store of another warp")
+        self._read[places, warp] = clock[warp]
+
+    def write(self, places: NDArray[Any], warp: int, clock: Clock) -> None:
+        """Note a store, which all accesses must be known to have happened before."""
+        self.replace(places, clock)
+        self._written[places, warp] = clock[warp]
+        self._stored = True
+
+    def replace(self, places: NDArray[Any], clock: Clock) -> None:
+        """Check a copy into these bytes, as if it were a store."""
+        self._check_copies(places // CHUNK, clock)
+        if self._stored and (self._written[places] > clock[: self._warps]).any():
+            raise HazardError("a write that nothing orders after the store of another warp")
+        if (self._read[places] > clock[: self._warps]).any():
+            raise HazardError("a write that nothing orders after the read of another warp")
+
+    def arrive(self, chunks: NDArray[Any], barrier: int, phase: int) -> None:
+        """Note a copy: whoever accesses what it brought must know that this phase of its barrier is complete."""
+        self._column[chunks], self._arrived[chunks] = self._warps + barrier, phase
+
+    def end(self, clocks: Sequence[Clock]) -> None:
+        """Check that somebody has waited for each copy."""
+        self._check_copies(np.arange(self._arrived.size), np.maximum.reduce(clocks))
