@@ -21,6 +21,7 @@ class Launched(NamedTuple):
     handed: tuple[Any, ...]  # to Triton's launcher besides: function, metadata, metadata of the launch, two hooks
     arguments: dict[str, Any]  # by parameter
     dependent: bool  # may begin while the kernel before it ends
+    cooperative: bool  # begins only when all programs have room
 
     @property
     def values(self) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def recorded(
 
     class Launcher:
         def __init__(self, source: Any, metadata: Any) -> None:
-            self.source, self.dependent = source, metadata.launch_pdl
+            self.source, self.metadata = source, metadata
 
         def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
             arguments = dict(zip(self.source.fn.arg_names, rest[5:], strict=True))
@@ -68,7 +69,8 @@ def recorded(
                     stream,
                     rest[:5],
                     arguments,
-                    self.dependent,
+                    self.metadata.launch_pdl,
+                    self.metadata.launch_cooperative_grid,
                 )
             )
             if then:

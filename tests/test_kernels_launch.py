@@ -105,6 +105,21 @@ def test_each_kind_of_tile_has_a_kernel_of_its_own(launches: list[Launched]) -> 
         assert launched.addresses["w_ptr"] == weight.qweight.data_ptr()
         assert launched.kernel == kernels[tile.kind]
         assert launched.values["SPLIT"] is True
+        assert launched.cooperative == (tile.kind == "pipelined")  # programs that wait for each other
+
+
+def test_pipelined_tiles_begin_early_or_wait_for_each_other(launches: list[Launched]) -> None:
+    from ptq_kernels.triton import ahead, configs, launch, recipes
+
+    weight = tile_cases.tiled(random_case(128, 512, 128, dtype=torch.bfloat16), "tile_sm90")
+    tile = next(t for t in configs.tiles(90) if t.kind == "pipelined" and t.span == 128)
+    for splits in (1, 2):
+        plan = configs.Plan(tile, splits, ahead.BYTES)
+        assert recipes.begins_early(configs.Gpu(90, 132), plan) == (splits == 1)
+        with launch.forced(plan):
+            run(random_rows(3, 512, torch.bfloat16), weight)
+    assert [(each.dependent, each.cooperative) for each in launches] == [(True, False), (False, True)]
+    assert [each.arguments["AHEAD"] for each in launches] == [ahead.BYTES, 0]
 
 
 def test_what_the_copy_engine_is_told(launches: list[Launched]) -> None:

@@ -52,7 +52,7 @@ class Product(NamedTuple):
 BF16, FP16 = torch.bfloat16, torch.float16
 PRODUCTS = [
     Product(128, "16x128x128", 1, (128, 1024, 128)),
-    Product(128, "16x128x128", 17, (136, 768, 256), FP16, False, 3, True, ahead.BYTES),
+    Product(128, "16x128x128", 17, (136, 768, 256), FP16, False, 3, True),
     Product(128, "32x128x128", 20, (130, 1024, 128), BF16, False, 2),
     Product(128, "64x128x128", 65, (200, 200, 200), FP16, True, 1, True),
     Product(128, "64x256x128", 3, (300, 1024, 128), BF16, False, 1, False, ahead.BYTES),
@@ -64,10 +64,10 @@ PRODUCTS = [
     Product(64, "64x128x128", 64, (130, 448, 64), BF16, False, 2),
     Product(64, "64x256x128", 10, (130, 256, 64), FP16, False),
     Product(64, "128x256x64", 100, (400, 704, 64), FP16, False, 2),
-    Product(64, "256x128x128", 40, (128, 384, 64), BF16, False, 1, True),
+    Product(64, "256x128x128", 40, (128, 384, 64), BF16, False, 1, True, ahead.BYTES),
     Product(64, "128x128x64", 129, (64, 384, 192), BF16, True, 3),
-    Product(32, "16x128x64", 16, (70, 672, 96), BF16, False, 1, False),
-    Product(32, "32x128x64", 31, (129, 608, 32), FP16, False, 3, True, ahead.BYTES),
+    Product(32, "16x128x64", 16, (70, 672, 96), BF16, False, 1, False, ahead.BYTES),
+    Product(32, "32x128x64", 31, (129, 608, 32), FP16, False, 3, True),
     Product(32, "64x128x64", 70, (96, 352, 32), BF16, True, 1, True),
     Product(32, "64x256x64", 1, (257, 640, 32), FP16, True, 2),
     Product(32, "128x256x64", 128, (130, 576, 96), BF16, False, 1),

@@ -98,7 +98,7 @@ def compile_form(form: Form) -> Any:
 
         types["x_desc"] = f"tensordesc<{form.dtype}[{tile.block_m}, {tile.block_k}],{x_layout()!r}>"
         types["q_desc"] = f"tensordesc<i32[{tile.block_n // 64}, {8 * tile.block_k}],{q_layout()!r}>"
-    options = recipes.options(tile, form.early)
+    options = recipes.options(tile, form.early, form.split)
     return _compile(recipes.kernel_of(tile), constants, types, form.capability, options)
 
 
@@ -245,7 +245,8 @@ def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
                 found += [Form(tile, capability, dtype, asymmetric) for dtype in ("bf16", "fp16")]
                 found.append(Form(tile, capability, "bf16", asymmetric, split=False, bias=True, even=False))
                 if capability >= ahead.LEAST_CAPABILITY:
-                    found.append(Form(tile, capability, "bf16", asymmetric, early=True))
+                    alone = tile.kind == "pipelined"  # programs that wait for each other do not begin early
+                    found.append(Form(tile, capability, "bf16", asymmetric, split=not alone, early=True))
     return found
 
 

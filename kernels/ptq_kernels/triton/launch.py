@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptq_kernels import tiles
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import ahead, configs, dequant, enqueue, recipes, w4a16, workspace
+from ptq_kernels.triton import configs, dequant, enqueue, recipes, w4a16, workspace
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
 ORDERS = {"tile_sm90": 90, "tile_sm80": 80}
@@ -37,7 +37,7 @@ class _Launch:
 
     def __init__(self, plan: Plan, layer: "_Layer") -> None:
         self.tile, self.splits, early = plan
-        if w4a16.interpreted() or layer.gpu.capability < ahead.LEAST_CAPABILITY:
+        if w4a16.interpreted() or not recipes.begins_early(layer.gpu, plan):
             early = 0
         self.constants = recipes.constants(
             plan.tile,
@@ -48,7 +48,7 @@ class _Launch:
             early=early,
             assembly=not w4a16.interpreted(),
         )
-        self.options = recipes.options(plan.tile, early > 0)
+        self.options = recipes.options(plan.tile, early > 0, self.splits > 1)
         steps = -(-layer.shape[1] // plan.tile.block_k)
         if plan.tile.kind == "pipelined" and -(-steps // self.splits) * (self.splits - 1) >= steps:
             raise ValueError(  # a program without a step would never end

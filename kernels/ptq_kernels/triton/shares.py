@@ -1,7 +1,8 @@
 """Where a pipelined product goes: into y, or, split over K, into parts of which each program sums a share.
 
 The programs of a split tile wait for each other, and then each sums the parts of some rows. So all programs of a launch
-must fit on the GPU at once: `configs.fits` sees to it. The sums are in one order; they have the same bits in every run.
+must be on the GPU at once: `configs.fits` sees to it that they can be, a cooperative launch that they are. The sums are
+in one order; they have the same bits in every run.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators

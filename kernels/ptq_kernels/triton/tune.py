@@ -117,11 +117,10 @@ def tune(gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str) -
             with contextlib.suppress(OutOfResources):
                 timed.append((timer(plan, problem), plan))
         timed.sort(key=lambda pair: pair[0])
-        if gpu.capability >= ahead.LEAST_CAPABILITY:
-            for _, plan in timed[:3]:
-                early = plan._replace(early=ahead.BYTES)
-                with contextlib.suppress(OutOfResources):
-                    timed.append((timer(early, problem), early))
+        for plan in [plan for _, plan in timed[:3] if recipes.begins_early(gpu, plan)]:
+            early = plan._replace(early=ahead.BYTES)
+            with contextlib.suppress(OutOfResources):
+                timed.append((timer(early, problem), early))
         fastest = min(timed, key=lambda pair: pair[0])
         best[problem] = (fastest[1], fastest[0])
         if problem.rows > _SMALL:
