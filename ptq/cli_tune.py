@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 
 from ptq.errors import ConfigError
@@ -24,10 +25,12 @@ def run_tune(options: argparse.Namespace) -> int:
     from ptq_kernels.triton.tune import NothingToTuneError, tune_device
 
     from ptq.nn.head import GROUPS, check_head
-    from ptq.plan import resolve_device
     from ptq.runtime import open_checkpoint
 
-    device = resolve_device("cuda")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "tune times the kernels on a CUDA GPU, this machine has none; on a CPU there is nothing to tune"
+        )
     opened = open_checkpoint(options.checkpoint, trust_remote_code=options.trust_remote_code)
     kinds = shapes_of(opened.model)
     ask: Callable[[], nn.Module | None] = getattr(opened.model, "get_output_embeddings", lambda: None)
@@ -43,7 +46,7 @@ def run_tune(options: argparse.Namespace) -> int:
         kinds.setdefault((options.head_bits, group), set()).add((head.out_features, head.in_features))
     for (bits, group_size), shapes in kinds.items():
         try:
-            found = tune_device(sorted(shapes), device=device, bits=bits, group_size=group_size, dtype=opened.dtype)
+            found = tune_device(sorted(shapes), device="cuda", bits=bits, group_size=group_size, dtype=opened.dtype)
         except NothingToTuneError as error:  # the kernel for such weights has nothing to choose
             print(f"{bits} bits, groups of {group_size}: {error}")
             continue

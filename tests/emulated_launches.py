@@ -86,7 +86,10 @@ def _compiled(source: Any, launched: Launched) -> Any:
 def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Emulator]:
     """Every launch runs. All go through Triton's own code, which is given tensors and not addresses."""
     from ptq_kernels.triton import enqueue
+    from triton.backends.nvidia.compiler import CUDABackend
 
+    monkeypatch.setattr(CUDABackend, "make_cubin", lambda *_: b"")  # machine code, which the emulator does not need
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # nor where each line comes from
     emulator = Emulator()
     monkeypatch.setattr(enqueue, "hooked", lambda: True)
     for _ in recorded(monkeypatch, folder, emulator):

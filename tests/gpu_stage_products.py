@@ -1,6 +1,7 @@
 """Stages of tiles_on_gpu.py: every product is right."""
 
 import importlib.util
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from gpu_place import DEVICE, ON_GPU, captured, moved, native, on_device
 from packed_weights import random_case, random_rows, worst_error
 from ptq_kernels import layouts, tiles
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import launch
+from ptq_kernels.triton import ahead, configs, launch
 
 
 def cases() -> None:
@@ -51,11 +52,27 @@ def paths() -> None:
         tile_paths.everything(layout, DEVICE)
 
 
-def rounding() -> None:
+def other_tiles() -> None:
     """Every tile of this GPU of the kind that is named."""
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     if ON_GPU or sys.argv[1] != "pipelined":  # which no interpreter knows
-        tile_paths.rounding(native(), DEVICE, sys.argv[1])
+        tile_paths.other_tiles(native(), DEVICE, sys.argv[1])
+
+
+def every() -> None:
+    """Every tile for groups of 128, in each form that `ptq tune` times: right, and compiled by many processes."""
+    part, parts = int(sys.argv[2]), int(sys.argv[3])
+    n, k = (256, 1024) if ON_GPU else (128, 256)
+    case, weight = on_device(native(), n, k, 128, symmetric=True)
+    chosen = [t for t in configs.tiles(launch.ORDERS[native()]) if (t.bits, t.span) == (4, 128)]
+    chosen = list(dict.fromkeys(tile._replace(rows=0) for tile in chosen if ON_GPU or tile.kind != "pipelined"))
+    forms = [*itertools.product(chosen, (1, 2), (0, ahead.BYTES))][part::parts]
+    for tile, splits, early in forms if ON_GPU else forms[:1]:
+        x = random_rows(min(tile.block_m, 64), k, torch.bfloat16)
+        with launch.forced(configs.Plan(tile, splits, early)):
+            y = launch.matmul(x.to(DEVICE), weight, None)
+        rounding = tile_cases.tile_rounding(tile.kind, torch.bfloat16)
+        assert worst_error(y.cpu(), x, case, None, rounding) <= 1, (tile, splits, early)
 
 
 def large() -> None:

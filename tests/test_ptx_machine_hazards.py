@@ -57,7 +57,8 @@ def product(text: str = SOUND, kind: str = "bf16", **options: Any) -> tuple[NDAr
     rng = np.random.default_rng(5)
     a, b = (narrow(rng.standard_normal(shape, np.float32), kind) for shape in ((64, 32), (16, 64)))
     out = np.full((128, 8), np.nan, np.float32)
-    run(text.replace("bf16", kind), [(b, (16, 64), 128), fragments(a), out], threads=128, **options)
+    source = (b, (16, 64), 128) if COPY in text else b
+    run(text.replace("bf16", kind), [source, fragments(a), out], threads=128, **options)
     d = np.zeros((64, 16), np.float32)
     for thread, i in np.ndindex(128, 8):
         row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (i // 2 % 2)
@@ -207,6 +208,34 @@ def test_what_lies_beside_is_not_taken_for_misuse() -> None:
     for seed in range(4):
         got, expected = product(SOUND.replace(COMMIT, COMMIT + beside), seed=seed)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+# The same product, of what the lanes copy: each 16 bytes of a row, to where a tensor copy would put them.
+WAITS, SYNC, FENCE = "cp.async.wait_group 0;\n", "bar.sync 0;\n", "fence.proxy.async.shared::cta;\n"
+LANES = """ld.param.b64 %w0, [k_param_0]; ld.param.b64 %w1, [k_param_1]; ld.param.b64 %w2, [k_param_2];
+mov.u32 %r0, %tid.x; mov.b32 %r1, global_smem; mad.wide.u32 %w0, %r0, 16, %w0; shl.b32 %r3, %r0, 4;
+bfe.u32 %r4, %r0, 3, 3; shl.b32 %r4, %r4, 4; xor.b32 %r3, %r3, %r4; add.s32 %r3, %r1, %r3;
+cp.async.cg.shared.global [%r3], [%w0], 16; cp.async.commit_group;
+"""
+ONE_WARP = "setp.lt.u32 %p3, %r0, 32; @!%p3 bra over;" + FENCE + "over:"
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_product_of_what_lanes_copied_needs_a_fence_in_between(seed: int, lazy: bool) -> None:
+    """Between the wait of who copied and the product, by whom ever: PTX asks for one along the chain of barriers."""
+    for between in (WAITS + SYNC + FENCE, WAITS + FENCE + SYNC, WAITS + SYNC + ONE_WARP + SYNC):
+        got, expected = product(LANES + between + OPERANDS + PRODUCTS + END, seed=seed, lazy=lazy)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    for between in (WAITS + SYNC, FENCE + WAITS + SYNC, WAITS + ONE_WARP + SYNC, WAITS + SYNC + ONE_WARP):
+        with pytest.raises(HazardError, match=r"without fence.proxy.async after the store"):
+            product(LANES + between + OPERANDS + PRODUCTS + END, seed=seed, lazy=lazy)
+    with pytest.raises(HazardError, match=r"a copy under way|nothing orders after the store|without fence"):
+        product(LANES + SYNC + WAITS + FENCE + OPERANDS + PRODUCTS + END, seed=seed, lazy=lazy)
+    again = "shl.b32 %r3, %r0, 4; add.s32 %r3, %r1, %r3;" + LANES[LANES.index("cp.async") :]
+    again = LANES + WAITS + SYNC + FENCE + OPERANDS + PRODUCTS + again + END
+    with pytest.raises(HazardError, match=r"a copy into shared memory that a product under way reads|after the read"):
+        product(again, seed=seed, lazy=lazy)
 
 
 def test_a_program_knows_its_kernel() -> None:

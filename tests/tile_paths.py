@@ -94,8 +94,8 @@ def dequantizer(layout: str, device: str, every: bool = False) -> None:
                 assert torch.equal(found, want.to(dtype)), (bits, n, k, group, dtype)
 
 
-def rounding(layout: str, device: str, kind: str, every: bool = False) -> None:
-    """Every tile of a kind that multiplies the scale into the weight, whole and split: right within its rounding.
+def other_tiles(layout: str, device: str, kind: str, every: bool = False) -> None:
+    """Every tile of a kind that only `tune` chooses, whole and split: right, within the rounding of weights or none.
 
     More weight rows and rows of x than a tile has, ragged sizes, groups that a step straddles, scales of other dtypes.
     """
@@ -114,10 +114,11 @@ def rounding(layout: str, device: str, kind: str, every: bool = False) -> None:
             case = random_case(n, k, group, tile.bits, symmetric, scales)
             x, bias = random_rows(tile.block_m + 6, k, dtype), torch.linspace(-1, 1, n).to(dtype)
             steps = -(-k // tile.block_k)
-            plan = configs.Plan(tile, min(splits, steps) if kind == "folded" else min(splits, steps, 2))
+            plan = configs.Plan(tile, min(splits, steps, 2) if kind == "pipelined" else min(splits, steps))
             with launch.forced(plan):
                 y = tile_cases.multiply(x, tile_cases.tiled(case, layout), bias, device)
-            assert worst_error(y, x, case, bias, UNIT[dtype]) <= 1, (plan, n, k, group, symmetric, dtype, scales)
+            error = worst_error(y, x, case, bias, tile_cases.tile_rounding(tile.kind, dtype))
+            assert error <= 1, (plan, n, k, group, symmetric, dtype, scales, error)
 
 
 def overflow(layout: str, device: str) -> None:
@@ -138,9 +139,10 @@ def overflow(layout: str, device: str) -> None:
 
 
 def everything(layout: str, device: str, every: bool = False) -> None:
-    """All of them; on a GPU the tiles that round, each of which must be compiled, have processes of their own."""
+    """All of them; on a GPU the tiles that are not exact, which must be compiled, have processes of their own."""
     for path in (boundaries, rows_of_any_kind, dense, overflow):
         path(layout, device)
     if device == "cpu":
-        rounding(layout, device, "folded", every)
+        for kind in ("folded", "raised"):
+            other_tiles(layout, device, kind, every)
     dequantizer(layout, device, every)

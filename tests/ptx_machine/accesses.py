@@ -14,7 +14,7 @@ Slot = Callable[[Operand, int], int]  # slot of an operand of so many bits
 Width = Callable[[int], int]  # bits of a register
 _HINTS = {"ca", "cg", "cs", "cv", "lu", "wb", "wt", "nc", "relaxed", "acquire", "gpu", "sys", "cta", "weak",
           "L1::evict_last", "L1::evict_first", "L1::no_allocate", "L1::evict_normal", "L2::128B", "L2::64B",
-          "L2::256B"}  # fmt: skip
+          "L2::256B", "L2::cache_hint"}  # fmt: skip
 _SPACES = {"global": 64, "shared": 32, "shared::cta": 32}
 
 
@@ -51,13 +51,13 @@ def _registers(operand: Operand, bits: int, slot: Slot) -> list[int]:
 def decode_load(instruction: Instruction, slot: Slot, width: Width) -> Operation:
     """Decode ld.global and ld.shared."""
     space, count, kind = _split(instruction.opcode, instruction.place)
-    target, source = instruction.operands
+    target, source, *policy = instruction.operands
     each = BITS[kind] // 8
     slots = _registers(target, 8 * each, slot)
     address = address_of(source, _SPACES[space], slot)
     narrow = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{each}")
     wide = [np.dtype(f"u{width(one) // 8}") for one in slots]
-    if len(slots) != count:
+    if len(slots) != count or len(policy) != ("L2::cache_hint" in instruction.opcode):
         raise NotImplementedError(instruction.place)
 
     def execute(warp: Warp, mask: Mask) -> None:
@@ -75,7 +75,15 @@ def decode_load(instruction: Instruction, slot: Slot, width: Width) -> Operation
         for i, one in enumerate(slots):
             warp.write(one, values[:, i].astype(wide[i]), mask)
 
-    return Operation(execute, [slot(source.parts[0], _SPACES[space])], slots)
+    return Operation(execute, [slot(one, 64) for one in policy] + [slot(source.parts[0], _SPACES[space])], slots)
+
+
+def decode_policy(instruction: Instruction, slot: Slot) -> Operation:
+    """Decode createpolicy: what a cache may keep changes no result."""
+    if not instruction.opcode.startswith("createpolicy.fractional.L2::"):
+        raise NotImplementedError(instruction.place)
+    out = slot(instruction.operands[0], 64)
+    return Operation(lambda warp, mask: warp.write(out, np.zeros(LANES, np.uint64), mask), [], [out])
 
 
 def decode_store(instruction: Instruction, slot: Slot) -> Operation:

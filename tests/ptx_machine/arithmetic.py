@@ -125,6 +125,18 @@ def _minmax(name: str, kind: str) -> Callable[..., Array]:
     return np.minimum if name == "min" else np.maximum
 
 
+def _funnel(name: str) -> Callable[..., Array]:
+    """shf.l or shf.r: a is the lower half of what is shifted; of a left shift the upper half is the result."""
+
+    def function(a: Array, b: Array, c: Array) -> Array:
+        both = b.astype(np.uint64) << np.uint64(32) | a
+        amount = (c & np.uint32(31)).astype(np.uint64)
+        shifted: Array = both << amount >> np.uint64(32) if name == "l" else both >> amount
+        return shifted.astype(np.uint32)
+
+    return function
+
+
 _SAME: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "div": _quotient, "rem": _remainder, "neg": np.negative, "abs": np.abs,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
@@ -227,6 +239,8 @@ def computation(opcode: str) -> Computation | None:
     special = {"shl": _shl, "shr": _shr, "bfe": _bfe}
     if name in special:
         return Computation(special[name](kind), (kind, "u32", "u32") if name == "bfe" else (kind, "u32"), kind)
+    if opcode in ("shf.l.wrap.b32", "shf.r.wrap.b32"):
+        return Computation(_funnel(words[1]), ("b32", "b32", "u32"), "b32")
     if opcode in ("lop3.b32", "prmt.b32"):
         return Computation(_lop3 if name == "lop3" else _prmt, ("b32",) * (4 if name == "lop3" else 3), "b32")
     if name in _SAME and len(words) == 2 and kind[0] != "f":

@@ -9,7 +9,7 @@ from ptx_machine.errors import AccessError, DivergenceError, HazardError, Undefi
 from ptx_machine.machine import LANES, Barrier, Copy, Execute, Mask, Operation, Warp
 from ptx_machine.memory import BARRIER, UNWRITTEN
 from ptx_machine.parser import Instruction
-from ptx_machine.races import BARRIERS
+from ptx_machine.races import BARRIERS, fenced
 
 
 def _barrier(warp: Warp, address: int) -> Barrier:
@@ -158,6 +158,13 @@ def _begin(warp: Warp, mask: Mask) -> None:
 
 def _fence(warp: Warp, mask: Mask) -> None:
     warp.block.shared.fence(warp.index)
+    warp.clock = fenced(warp.clock, len(warp.block.warps), warp.index)
+
+
+def _of_lanes(warp: Warp, mask: Mask) -> None:
+    """Order the lanes of a warp, which go together here anyway."""
+    if mask is not None:
+        raise DivergenceError("a barrier of a warp that only some lanes come to")
 
 
 def _nothing(warp: Warp, mask: Mask) -> None:
@@ -174,7 +181,7 @@ _SIMPLE: dict[str, Execute] = {
     "griddepcontrol.wait": _begin, "griddepcontrol.launch_dependents": _nothing, "fence.proxy.async": _fence,
     "fence.mbarrier_init.release.cluster": _nothing, "membar": _nothing, "fence.acq_rel": _nothing,
     "fence.sc": _nothing,
-    "prefetch.tensormap": _nothing, "prefetch.param": _nothing,
+    "bar.warp.sync": _of_lanes, "prefetch.tensormap": _nothing, "prefetch.param": _nothing,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from ptx_machine import accesses, products
 from ptx_machine.arithmetic import TYPES, Computation, computation
 from ptx_machine.asynchronous import decode_asynchronous
+from ptx_machine.copies import decode_copies
 from ptx_machine.errors import DeadlockError, DivergenceError, HazardError
 from ptx_machine.machine import LANES, Block, Mask, Operation, Registers, Warp
 from ptx_machine.memory import BASE, Memory, Shared, TensorMap
@@ -79,7 +80,8 @@ class _Decoder:
         if name == "ld":
             return accesses.decode_load(instruction, self.slot, self.width)
         one_of = {"st": accesses.decode_store, "atom": accesses.decode_atomic, "stmatrix": accesses.decode_matrices,
-                  "ldmatrix": accesses.decode_matrices, "shfl": accesses.decode_shuffle}  # fmt: skip
+                  "ldmatrix": accesses.decode_matrices, "shfl": accesses.decode_shuffle,
+                  "createpolicy": accesses.decode_policy}  # fmt: skip
         if name in one_of:
             return one_of[name](instruction, self.slot)
         if opcode.startswith("prefetch.global"):
@@ -89,7 +91,7 @@ class _Decoder:
         found = computation(opcode)
         if found is not None:
             return self._computed(instruction, found)
-        operation = decode_asynchronous(instruction, self.slot)
+        operation = decode_copies(instruction, self.slot) or decode_asynchronous(instruction, self.slot)
         if operation is None:
             raise NotImplementedError(instruction.place)
         return operation

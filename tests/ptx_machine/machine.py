@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from ptx_machine.errors import DeadlockError, DivergenceError, HazardError, MachineError, UndefinedError
 from ptx_machine.memory import Memory, Shared, TensorMap
-from ptx_machine.races import BARRIERS, Clock, first
+from ptx_machine.races import Clock, first, unknown
 
 if TYPE_CHECKING:
+    from ptx_machine.copies import Transfer
     from ptx_machine.products import Product
 
 LANES = 32
@@ -48,7 +49,7 @@ class Barrier:
         self.bytes = 0
         self.number, self.column = number, warps + number
         self.phases = 0  # complete ones
-        self.clock: Clock = np.zeros(warps + BARRIERS, np.int32)  # what those who wait here will know
+        self.clock: Clock = unknown(warps)  # what those who wait here will know
 
     def arrive(self, bytes_expected: int, arrivals: int) -> None:
         """Arrive, and expect bytes in this phase."""
@@ -97,6 +98,8 @@ class Warp:
         self.groups: list[list[Product]] = []  # committed ones
         self.accumulators: set[int] = set()  # registers of products under way
         self.operands: set[int] = set()
+        self.filling: list[Transfer] = []  # copies since the last commit; a kernel may end with some
+        self.fills: list[list[Transfer]] = []  # committed ones
         self.unfenced: set[int] = set()  # registers written since the last wgmma.fence
 
     def write(self, slot: int, value: NDArray[Any], mask: Mask) -> None:

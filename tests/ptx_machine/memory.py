@@ -116,7 +116,7 @@ class Shared:
         self.size = size
         self.data = np.random.default_rng(seed).integers(0, 256, whole, dtype=np.uint8)
         self.state = np.zeros(whole, np.uint8)
-        self.unfenced = np.zeros(whole, np.uint8)  # 1 + the warp whose store asynchronous reads may not see yet
+        self.unfenced = np.zeros(whole, np.uint8)  # 1 + the warp that made a barrier which copies may not see yet
         self.readers = np.zeros(whole // CHUNK, np.int16)
         self.races = Races(whole, warps)
 
@@ -143,8 +143,10 @@ class Shared:
             raise HazardError("a store to shared memory that a copy under way writes, or to a barrier")
         if self.readers[places // CHUNK].any():
             raise HazardError("a store to shared memory that a product under way reads")
-        self.races.write(places, warp, clock)
-        self.data[places], self.state[places], self.unfenced[places] = data, WRITTEN, warp + 1
+        # a value that all threads have is stored by several warps, in no order: the result is the same
+        again = (self.state[places] == WRITTEN) & (self.data[places] == data)
+        self.races.write(places, warp, clock, again)
+        self.data[places], self.state[places], self.unfenced[places] = data, WRITTEN, 0
 
     def _readable(self, state: Bytes) -> None:
         if (state != WRITTEN).any():
@@ -160,7 +162,7 @@ class Shared:
         """Note that a product reads these chunks from now on."""
         self._inside(chunks)
         self._readable(self.state.reshape(-1, CHUNK)[chunks])
-        if self.unfenced.reshape(-1, CHUNK)[chunks].any():
+        if self.races.unfenced(_bytes(chunks), clock):
             raise HazardError("a product reads what a store wrote, without fence.proxy.async after the store")
         self.races.read(_bytes(chunks), warp, clock)
         np.add.at(self.readers, chunks, 1)
@@ -178,9 +180,10 @@ class Shared:
         state = self.state.reshape(-1, CHUNK)
         if (state[chunks] >= ARRIVING).any():
             raise HazardError("a copy into shared memory that another copy under way writes, or into a barrier")
-        if self.unfenced.reshape(-1, CHUNK)[chunks].any():
+        if self.unfenced.reshape(-1, CHUNK)[chunks].any() or self.races.unfenced(_bytes(chunks), clock):
             raise HazardError("a copy into what a store wrote, without fence.proxy.async after the store")
         self.races.replace(_bytes(chunks), clock)
+        self.races.forget(_bytes(chunks))
         state[chunks] = ARRIVING
 
     def end_write(self, chunks: NDArray[np.int64], data: Bytes) -> None:
@@ -188,8 +191,24 @@ class Shared:
         self.data.reshape(-1, CHUNK)[chunks] = data.reshape(-1, CHUNK)
         self.state.reshape(-1, CHUNK)[chunks] = WRITTEN
 
+    def begin_fill(self, addresses: NDArray[np.uint32], width: int, clock: Clock) -> NDArray[np.int64]:
+        """Note that a copy by lanes writes `width` bytes at each address from now on; returns where."""
+        places = self._places(addresses, width)
+        if self.readers[places // CHUNK].any():
+            raise HazardError("a copy into shared memory that a product under way reads")
+        if (self.state[places] >= ARRIVING).any() or np.unique(addresses).size < addresses.size:
+            raise HazardError("a copy into shared memory that another copy under way writes, or into a barrier")
+        self.races.replace(places, clock)
+        self.state[places] = ARRIVING
+        return places
+
+    def end_fill(self, places: NDArray[np.int64], data: Bytes, warp: int, clock: Clock) -> None:
+        """Let the data of a copy by lanes arrive, as if this warp had stored it now."""
+        self.races.write(places, warp, clock)
+        self.data[places], self.state[places], self.unfenced[places] = data, WRITTEN, 0
+
     def fence(self, warp: int) -> None:
-        """Let asynchronous operations see what a warp has stored."""
+        """Let copies see the barriers that a warp has made."""
         self.unfenced[self.unfenced == warp + 1] = 0
 
     def mark(self, address: int, size: int, state: int, warp: int) -> None:

@@ -139,7 +139,7 @@ def _operand(text: str, scope: _Scope) -> Operand:
         )
     if "|" in text:
         return Operand("vector", parts=tuple(_operand(part.strip(), scope) for part in text.split("|")))
-    if _NUMBER.match(text):
+    if _NUMBER.match(text) and "." not in text:  # a fraction is a symbol, which nothing that computes takes
         return Operand("number", value=number(text))
     slot = scope.find(text, "registers")
     return Operand("symbol", text) if slot is None else Operand("register", text, slot)

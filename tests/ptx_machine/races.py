@@ -1,7 +1,9 @@
 """Which accesses to shared memory are ordered: vector clocks of the warps, advanced where they synchronize.
 
-A clock has a column for each warp, and one for each barrier in shared memory: how many of its phases are known to be
-complete, and so which copies to have arrived.
+A clock has a column for each warp; one for each barrier in shared memory: how many of its phases are known to be
+complete, and so which copies to have arrived; and again one for each warp: up to when its stores are visible to
+products and tensor copies, because somebody's fence.proxy.async lies between. As PTX has it, that need not be the fence
+of the warp that stored: any one does that is known to be after the store and before the product.
 """
 
 from collections.abc import Sequence
@@ -17,10 +19,23 @@ BARRIERS = 32  # at most
 CHUNK = 16  # bytes that a swizzle keeps together
 
 
+def unknown(warps: int) -> Clock:
+    """Return a clock that knows of nothing."""
+    return np.zeros(warps + BARRIERS + warps, np.int32)
+
+
 def first(warps: int, own: int) -> Clock:
     """Return the clock of a warp at its beginning: it knows of itself only."""
-    clock = np.zeros(warps + BARRIERS, np.int32)
+    clock = unknown(warps)
     clock[own] = 1
+    return clock
+
+
+def fenced(clock: Clock, warps: int, own: int) -> Clock:
+    """Return the clock of a warp after its fence.proxy.async: later stores of it have a later time."""
+    clock = clock.copy()
+    clock[-warps:] = clock[:warps]
+    clock[own] += 1
     return clock
 
 
@@ -46,9 +61,9 @@ class Races:
             raise HazardError("a read that nothing orders after the store of another warp")
         self._read[places, warp] = clock[warp]
 
-    def write(self, places: NDArray[Any], warp: int, clock: Clock) -> None:
-        """Note a store, which all accesses must be known to have happened before."""
-        self.replace(places, clock)
+    def write(self, places: NDArray[Any], warp: int, clock: Clock, again: NDArray[np.bool_] | None = None) -> None:
+        """Note a store, which all accesses must be known to come before, but where it stores `again` what is there."""
+        self.replace(places if again is None else places[~again], clock)
         self._written[places, warp] = clock[warp]
         self._stored = True
 
@@ -59,6 +74,15 @@ class Races:
             raise HazardError("a write that nothing orders after the store of another warp")
         if (self._read[places] > clock[: self._warps]).any():
             raise HazardError("a write that nothing orders after the read of another warp")
+
+    def unfenced(self, places: NDArray[Any], clock: Clock) -> bool:
+        """Whether one of these bytes was stored without a fence between the store and what has this clock."""
+        return self._stored and bool((self._written[places] > clock[-self._warps :]).any())
+
+    def forget(self, places: NDArray[Any]) -> None:
+        """Note that the stores to these bytes are overwritten."""
+        if self._stored:
+            self._written[places] = 0
 
     def arrive(self, chunks: NDArray[Any], barrier: int, phase: int) -> None:
         """Note a copy: whoever accesses what it brought must know that this phase of its barrier is complete."""

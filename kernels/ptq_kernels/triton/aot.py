@@ -169,6 +169,8 @@ def violations(form: Form, report: Report) -> list[str]:
     scales = max(tile.block_k // tile.span, 1)  # of a weight row in a step
     # scales and zeros of the two halves of a step may come by a matrix load each
     placed = 2 * (1 + form.asymmetric) * (tile.kind == "folded" and scales > 1)
+    if tile.kind == "raised":
+        placed = tile.block_k // 16  # the ones, of which no register has to be kept
     wide = order_of(form.capability) == 90
     resident = tile.resident if form.capability in _RECORDED else 1  # others have less shared memory
     rules = [
@@ -192,12 +194,12 @@ def violations(form: Form, report: Report) -> list[str]:
 def _spills_little(form: Form, report: Report) -> bool:
     """None by Triton 3.6; by later ones two registers around the loop, with a ragged last step, which is rare, six.
 
-    3.7.1 and 3.9 do that in some forms, each in others. What only `tune` chooses, kernels that begin early and folded
-    or pipelined tiles, may spill six with any, twelve if early or with a ragged last step; five instructions of the
+    3.7.1 and 3.9 do that in some forms, each in others. What only `tune` chooses, kernels that begin early and tiles
+    that are not exact, may spill six with any, twelve if early or with a ragged last step; five instructions of the
     loop use them.
     """
     in_loop = report.loop["LDL"] + report.loop["STL"]
-    if form.tile.rounds or form.early:
+    if form.tile.kind != "exact" or form.early:
         most = _MOST_SPILLED_RARELY * (2 if form.early or not form.even else 1)
         return report.stack <= most and (in_loop <= _MOST_LOCAL or not form.even)
     if triton.__version__.startswith("3.6."):

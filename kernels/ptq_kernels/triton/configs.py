@@ -28,18 +28,13 @@ class Tile(NamedTuple):
     stages: int
     max_registers: int | None  # a limit for the compiler; None: its own choice
     resident: int  # programs that fit a multiprocessor, by registers and shared memory
-    kind: str = "exact"  # the kernel: "exact" (tiled.py), "folded" (wide.py) or "pipelined" (pipelined.py)
+    kind: str = "exact"  # the kernel: "exact", "raised" (tiled.py), "folded" (wide.py), "pipelined" (pipelined.py)
 
     @property
     def name(self) -> str:
         """What tells it from the other tiles for the same rows, bits and span."""
         sizes = f"{self.block_m}x{self.block_n}x{self.block_k}"
         return sizes if self.kind == "exact" else f"{sizes} {self.kind}"
-
-    @property
-    def rounds(self) -> bool:
-        """Whether a weight is rounded once to the dtype of x, as cuBLAS would get it."""
-        return self.kind != "exact"
 
 
 class Gpu(NamedTuple):
@@ -193,8 +188,8 @@ def plan(gpu: Gpu, problem: Problem) -> Plan:
     for path in (user_file(), SHIPPED):
         if listed := _listed(path, gpu, problem):
             return listed
-    # the other kinds round the weight, and none of them was ever timed: only `tune` chooses them
-    exact = [tile for tile in candidates(gpu, problem) if not tile.rounds]
+    # none of the other kinds was ever timed: only `tune` chooses them
+    exact = [tile for tile in candidates(gpu, problem) if tile.kind == "exact"]
     found = [Plan(tile, splits_by_rule(gpu, tile, problem)) for tile in exact]
     filled = [_filled(gpu, problem, each) for each in found]
     most = min(max(filled), _WELL_FILLED)

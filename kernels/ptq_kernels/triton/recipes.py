@@ -90,6 +90,7 @@ def constants(
         "BN": tile.block_n,
         "BK": tile.block_k,
         "STAGES": tile.stages,
+        "RAISED": tile.kind == "raised",
         "AHEAD": early,
         "USE_ASM": assembly,
     }

@@ -3,18 +3,23 @@
 The codes stay exact small integers; the group's scale multiplies the float32 accumulator, once a step. That form waits
 for the product in every step, which is what keeps it right with Triton 3.6: accumulating in place lets its assembler
 write operand registers that an asynchronous wgmma may still read.
+
+With raised tiles, for few rows, nothing is subtracted from a code: raised by a power of two it is an exact integer as
+well. What the product has too much, that power and the zero times the sum of the columns of x, is subtracted from the
+float32 product. The sum is a product of ones with x, by tensor cores that few rows leave idle. It saves an instruction
+for two weights, where instructions are what the kernel has no time for.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # (the arguments of a kernel are Triton's, and triton.jit carries no annotations)
-# ruff: noqa: RET505
-# (Triton compiles what follows a return)
+# ruff: noqa: RET505, SIM300
+# (Triton compiles what follows a return, and compares a constexpr by its own method)
 
 import triton
 import triton.language as tl
 
 from ptq_kernels.triton.ahead import begin
-from ptq_kernels.triton.fragments import centered, half_tiles, raised_codes
+from ptq_kernels.triton.fragments import centered, half_tiles, raised_codes, raised_zero
 from ptq_kernels.triton.pointers import load_x, padded, scale_and_zero, scale_pointers, tile_pointers
 from ptq_kernels.triton.splits import own_steps, own_tile, store
 
@@ -24,6 +29,38 @@ def _product(t, x, scale, USE_ASM: tl.constexpr):
     if not USE_ASM:
         x = x.to(tl.float32)  # the interpreter multiplies the bit patterns of bfloat16
     return tl.dot(t, x, input_precision="ieee") * scale.to(tl.float32)[:, None]
+
+
+@triton.jit
+def _ones(BK: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
+    """``[64, BK]``. Where the compiler knows the values it makes them anew for every product, by four instructions."""
+    if not USE_ASM:
+        return tl.full((64, BK), 1.0, tl.float32)
+    else:
+        bits = tl.zeros((1, 1), tl.int32) + (0x3C00 if DTYPE != tl.bfloat16 else 0x3F80)
+        one = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.broadcast_to(one.to(tl.int16).to(DTYPE, bitcast=True), (64, BK))
+
+
+@triton.jit
+def _part(q, x, scale, zero, ones, BITS: tl.constexpr, ORDER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+          PART: tl.constexpr, ASYM: tl.constexpr, RAISED: tl.constexpr, USE_ASM: tl.constexpr):  # fmt: skip
+    """The scaled product of columns that share a scale, in float32 ``[BN, BM]``."""
+    DTYPE: tl.constexpr = x.dtype
+    t = raised_codes(q, BITS, ORDER, BN, PART, DTYPE, USE_ASM)
+    if not RAISED:
+        return _product(centered(t, zero, BITS, ASYM, DTYPE, USE_ASM), x, scale, USE_ASM)
+    else:
+        if not USE_ASM:
+            x = x.to(tl.float32)
+        total = tl.dot(t, x, input_precision="ieee")
+        sums = tl.dot(ones, x, input_precision="ieee").reshape(1, 64, BM)  # the same in all 64 rows
+        sums = tl.broadcast_to(sums, (BN // 64, 64, BM)).reshape(BN, BM)
+        if ASYM:
+            raised = raised_zero(zero, BITS, DTYPE, USE_ASM).to(tl.float32)[:, None]
+        else:
+            raised = (1024.0 if DTYPE != tl.bfloat16 else 128.0) + 2 ** (BITS - 1)
+        return (total - sums * raised) * scale.to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -68,11 +105,11 @@ def tiled_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    RAISED: tl.constexpr,  # a raised tile, of 4 bits
     AHEAD: tl.constexpr,  # bytes of each row of tiles to ask for before the kernel before has ended; 0: wait at once
     USE_ASM: tl.constexpr,  # False in the interpreter, which knows no assembly
 ):
     """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile (M fastest), split. BK / 2 divides the group."""
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     HALVES: tl.constexpr = GROUP % BK != 0  # the halves of a step may be of two groups
     tl.static_assert(GROUP % (BK // 2) == 0)
     PART: tl.constexpr = BK // 2 if HALVES else BK  # columns that share a scale
@@ -97,6 +134,9 @@ def tiled_kernel(
     scale, zero = scale_and_zero(scale_ptrs, zero_ptrs, ASYM)
     if HALVES:
         scale1, zero1 = scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
+    ones = 0.0
+    if RAISED:
+        ones = _ones(PART, x_ptr.dtype.element_ty, USE_ASM)
     for i in range(count):
         q = tl.load(q_ptrs + q_offset, eviction_policy="evict_first")
         x = load_x(x_ptrs + x_offset, k + x_offset, in_m, K, EVEN_K, MASK_M)
@@ -117,11 +157,9 @@ def tiled_kernel(
         if HALVES:
             if LOADS == 1:
                 q, q1 = half_tiles(q, BN // 64)
-            t1 = raised_codes(q1, BITS, ORDER, BN, PART, DTYPE, USE_ASM)
-            acc += _product(centered(t1, zero1, BITS, ASYM, DTYPE, USE_ASM), x1, scale1, USE_ASM)
+            acc += _part(q1, x1, scale1, zero1, ones, BITS, ORDER, BN, BM, PART, ASYM, RAISED, USE_ASM)
             scale1, zero1 = scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
-        t = centered(raised_codes(q, BITS, ORDER, BN, PART, DTYPE, USE_ASM), zero, BITS, ASYM, DTYPE, USE_ASM)
-        acc += _product(t, x, scale, USE_ASM)
+        acc += _part(q, x, scale, zero, ones, BITS, ORDER, BN, BM, PART, ASYM, RAISED, USE_ASM)
         q_offset += BK * (8 * BITS)
         x_offset += BK
         scale, zero = next_scale, next_zero
