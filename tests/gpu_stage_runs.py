@@ -26,9 +26,10 @@ def repeat() -> None:
         problem = configs.Problem(4, 128, rows, n, k, ON_GPU and recipes.pipelines(gpu, k))
         plan = configs.plan(gpu, problem)
         usual = plan._replace(splits=max(plan.splits, 2))
-        tile_of_kind = {tile.kind: tile for tile in configs.candidates(gpu, problem)}
-        for plan in (usual, *(usual._replace(tile=tile) for tile in tile_of_kind.values())):
-            _repeated(plan, x, weight, case, times)
+        _repeated(usual, x, weight, case, times)
+        for tile in [tile for tile in configs.candidates(gpu, problem) if tile.kind != "exact"]:
+            splits = next(s for s in range(usual.splits, 0, -1) if configs.fits(gpu, tile, problem, s))
+            _repeated(configs.Plan(tile, splits), x, weight, case, times)
 
 
 def _repeated(plan: configs.Plan, x: Tensor, weight: PackedWeight, case: tile_cases.Case, times: int) -> None:

@@ -107,6 +107,51 @@ def test_tuning_writes_what_plan_reads() -> None:
     assert [entry["provenance"] for entry in entries] == ["again", "a test"]
 
 
+def test_many_rows_have_a_kernel_only_where_it_was_faster() -> None:
+    """Oracle: a kernel takes 10 us for 64 rows and in proportion, the dequantized weight 200 us; and no other shape."""
+    problems = [Problem(4, 128, m, 512, k) for k in (1024, 2048) for m in (128, 256, 512, 1024, 2048)]
+
+    def timer(plan: Plan | None, problem: Problem) -> float:
+        faster = problem.k == 1024
+        return (200.0 if faster else 90.0) if plan is None else 10.0 * problem.rows / 64 + plan.splits
+
+    tune.tune(H200, problems, timer, "a test")
+    assert configs.dequantize_from(H200) == 513  # 512 rows: 2 x 81 us beside 290
+    weights = [tile_cases.tiled(random_case(512, k, 128), "tile_sm90") for k in (1024, 2048, 512)]
+    x = [torch.empty(0, dtype=torch.float16)] * 3
+    assert [launch.layer_of(x, w, None).most_rows for x, w in zip(x, weights, strict=True)] == [1025, 513, 513]
+    assert configs.listed(H200, problems[3])
+    assert not configs.listed(H200, problems[4])
+    tune.tune(H200, problems[3:4], lambda plan, _: 1.0 if plan is None else 2.0, "again", threshold=False)
+    assert not configs.listed(H200, problems[3])  # an entry that is no longer true is dropped
+    assert configs.dequantize_from(H200) == 513
+
+
+def test_plans_that_fail_are_passed_over() -> None:
+    """What Triton raises for a launch or a tile that cannot be; only those that do not fit pass in silence."""
+    problem = Problem(4, 128, 16, 4096, 4096)
+
+    def timer(plan: Plan, _: Problem) -> float:
+        if plan.splits == 2:
+            raise RuntimeError("too many blocks in cooperative launch")
+        if plan.splits == 3:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return float(plan.splits)
+
+    with pytest.warns(UserWarning, match="2 splits, is passed over: too many blocks"):
+        ((plan, _),) = tune.tune(H200, [problem], timer, "a test").values()
+    assert plan.splits == 1
+
+    def fails(plan: Plan, _: Problem) -> float:
+        raise RuntimeError("no")
+
+    with (
+        pytest.warns(UserWarning, match="passed over: no"),
+        pytest.raises(RuntimeError, match="must run on Gpu.* to be timed, none does"),
+    ):
+        tune.tune(H200, [problem], fails, "a test")
+
+
 def test_a_tuned_pipelined_tile_serves_only_what_it_can() -> None:
     """Oracle: a timer that likes pipelined tiles. The copy engine wants rows of whole 16 bytes, the kernel a Hopper
     GPU, and scales in the dtype of x.

@@ -19,7 +19,8 @@ from gpu_linear import GROUP, SHAPES
 from ptq_kernels.triton import configs, launch, recipes, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
-ROWS = ((16,), (64,), (128, 256, 512, 2048))  # the last together: they decide from where the weight is dequantized
+ROWS = ((16,), (128, 256), (64,), (512, 1024, 2048))  # the most telling first
+LARGEST_SMALL = 64  # rows for which a weight is never dequantized
 H200 = Gpu(90, 132)
 
 
@@ -48,31 +49,34 @@ def main() -> None:
     name = "a made-up clock" if options.tiny else f"timed on {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
     records: list[dict[str, Any]] = []
     shapes = SHAPES[:2] if options.tiny else SHAPES[:-1]  # without the head, which takes longest and has few plans
-    # few rows shape by shape, so that what there is survives a time limit
-    parts = [(rows, [shape]) for rows in ROWS[:-1] for shape in shapes] + [(ROWS[-1], shapes)]
-    for rows, some in parts:
-        if time.monotonic() > end:
-            break
-        pipelined = [not options.without_pipelined and recipes.pipelines(gpu, k) for _, k in some]
-        sizes = [(*shape, each) for shape, each in zip(some, pipelined, strict=True)]
-        problems = [Problem(4, GROUP, m, *size) for m in rows for size in sizes]
-        shipped = {problem: configs.plan(gpu, problem) for problem in problems}
-        best = tune.tune(gpu, problems, clock, name)
-        for problem, (plan, microseconds) in best.items():
-            records.append(
-                {
-                    "n": problem.n,
-                    "k": problem.k,
-                    "m": problem.rows,
-                    "shipped": described(shipped[problem]),
-                    "shipped_microseconds": clock(shipped[problem], problem),
-                    "best": described(plan),
-                    "best_microseconds": microseconds,
-                    "dequantized_microseconds": clock(None, problem),
-                }
-            )
-        table = json.loads(configs.user_file().read_text(encoding="utf-8"))
-        options.output.write_text(json.dumps({"records": records, "table": table}, indent=1))
+    best: dict[Problem, tuple[Plan, float]] = {}
+    dense: dict[Problem, float] = {}
+    for rows in ROWS:
+        for shape in shapes:  # one by one, so that what there is survives a time limit
+            if time.monotonic() > end:
+                break
+            pipelined = not options.without_pipelined and recipes.pipelines(gpu, shape[1])
+            problems = [Problem(4, GROUP, m, *shape, pipelined) for m in rows]
+            shipped = {problem: configs.plan(gpu, problem) for problem in problems}
+            found = tune.tune(gpu, problems, clock, name, threshold=False)
+            for problem, (plan, microseconds) in found.items():
+                dense[problem] = clock(None, problem)
+                records.append(
+                    {
+                        "n": problem.n,
+                        "k": problem.k,
+                        "m": problem.rows,
+                        "shipped": described(shipped[problem]),
+                        "shipped_microseconds": clock(shipped[problem], problem),
+                        "best": described(plan),
+                        "best_microseconds": microseconds,
+                        "dequantized_microseconds": dense[problem],
+                    }
+                )
+            best |= found
+            tune.settle(gpu, best, {problem: us for problem, us in dense.items() if problem.rows > LARGEST_SMALL})
+            table = json.loads(configs.user_file().read_text(encoding="utf-8"))
+            options.output.write_text(json.dumps({"records": records, "table": table}, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -64,7 +64,8 @@ def variants(gpu: Gpu, problem: Problem) -> list[Variant]:
         alone = tile._replace(
             resident=1
         )  # how many fit with more stages nobody has counted, and they wait for each other
-        others += [alone._replace(stages=stages) for stages in (tile.stages - 2, tile.stages - 1, tile.stages + 1)]
+        stages = (tile.stages - 2, tile.stages - 1, tile.stages + 1)
+        others += [alone._replace(stages=count) for count in stages if count >= 2]
         others += [alone._replace(block_k=64, stages=tile.stages + 2)] if tile.block_k == 128 else []
         others += [alone._replace(block_n=64)] if tile.block_n == 128 and tile.warps == 4 else []
     return list(dict.fromkeys([*found, *(Variant(tile, usual) for tile in others)]))
@@ -80,7 +81,7 @@ def timings(gpu: Gpu, clock: tune.Timer, problem: Problem) -> Iterator[dict[str,
             try:
                 microseconds = clock(Plan(variant.tile, splits, variant.early), problem)
                 yield record | {"splits": splits, "microseconds": microseconds}
-            except (OutOfResources, RuntimeError) as error:  # a form that this Triton cannot compile
+            except (TritonError, RuntimeError) as error:  # a form that this Triton cannot compile
                 yield record | {"splits": splits, "refused": f"{type(error).__name__}: {error}"[:200]}
                 break
 

@@ -10,6 +10,7 @@ from ptq_kernels.triton.workspace import COUNTERS, PART_BYTES
 
 SHIPPED = Path(__file__).with_name("configs.json")
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # numbers of rows are rounded up to one of these
+USUAL_ROWS = 512  # up to so many every weight may have a kernel; for more only one that was timed with it
 _SMALL = 64  # rows of the largest bucket that one tile covers
 _WELL_FILLED = 0.7  # of the GPU: the first tile of the table that does is taken
 FORMAT = 2
@@ -182,12 +183,16 @@ def _listed(path: Path, gpu: Gpu, problem: Problem) -> Plan | None:
     return None
 
 
+def listed(gpu: Gpu, problem: Problem) -> Plan | None:
+    """What the user's table says of a problem, or the shipped one; `problem.rows` is a bucket."""
+    return _listed(user_file(), gpu, problem) or _listed(SHIPPED, gpu, problem)
+
+
 def plan(gpu: Gpu, problem: Problem) -> Plan:
     """The user's table, then the shipped one, then the rule; `problem.rows` is rounded up to its bucket."""
     problem = problem._replace(rows=bucket(problem.rows))
-    for path in (user_file(), SHIPPED):
-        if listed := _listed(path, gpu, problem):
-            return listed
+    if found_in_table := listed(gpu, problem):
+        return found_in_table
     # none of the other kinds was ever timed: only `tune` chooses them
     exact = [tile for tile in candidates(gpu, problem) if tile.kind == "exact"]
     found = [Plan(tile, splits_by_rule(gpu, tile, problem)) for tile in exact]

@@ -22,7 +22,7 @@ from ptq_kernels.triton.configs import Gpu, Plan, Problem
 ORDERS = {"tile_sm90": 90, "tile_sm80": 80}
 _SCALES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _INTERPRETED_GPU = Gpu(90, 132)  # whose table the interpreter follows
-_MOST_DESCRIBED = 1024  # weights of one shape
+_MOST_DESCRIBED = 65536  # weights of one shape
 
 
 @cache
@@ -85,11 +85,12 @@ class _Launch:
             return ()
         rows, outputs, columns = sizes
         address = qweight.data_ptr()
-        if address not in self.described:
+        words = self.described.get(address)
+        if words is None:
             if len(self.described) == _MOST_DESCRIBED:  # of weights that may be gone long ago
                 self.described.clear()
-            self.described[address] = recipes.describe_tiles(address, outputs, columns, self.tile)
-        return recipes.describe_rows(x, rows, columns, self.tile), self.described[address]
+            words = self.described[address] = recipes.describe_tiles(address, outputs, columns, self.tile)
+        return recipes.describe_rows(x, rows, columns, self.tile), words
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -127,12 +128,19 @@ class _Layer:
     def _most_rows(self) -> int:
         if _forced:
             return 0 if _forced[-1] is None else configs.BUCKETS[-1] + 1
-        return min(configs.dequantize_from(self.gpu), configs.BUCKETS[-1] + 1)  # no plan is for more
+        most = min(configs.dequantize_from(self.gpu), configs.USUAL_ROWS + 1)
+        for size in configs.BUCKETS:
+            if size >= most > configs.USUAL_ROWS and configs.listed(self.table, self._problem(size)):
+                most = size + 1
+        return most
+
+    def _problem(self, rows: int) -> Problem:
+        return Problem(self.bits, self.span, rows, *self.shape, self.pipelined)
 
     def plan(self, rows: int) -> Plan:
         """How a number of rows is computed."""
         forced = _forced[-1] if _forced else None
-        return forced or configs.plan(self.table, Problem(self.bits, self.span, rows, *self.shape, self.pipelined))
+        return forced or configs.plan(self.table, self._problem(rows))
 
     def launch(self, rows: int) -> _Launch:
         """The launcher of the bucket of `rows`."""

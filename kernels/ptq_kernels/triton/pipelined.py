@@ -186,6 +186,7 @@ def pipelined_kernel(
     QUARTER: gl.constexpr = _words_layout(BN // 64, gl.num_warps())
     gl.static_assert(GROUP % HALF == 0)
     gl.static_assert(SCALES == DTYPE)
+    gl.static_assert(STAGES >= 2)  # a step is asked for while the next one is awaited
     across = (M + BM - 1) // BM
     first_n, first_m = gl.program_id(0) // across * BN, gl.program_id(0) % across * BM
     first, count = own_steps(K, BK, SPLIT)

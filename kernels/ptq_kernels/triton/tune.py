@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, islice, pairwise
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from ptq_kernels import bitstream, layouts, tiles
@@ -99,38 +101,62 @@ def plans(gpu: Gpu, problem: Problem) -> list[Plan]:
     return found
 
 
-def tune(gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str) -> dict[Problem, tuple[Plan, float]]:
+def tune(
+    gpu: Gpu, problems: Iterable[Problem], timer: Timer, provenance: str, *, threshold: bool = True
+) -> dict[Problem, tuple[Plan, float]]:
     """Time every plan of every problem, write the best ones to `configs.user_file`, and return them with their times.
 
-    Where kernels can begin early (ahead.py), the three best plans of a problem are timed so as well. Plans that do not
-    fit the GPU are passed over. Where there are problems of more than 64 rows, the number of rows
-    from which the weight is dequantized is written too. The file keeps its other entries. It is written under a lock
-    and replaced at once, so that several processes may tune at the same time and readers never see half of it.
+    Where kernels can begin early (ahead.py), the three best plans of a problem are timed so as well. Plans that the GPU
+    or the compiler refuses are passed over. Of more than `configs.USUAL_ROWS` rows only plans are written that are
+    faster than the dequantized weight. Where there are problems of 65 up to so many rows, the number of rows from which
+    a weight is dequantized is written at the end, unless `threshold` is False. The file keeps its other entries. It is
+    written after each problem, under a lock, and replaced at once, so that several processes may tune at the same time
+    and readers never see half of it.
+
+    Raises RuntimeError for a problem of which no plan can run.
     """
     configs.readable(configs.user_file())
     best: dict[Problem, tuple[Plan, float]] = {}
     dense: dict[Problem, float] = {}
     for problem in problems:
         problem = problem._replace(rows=configs.bucket(problem.rows))
-        timed = []
-        for plan in plans(gpu, problem):
-            with contextlib.suppress(OutOfResources):
-                timed.append((timer(plan, problem), plan))
+        timed = [pair for plan in plans(gpu, problem) if (pair := _timed(timer, plan, problem))]
         timed.sort(key=lambda pair: pair[0])
-        for plan in [plan for _, plan in timed[:3] if recipes.begins_early(gpu, plan)]:
-            early = plan._replace(early=ahead.BYTES)
-            with contextlib.suppress(OutOfResources):
-                timed.append((timer(early, problem), early))
-        fastest = min(timed, key=lambda pair: pair[0])
-        best[problem] = (fastest[1], fastest[0])
+        early = [plan._replace(early=ahead.BYTES) for _, plan in timed[:3] if recipes.begins_early(gpu, plan)]
+        timed += [pair for plan in early if (pair := _timed(timer, plan, problem))]
+        if not timed:
+            raise RuntimeError(f"a plan for {problem} must run on {gpu} to be timed, none does; see the warnings")
+        microseconds, plan = min(timed, key=lambda pair: pair[0])
+        best[problem] = (plan, microseconds)
         if problem.rows > _SMALL:
             dense[problem] = timer(None, problem)
-    entries = [_entry(gpu, problem, plan, us, provenance) for problem, (plan, us) in best.items()]
-    _merge(
-        configs.user_file(), entries, {f"{gpu.capability}/{gpu.processors}": _threshold(best, dense)} if dense else {}
-    )
+        worse = problem.rows > configs.USUAL_ROWS and dense[problem] <= microseconds
+        _merge(configs.user_file(), _entry(gpu, problem, plan, microseconds, provenance), keep=not worse)
+    if threshold:
+        settle(gpu, best, dense)
     launch.forget()
     return best
+
+
+def _timed(timer: Timer, plan: Plan, problem: Problem) -> tuple[float, Plan] | None:
+    """None, and a warning, for a plan that does not run; an error that leaves the GPU unusable is raised."""
+    try:
+        return timer(plan, problem), plan
+    except OutOfResources:  # expected of large tiles on small GPUs
+        return None
+    except (TritonError, RuntimeError) as error:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        warnings.warn(f"{plan.tile.name}, {plan.splits} splits, is passed over: {error}", stacklevel=2)
+        return None
+
+
+def settle(gpu: Gpu, best: dict[Problem, tuple[Plan, float]], dense: dict[Problem, float]) -> None:
+    """Write from how many rows on weights are dequantized, by the times of plans and of the dequantized weight."""
+    usual = {problem: time for problem, time in dense.items() if problem.rows <= configs.USUAL_ROWS}
+    if usual:
+        _rewrite(configs.user_file(), {}, {f"{gpu.capability}/{gpu.processors}": _threshold(best, usual)})
+        launch.forget()
 
 
 def _threshold(best: dict[Problem, tuple[Plan, float]], dense: dict[Problem, float]) -> int:
@@ -163,13 +189,20 @@ def _entry(gpu: Gpu, problem: Problem, plan: Plan, microseconds: float, provenan
     }
 
 
-def _merge(path: Path, entries: list[dict[str, Any]], dequantize_from: dict[str, int]) -> None:
+def _merge(path: Path, entry: dict[str, Any], *, keep: bool) -> None:
+    """Put an entry in the place of one for the same problem, or, not to be kept, only drop that one."""
+    _rewrite(path, {_identity(entry): entry if keep else None}, {})
+
+
+def _rewrite(
+    path: Path, changed: dict[tuple[Any, ...], dict[str, Any] | None], dequantize_from: dict[str, int]
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
         empty: dict[str, Any] = {"format": configs.FORMAT, "tiles": {}, "dequantize_from": {}, "shapes": []}
         table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
-        kept = {_identity(entry): entry for entry in [*table["shapes"], *entries]}
-        table["shapes"] = list(kept.values())
+        kept = {_identity(entry): entry for entry in table["shapes"]} | changed
+        table["shapes"] = [entry for entry in kept.values() if entry]
         table["dequantize_from"] |= dequantize_from
         unfinished = path.with_suffix(f".{os.getpid()}")
         unfinished.write_text(json.dumps(table, indent=1), encoding="utf-8")
