@@ -31,12 +31,14 @@ class Emulator:
         program = _parsed(compiled.asm["ptx"])
         memory = ptx_machine.Memory()
         self.memory, self.addresses = memory, dict[int, int]()
+        # a descriptor of a weight has nothing but its address, which is an argument as well
+        tensors = {value.data_ptr(): value for value in launched.arguments.values() if isinstance(value, Tensor)}
         params: list[Any] = []
         for name, kind in launched.signature.items():
             value = launched.arguments[name]
             if kind.startswith("tensordesc"):
                 metadata = compiled.metadata.tensordesc_meta[sum(isinstance(p, ptx_machine.TensorMap) for p in params)]
-                params += self._described(value, metadata)
+                params += self._described(value, metadata, tensors)
             elif isinstance(value, Tensor):
                 params.append(self._address(value))
             elif kind != "constexpr":
@@ -45,29 +47,22 @@ class Emulator:
         shared = compiled.metadata.shared
         ptx_machine.launch(program, launched.grid, params, memory, shared, seed=self.seed, lazy=self.lazy)
 
-    def _described(self, value: Any, metadata: dict[str, Any]) -> list[Any]:
+    def _described(self, value: Any, metadata: dict[str, Any], tensors: dict[int, Tensor]) -> list[Any]:
         """What Triton's launcher makes of a descriptor: a tensor map, two sizes and two strides."""
         base = value.base
-        address = self._address(base) if isinstance(base, Tensor) else self._tiles(base.data_ptr())
+        address = self._address(base if isinstance(base, Tensor) else tensors[base.data_ptr()])
         element = metadata["elem_size"]
         box = (metadata["block_size"][0], metadata["block_size"][1])
         swizzle = (0, 32, 64, 128)[metadata["swizzle"]]
         rows, columns = value.shape
-        described = ptx_machine.TensorMap(
-            address, (rows, columns), value.strides[0] * element, box, element, swizzle
-        )  # fmt: skip
+        described = ptx_machine.TensorMap(address, (rows, columns), value.strides[0] * element, box, element, swizzle)
         return [described, rows, columns, *value.strides]
-
-    def _tiles(self, pointer: int) -> int:
-        return self._address(self.weights[pointer])
 
     def _address(self, tensor: Tensor) -> int:
         """Where the emulator has a tensor, whose memory it shares."""
         if tensor.data_ptr() not in self.addresses:
             self.addresses[tensor.data_ptr()] = self.memory.add(_bytes(tensor))
         return self.addresses[tensor.data_ptr()]
-
-    weights: dict[int, Tensor] = {}  # noqa: RUF012  # by address: a descriptor of one has nothing else
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:

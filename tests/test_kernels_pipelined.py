@@ -76,10 +76,9 @@ PRODUCTS = [
 ]
 
 
-def multiply(emulator: Emulator, product: Product, x: torch.Tensor, case: object) -> torch.Tensor:
+def multiply(product: Product, x: torch.Tensor, case: object) -> torch.Tensor:
     """The result, in memory that held NaN, by a launch with NaN in the workspace."""
     weight = tile_cases.tiled(case, "tile_sm90")
-    emulator.weights = {weight.qweight.data_ptr(): weight.qweight}
     bias = torch.linspace(-1, 1, product.shape[0]).to(product.dtype) if product.bias else None
     space = workspace.get(x.device, 0)
     space.parts.fill_(float("nan"))
@@ -104,7 +103,7 @@ def test_every_tile_is_right(emulator: Emulator, product: Product) -> None:
     case = random_case(n, k, group, 4, product.symmetric, product.dtype)
     x = random_rows(product.rows, k, product.dtype)
     emulator.seed = PRODUCTS.index(product)
-    y = multiply(emulator, product, x, case)
+    y = multiply(product, x, case)
     bias = torch.linspace(-1, 1, n).to(product.dtype) if product.bias else None
     assert worst_error(y, x, case, bias, UNIT[product.dtype]) <= 1
 
@@ -120,7 +119,7 @@ def test_rows_of_the_identity_read_the_weight(emulator: Emulator, dtype: torch.d
     case = random_case(192, 256, 128, 4, symmetric=False, dtype=dtype)
     case = case._replace(scales=torch.sign(case.scales))
     product = Product(128, "64x128x128", 256, (192, 256, 128), dtype, False)
-    y = multiply(emulator, product, torch.eye(256, dtype=dtype), case)
+    y = multiply(product, torch.eye(256, dtype=dtype), case)
     assert torch.equal(y.T.double(), dense_float64(case))
 
 
@@ -132,5 +131,5 @@ def test_the_same_bits_whatever_the_order(emulator: Emulator, name: str) -> None
     x = random_rows(9, 1280, BF16)
     results = []
     for emulator.seed, emulator.lazy in ((1, True), (2, True), (3, False)):
-        results.append(multiply(emulator, product, x, case))
+        results.append(multiply(product, x, case))
     assert all(torch.equal(results[0], y) for y in results[1:])

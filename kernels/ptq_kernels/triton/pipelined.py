@@ -14,6 +14,8 @@ As in wide.py each weight is integer times scale, rounded once to the dtype of x
 # ruff: noqa: RET505
 # (Triton compiles what follows a return)
 
+from functools import cache
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -36,11 +38,13 @@ _WORDS = gl.constexpr(512)  # int32 of a tile of 64 x 64 codes
 _LINE = gl.constexpr(128)  # bytes that one prefetch brings
 
 
+@cache
 def x_layout() -> gl.NVMMASharedLayout:
     """How a stage of x lies in shared memory."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
+@cache
 def q_layout() -> gl.NVMMASharedLayout:
     """How a stage of the packed weight lies in shared memory: as in memory."""
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
