@@ -90,10 +90,10 @@ def test_the_other_benches_run_in_little(bench: str, records: int, tmp_path: Pat
 def test_gpu_check_runs_the_stages_it_is_asked_for(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     check = (sys.executable, ROOT / "scripts" / "gpu_check", tmp_path, "--dry-run", "--commit", "abc")
-    said = run(*check, "--only", "layouts", "large", "memcheck", "tinygemm")
+    said = run(*check, "--only", "between", "layouts", "large", "memcheck", "tinygemm")
     report = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))
     assert {name: stage["status"] for name, stage in report["checks"].items()} == dict.fromkeys(
-        ("layouts", "large", "memcheck"), "passed"
+        ("between", "layouts", "large", "memcheck"), "passed"
     )
     assert list(report["measurements"]) == ["tinygemm"]
     assert report["commit"] == "abc"

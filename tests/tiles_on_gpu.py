@@ -10,12 +10,14 @@ Triton's interpreter, in little, to try the program itself.
 import sys
 
 import gpu_place
+import gpu_stage_decode as decode
 import gpu_stage_products as products
 import gpu_stage_runs as runs
 import torch
 from ptq_kernels.triton import ahead, configs
 
 STAGES = {
+    "between": decode.between,
     "cases": products.cases,
     "chain": runs.chain,
     "every": products.every,

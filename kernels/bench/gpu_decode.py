@@ -1,10 +1,11 @@
 """Decodes with a Llama-3-8B-shaped model of random weights, 4-bit and bfloat16, by CUDA graphs: tokens a second.
 
-Run:    python kernels/bench/gpu_decode.py out.json [--tiny]
+Run:    python kernels/bench/gpu_decode.py out.json [--tiny] [--early between|all]
 Every layer has its own weights, so no cache holds them from token to token; attention reads the whole of a cache of
 1024 positions, of which each step replaces one. q, k, v and gate, up are one product each; the head is bfloat16 and, in
-a further run, 4 bits. What is not a product is compiled by torch, the same for all, or the many small kernels of a
-layer would be most of the time; where that fails, the record says so.
+a further run, 4 bits. What lies between the products is one kernel each (gpu_decode_kernels.py), the same for all, or
+many small kernels a layer would be most of the time. With ``--early between`` those begin before the kernel before them
+has ended, with ``--early all`` the products do, too, whatever the table says.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_decode_kernels import Between, Cache
 from gpu_linear import ours, random_weight
+from ptq_kernels.triton import ahead, configs, launch
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -45,7 +48,8 @@ class Shape(NamedTuple):
 
 
 LLAMA_8B = Shape(32, 4096, 32, 8, 14336, 128256, 1024)
-TINY = Shape(2, 256, 4, 2, 512, 512, 32)
+STEPS = 256  # that are timed
+TINY = Shape(2, 256, 4, 2, 512, 512, 128)
 
 
 class Weights(NamedTuple):
@@ -82,60 +86,32 @@ def layers(shape: Shape, quantized: bool, device: torch.device) -> list[list[Lin
 class Decoder:
     """One step of decoding for a batch: the last token in, the most likely next one out."""
 
-    def __init__(self, shape: Shape, batch: int, weights: Weights, device: torch.device, compiled: bool) -> None:
-        self.shape, self.batch, self.weights = shape, batch, weights
+    def __init__(self, shape: Shape, batch: int, weights: Weights, device: torch.device, early: bool) -> None:
+        self.shape, self.weights = shape, weights
         options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
         self.embedding = torch.randn(shape.vocabulary, shape.width, **options)
         self.norm = torch.ones(shape.width, **options)
-        self.keys, self.values = torch.randn(
-            2, shape.layers, batch, shape.kv_heads, shape.cached, shape.head_width, **options
-        )
+        size = (shape.layers, batch, shape.kv_heads, shape.cached, shape.head_width)
+        self.caches = [
+            Cache(*both) for both in zip(torch.randn(size, **options), torch.randn(size, **options), strict=True)
+        ]
         self.token = torch.zeros(batch, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         frequencies = 1e4 ** (-torch.arange(shape.head_width // 2, device=device) / (shape.head_width // 2))
         angles = torch.arange(shape.cached, device=device).unsqueeze(-1) * frequencies
-        self.cos, self.sin = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
-        compiler = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else _as_it_is
-        self.added, self.rotated, self.activated = compiler(_added), compiler(_rotated), compiler(_activated)
+        self.turns = (angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16))
+        self.between = Between(self.caches[0], early)
 
     def step(self) -> None:
         """Replace `token` by the next one, and one position of the cache."""
-        x, normed = self.added(self.embedding[self.token], None, self.norm)
-        for index, (qkv, out, gate_up, down) in enumerate(self.weights.layers):
-            keys, values = self.keys[index], self.values[index]
-            q = self.rotated(qkv(normed), keys, values, self.position, self.cos, self.sin)
-            y = functional.scaled_dot_product_attention(q, keys, values)
-            x, normed = self.added(x, out(y.reshape(self.batch, -1)), self.norm)
-            x, normed = self.added(x, down(self.activated(gate_up(normed))), self.norm)
+        between = self.between
+        x, normed = between.add_norm(self.embedding, self.norm, token=self.token)
+        for (qkv, out, gate_up, down), cache in zip(self.weights.layers, self.caches, strict=True):
+            y = out(between.attend(qkv(normed), cache, self.position, *self.turns))
+            x, normed = between.add_norm(x, self.norm, y)
+            x, normed = between.add_norm(x, self.norm, down(between.activate(gate_up(normed))))
         self.token.copy_(self.weights.head(normed).argmax(-1))
         self.position.add_(1).remainder_(self.shape.cached)
-
-
-def _added(x: Tensor, more: Tensor | None, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual sum, and its RMSNorm."""
-    x = x if more is None else x + more
-    return x, functional.rms_norm(x, norm.shape, norm)
-
-
-def _rotated(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotary embedding; k and v go into the cache, q comes back with the heads of one key head as its rows."""
-    batch, kv_heads, _, width = keys.shape
-    parts = qkv.view(batch, -1, width)
-    q, k, v = parts.split([parts.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    cos, sin = cos[position], sin[position]
-    q, k = (torch.cat([a * cos - b * sin, b * cos + a * sin], -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
-    keys.index_copy_(2, position, k.unsqueeze(2))
-    values.index_copy_(2, position, v.unsqueeze(2))
-    return q.view(batch, kv_heads, -1, width)
-
-
-def _activated(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
-
-
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
 
 
 def tokens_per_second(decoder: Decoder, steps: int) -> float:
@@ -145,7 +121,7 @@ def tokens_per_second(decoder: Decoder, steps: int) -> float:
     if not torch.cuda.is_available():
         start = time.perf_counter()
         decoder.step()
-        return decoder.batch / (time.perf_counter() - start)
+        return len(decoder.token) / (time.perf_counter() - start)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -156,17 +132,13 @@ def tokens_per_second(decoder: Decoder, steps: int) -> float:
     for _ in range(steps):
         graph.replay()
     torch.cuda.synchronize()
-    return decoder.batch * steps / (time.perf_counter() - start)
+    return len(decoder.token) * steps / (time.perf_counter() - start)
 
 
-def measure(shape: Shape, batch: int, weights: Weights, device: torch.device) -> dict[str, Any]:
-    """The speed; with the small kernels as they are where torch cannot compile them."""
-    try:
-        speed = tokens_per_second(Decoder(shape, batch, weights, device, compiled=device.type == "cuda"), 128)
-        return {"tokens_per_second": speed, "compiled": device.type == "cuda"}
-    except torch._dynamo.exc.TorchDynamoException as error:
-        speed = tokens_per_second(Decoder(shape, batch, weights, device, compiled=False), 128)
-        return {"tokens_per_second": speed, "compiled": False, "error": f"{type(error).__name__}: {error}"[:500]}
+def begin_early() -> None:
+    """Every product from now on."""
+    usual = configs.plan
+    configs.plan = lambda gpu, problem: usual(gpu, problem)._replace(early=ahead.BYTES)
 
 
 def main() -> None:
@@ -175,9 +147,13 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tiny", action="store_true", help="a small model, on any machine, to try the bench itself")
+    parser.add_argument("--early", choices=["between", "all"], help="from compute capability 9.0 on")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = TINY if options.tiny else LLAMA_8B
+    early = options.early if device.type == "cuda" and launch.gpu(0).capability >= ahead.LEAST_CAPABILITY else None
+    if early == "all":
+        begin_early()
     torch.manual_seed(0)
     records = []
     blocks: list[list[Linear]] = []
@@ -187,8 +163,9 @@ def main() -> None:
             blocks = layers(shape, quantized, device)
         weights = Weights(blocks, linear(shape.vocabulary, shape.width, quantized_head, device))
         for batch in options.batches:
-            record = {"quantized": quantized, "quantized_head": quantized_head, "batch": batch}
-            records.append(record | measure(shape, batch, weights, device))
+            decoder = Decoder(shape, batch, weights, device, early is not None)
+            record = {"quantized": quantized, "quantized_head": quantized_head, "batch": batch, "early": early}
+            records.append(record | {"tokens_per_second": tokens_per_second(decoder, STEPS)})
             print(records[-1], flush=True)
             options.output.write_text(json.dumps({"shape": shape._asdict(), "records": records}, indent=1))
             if device.type == "cuda":
