@@ -44,8 +44,9 @@ class Emulator:
             elif kind != "constexpr":
                 params.append(value)
         params += [0] * (len(program.params) - len(params))  # scratch memory, of which there is none
-        shared = compiled.metadata.shared
-        ptx_machine.launch(program, launched.grid, params, memory, shared, seed=self.seed, lazy=self.lazy)
+        _, cluster, shared = launched.handed[1]
+        options = {"seed": self.seed, "lazy": self.lazy, "cluster": cluster}
+        ptx_machine.launch(program, launched.grid, params, memory, shared, **options)
 
     def _described(self, value: Any, metadata: dict[str, Any], tensors: dict[int, Tensor]) -> list[Any]:
         """What Triton's launcher makes of a descriptor: a tensor map, two sizes and two strides."""

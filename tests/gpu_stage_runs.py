@@ -28,7 +28,7 @@ def repeat() -> None:
         usual = plan._replace(splits=max(plan.splits, 2))
         _repeated(usual, x, weight, case, times)
         for tile in [tile for tile in configs.candidates(gpu, problem) if tile.kind != "exact"]:
-            splits = next(s for s in range(usual.splits, 0, -1) if configs.fits(gpu, tile, problem, s))
+            splits = next(s for s in range(usual.splits, 0, -1) if configs.fits(tile, problem, s))
             _repeated(configs.Plan(tile, splits), x, weight, case, times)
 
 

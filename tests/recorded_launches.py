@@ -21,7 +21,6 @@ class Launched(NamedTuple):
     handed: tuple[Any, ...]  # to Triton's launcher besides: function, metadata, metadata of the launch, two hooks
     arguments: dict[str, Any]  # by parameter
     dependent: bool  # may begin while the kernel before it ends
-    cooperative: bool  # begins only when all programs have room
 
     @property
     def values(self) -> dict[str, Any]:
@@ -70,7 +69,6 @@ def recorded(
                     rest[:5],
                     arguments,
                     self.metadata.launch_pdl,
-                    self.metadata.launch_cooperative_grid,
                 )
             )
             if then:

@@ -105,27 +105,54 @@ def test_each_kind_of_tile_has_a_kernel_of_its_own(launches: list[Launched]) -> 
     }
     assert {tile.kind for tile in tiles} == set(kernels)
     for tile, launched in zip(tiles, launches, strict=True):
-        sizes = (-(-300 // tile.block_n) * -(-70 // tile.block_m), 2, 1)
-        assert launched.grid == sizes
+        alone = tile.kind != "pipelined"
+        outputs = -(-300 // tile.block_n) * -(-70 // tile.block_m)
+        assert launched.grid == ((outputs, 2, 1) if alone else (outputs, 1, 1))  # of clusters
+        warps, cluster, shared = launched.handed[1]
+        assert (warps, cluster) == (tile.warps, 1 if alone else 2)
+        assert alone or shared >= 4 * tile.block_n * (tile.block_m + 8)
         assert launched.addresses["w_ptr"] == weight.qweight.data_ptr()
         assert launched.kernel == kernels[tile.kind]
-        assert launched.values["SPLIT"] is True
+        assert launched.values.get("SPLIT", True) is True
+        assert launched.values.get("SIZE", 2) == 2
         assert launched.values.get("RAISED", False) == (tile.kind == "raised")
-        assert launched.cooperative == (tile.kind == "pipelined")  # programs that wait for each other
 
 
-def test_pipelined_tiles_begin_early_or_wait_for_each_other(launches: list[Launched]) -> None:
-    from ptq_kernels.triton import ahead, configs, launch, recipes
+def test_pipelined_tiles_begin_early(launches: list[Launched]) -> None:
+    from ptq_kernels.triton import ahead, configs, launch
 
     weight = tile_cases.tiled(random_case(128, 512, 128, dtype=torch.bfloat16), "tile_sm90")
     tile = next(t for t in configs.tiles(90) if t.kind == "pipelined" and t.span == 128)
-    for splits in (1, 2):
-        plan = configs.Plan(tile, splits, ahead.BYTES)
-        assert recipes.begins_early(configs.Gpu(90, 132), plan) == (splits == 1)
-        with launch.forced(plan):
+    for splits, early in ((1, ahead.BYTES), (2, ahead.BYTES), (2, 0)):
+        with launch.forced(configs.Plan(tile, splits, early)):
             run(random_rows(3, 512, torch.bfloat16), weight)
-    assert [(each.dependent, each.cooperative) for each in launches] == [(True, False), (False, True)]
-    assert [each.arguments["AHEAD"] for each in launches] == [ahead.BYTES, 0]
+    assert [each.dependent for each in launches] == [True, True, False]
+    assert [each.arguments["AHEAD"] for each in launches] == [ahead.BYTES, ahead.BYTES, 0]
+
+
+def test_clusters_are_refused(launches: list[Launched]) -> None:
+    """Of sizes that are none, without work for each, and where Triton's launcher is given something else."""
+    from ptq_kernels.triton import clusters, configs, launch
+
+    weight = tile_cases.tiled(random_case(128, 512, 128, dtype=torch.bfloat16), "tile_sm90")
+    tile = next(t for t in configs.tiles(90) if t.kind == "pipelined" and t.span == 128 and t.block_k == 128)
+    for splits in (3, 8):  # 4 steps
+        with (
+            launch.forced(configs.Plan(tile, splits)),
+            pytest.raises(ValueError, match=f"must be split into 2, 4, 8 programs.*found {splits} splits of 4 steps"),
+        ):
+            run(random_rows(3, 512, torch.bfloat16), weight)
+    metadata = SimpleNamespace(num_warps=4, shared=1000)
+    other = SimpleNamespace(metadata=metadata, packed_metadata=(4, 1, 1000, "more"))
+    with pytest.raises(RuntimeError, match=r"must be launched with.*this Triton has \(4, 1, 1000, 'more'\)"):
+        clusters.join(other, 2, 2000)
+    with pytest.raises(RuntimeError, match="part takes 60000 bytes of shared memory must have over 49152.*it has 1000"):
+        clusters.join(SimpleNamespace(metadata=metadata, packed_metadata=(4, 1, 1000)), 2, 60000)
+    for least, shared in ((2000, 2000), (500, 1000)):
+        known = SimpleNamespace(metadata=metadata, packed_metadata=(4, 1, 1000))
+        for _ in range(2):  # a kernel may serve several layers
+            clusters.join(known, 2, least)
+        assert known.packed_metadata == (4, 2, shared)
 
 
 def test_what_the_copy_engine_is_told(launches: list[Launched]) -> None:

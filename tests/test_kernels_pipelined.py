@@ -5,9 +5,12 @@ depends on that. Every launch goes through the launcher, to a driver that emulat
 """
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
+import emulated_launches
+import ptx_machine
 import pytest
 import tile_cases
 import torch
@@ -52,7 +55,7 @@ class Product(NamedTuple):
 BF16, FP16 = torch.bfloat16, torch.float16
 PRODUCTS = [
     Product(128, "16x128x128", 1, (128, 1024, 128)),
-    Product(128, "16x128x128", 17, (136, 768, 256), FP16, False, 3, True),
+    Product(128, "16x128x128", 17, (136, 768, 256), FP16, False, 2, True),
     Product(128, "32x128x128", 20, (130, 1024, 128), BF16, False, 2),
     Product(128, "64x128x128", 65, (200, 200, 200), FP16, True, 1, True),
     Product(128, "64x256x128", 3, (300, 1024, 128), BF16, False, 1, False, ahead.BYTES),
@@ -65,9 +68,9 @@ PRODUCTS = [
     Product(64, "64x256x128", 10, (130, 256, 64), FP16, False),
     Product(64, "128x256x64", 100, (400, 704, 64), FP16, False, 2),
     Product(64, "256x128x128", 40, (128, 384, 64), BF16, False, 1, True, ahead.BYTES),
-    Product(64, "128x128x64", 129, (64, 384, 192), BF16, True, 3),
+    Product(64, "128x128x64", 129, (64, 384, 192), BF16, True, 4),
     Product(32, "16x128x64", 16, (70, 672, 96), BF16, False, 1, False, ahead.BYTES),
-    Product(32, "32x128x64", 31, (129, 608, 32), FP16, False, 3, True),
+    Product(32, "32x128x64", 31, (129, 608, 32), FP16, False, 8, True),
     Product(32, "64x128x64", 70, (96, 352, 32), BF16, True, 1, True),
     Product(32, "64x256x64", 1, (257, 640, 32), FP16, True, 2),
     Product(32, "128x256x64", 128, (130, 576, 96), BF16, False, 1),
@@ -121,6 +124,31 @@ def test_rows_of_the_identity_read_the_weight(emulator: Emulator, dtype: torch.d
     product = Product(128, "64x128x128", 256, (192, 256, 128), dtype, False)
     y = multiply(product, torch.eye(256, dtype=dtype), case)
     assert torch.equal(y.T.double(), dense_float64(case))
+
+
+CHANGES = {  # of the text of a compiled kernel, each of which makes it wrong
+    "parts before products are done": (r"bar.sync\s+0;(?=(?:(?!bar.sync).)*?st.shared.v2)", ""),
+    "no barrier before the parts are read": (r"barrier.cluster.arrive.*?barrier.cluster.wait.acquire.aligned;", ""),
+    "an end while others read": (r"barrier.cluster.wait.acquire.aligned;(?!.*barrier.cluster)", ""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_emulator_finds_what_would_be_wrong(emulator: Emulator, monkeypatch, change: str) -> None:
+    """Of a split kernel of which it finds nothing else."""
+    product = Product(128, "64x256x128", 9, (256, 512, 128), splits=2)
+    x, case = random_rows(9, 512, BF16), random_case(256, 512, 128, 4, True, BF16)
+    multiply(product, x, case)
+    old, new = CHANGES[change]
+
+    def changed(text: str) -> ptx_machine.Program:
+        other = re.sub(old, new, text, count=1, flags=re.DOTALL)
+        assert other != text
+        return ptx_machine.parse(other)
+
+    monkeypatch.setattr(emulated_launches, "_parsed", changed)
+    with pytest.raises(ptx_machine.HazardError):
+        multiply(product, x, case)
 
 
 @pytest.mark.parametrize("name", ["128x256x64", "16x128x128"])

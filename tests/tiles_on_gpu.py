@@ -49,9 +49,7 @@ def plan_otherwise(early: bool, pipelined: bool) -> None:
         chosen = [t for t in configs.candidates(gpu, problem) if t.kind == "pipelined"] if pipelined else []
         if chosen:
             tile = chosen[problem.n // 64 % len(chosen)]  # one or another
-            # those that wait for each other do not begin early: let some follow the others
-            alone = early and problem.k // 1024 % 2
-            found = configs.Plan(tile, 1 if alone else configs.splits_by_rule(gpu, tile, problem))
+            found = configs.Plan(tile, configs.splits_by_rule(gpu, tile, problem))
         return found._replace(early=ahead.BYTES) if early else found
 
     configs.plan = other

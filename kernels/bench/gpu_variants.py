@@ -61,13 +61,10 @@ def variants(gpu: Gpu, problem: Problem) -> list[Variant]:
         others += [folded._replace(block_m=128, max_registers=None, stages=stages) for stages in (2, 4)]
         others += [folded._replace(block_m=256, block_n=128, max_registers=None, stages=stages) for stages in (2, 3)]
     for tile in [tile for tile in tiles if tile.kind == "pipelined"]:
-        alone = tile._replace(
-            resident=1
-        )  # how many fit with more stages nobody has counted, and they wait for each other
         stages = (tile.stages - 2, tile.stages - 1, tile.stages + 1)
-        others += [alone._replace(stages=count) for count in stages if count >= 2]
-        others += [alone._replace(block_k=64, stages=tile.stages + 2)] if tile.block_k == 128 else []
-        others += [alone._replace(block_n=64)] if tile.block_n == 128 and tile.warps == 4 else []
+        others += [tile._replace(stages=count) for count in stages if count >= 2]
+        others += [tile._replace(block_k=64, stages=tile.stages + 2)] if tile.block_k == 128 else []
+        others += [tile._replace(block_n=64)] if tile.block_n == 128 and tile.warps == 4 else []
     return list(dict.fromkeys([*found, *(Variant(tile, usual) for tile in others)]))
 
 
@@ -76,7 +73,7 @@ def timings(gpu: Gpu, clock: tune.Timer, problem: Problem) -> Iterator[dict[str,
     for variant in variants(gpu, problem):
         record = {"n": problem.n, "k": problem.k, "m": problem.rows, "variant": variant.name}
         for splits in tune.SPLITS:
-            if not configs.fits(gpu, variant.tile, problem, splits):
+            if not configs.fits(variant.tile, problem, splits):
                 continue
             try:
                 microseconds = clock(Plan(variant.tile, splits, variant.early), problem)

@@ -9,6 +9,7 @@ import numpy as np
 from ptx_machine import accesses, products
 from ptx_machine.arithmetic import TYPES, Computation, computation
 from ptx_machine.asynchronous import decode_asynchronous
+from ptx_machine.clusters import Cluster, decode_cluster
 from ptx_machine.copies import decode_copies
 from ptx_machine.errors import DeadlockError, DivergenceError, HazardError
 from ptx_machine.machine import LANES, Block, Mask, Operation, Registers, Warp
@@ -91,7 +92,8 @@ class _Decoder:
         found = computation(opcode)
         if found is not None:
             return self._computed(instruction, found)
-        operation = decode_copies(instruction, self.slot) or decode_asynchronous(instruction, self.slot)
+        one_of_these = (decode_copies, decode_asynchronous, decode_cluster)
+        operation = next(filter(None, (decode(instruction, self.slot) for decode in one_of_these)), None)
         if operation is None:
             raise NotImplementedError(instruction.place)
         return operation
@@ -204,15 +206,18 @@ def _params(program: Program, params: Sequence[int | TensorMap]) -> tuple[dict[s
 
 def launch(
     program: Program, grid: tuple[int, ...], params: Sequence[int | TensorMap], memory: Memory, shared_bytes: int,
-    seed: int = 0, lazy: bool = True,
+    seed: int = 0, lazy: bool = True, cluster: int = 1,
 ) -> None:  # fmt: skip
-    """Run a kernel. The seed decides all that the hardware leaves open; `lazy` products run as late as allowed."""
+    """Run a kernel, a grid of clusters of so many blocks, side by side.
+
+    The seed decides all that the hardware leaves open; `lazy` products run as late as allowed.
+    """
     values, maps = _params(program, params)
     decoder = _Decoder(program, values)
     operations = [decoder.decode(instruction) for instruction in program.instructions]
     waits = any(instruction.opcode == "griddepcontrol.wait" for instruction in program.instructions)
     rng = random.Random(seed)
-    sizes = (*grid, 1, 1)[:3]
+    sizes = (cluster * grid[0], *grid[1:], 1, 1)[:3]
     places = [(x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0])]
     blocks: list[Block] = []
     for place in places:
@@ -226,6 +231,9 @@ def launch(
             registers = [*[None] * len(program.widths), *special, *decoder.constants]
             block.warps.append(Warp(block, warp, registers))
         blocks.append(block)
+    if cluster > 1:
+        for first in range(0, len(blocks), cluster):
+            Cluster(blocks[first : first + cluster])
     _run(blocks, rng)
 
 

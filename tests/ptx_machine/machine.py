@@ -12,6 +12,7 @@ from ptx_machine.memory import Memory, Shared, TensorMap
 from ptx_machine.races import Clock, first, unknown
 
 if TYPE_CHECKING:
+    from ptx_machine.clusters import Cluster
     from ptx_machine.copies import Transfer
     from ptx_machine.products import Product
 
@@ -90,6 +91,7 @@ class Warp:
         self.block, self.index, self.registers = block, index, registers
         self.clock = first(block.threads // LANES, index)
         self.counter = 0
+        self.arrivals = self.waits = 0  # at the barrier of the cluster
         self.done = False
         self.place = ""  # where it waits
         self.waiting: Condition | None = None
@@ -174,6 +176,8 @@ class Block:
         self.arrived: dict[int, list[Warp]] = {}  # those that wait at a barrier of the block
         self.passed: dict[int, int] = {}  # how often it has opened
         self.warps: list[Warp] = []
+        self.cluster: Cluster | None = None
+        self.rank = 0  # in it
         # 0: a copy arrives when nobody can go on without it
         self.landing = rng.choice((0.0, 0.0, 0.1, 0.7))
 
@@ -199,6 +203,10 @@ class Block:
         warp.waiting = lambda: self.passed.get(barrier, 0) > turn
         return True
 
+    def active(self) -> bool:
+        """Whether a warp can go on, or a copy will let one."""
+        return bool(self.copies) or any(not w.done and (w.waiting is None or w.waiting()) for w in self.warps)
+
     def turn(self) -> bool:
         """Let one warp go on, any one that can; whether there is more to do."""
         alive = [warp for warp in self.warps if not warp.done]
@@ -211,6 +219,8 @@ class Block:
             warp.run(int(10 ** self.rng.uniform(0, 3.5)))
         elif self.copies:
             self.land()
+        elif alive and self.cluster is not None and any(block.active() for block in self.cluster.blocks):
+            return True
         elif alive:
             where = {warp.place for warp in alive}
             raise DeadlockError(f"{len(alive)} warps wait for ever after {', '.join(sorted(where))}")
@@ -218,5 +228,7 @@ class Block:
             return True
         if self.copies:
             raise HazardError("the kernel ends while copies into its shared memory are under way")
+        if self.cluster is not None:
+            self.cluster.end(self)
         self.shared.races.end([warp.clock for warp in self.warps])
         return False

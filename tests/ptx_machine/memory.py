@@ -120,7 +120,8 @@ class Shared:
         self.readers = np.zeros(whole // CHUNK, np.int16)
         self.races = Races(whole, warps)
 
-    def _places(self, addresses: NDArray[np.uint32], width: int) -> NDArray[np.int64]:
+    def places(self, addresses: NDArray[np.uint32], width: int) -> NDArray[np.int64]:
+        """Return where in `data` the bytes at some addresses are, ``[lanes, width]``."""
         offsets = addresses.astype(np.int64) - BASE
         if offsets.min() < 0 or offsets.max() + width > self.size:
             raise AccessError(f"shared address {int(addresses.max()):#x} is outside of {self.size} bytes")
@@ -129,16 +130,21 @@ class Shared:
         places: NDArray[np.int64] = offsets[:, None] + np.arange(width)
         return places
 
+    def readable(self, addresses: NDArray[np.uint32], width: int) -> NDArray[np.int64]:
+        """Check that bytes may be read; return where in `data` they are, ``[lanes, width]``."""
+        places = self.places(addresses, width)
+        self._readable(self.state[places])
+        return places
+
     def load(self, addresses: NDArray[np.uint32], width: int, warp: int, clock: Clock) -> Bytes:
         """Return `width` bytes at each address, ``[lanes, width]``."""
-        places = self._places(addresses, width)
-        self._readable(self.state[places])
+        places = self.readable(addresses, width)
         self.races.read(places, warp, clock)
         return self.data[places]
 
     def store(self, addresses: NDArray[np.uint32], data: Bytes, warp: int, clock: Clock) -> None:
         """Store a row of `data` at each address."""
-        places = self._places(addresses, data.shape[1])
+        places = self.places(addresses, data.shape[1])
         if (self.state[places] >= ARRIVING).any():
             raise HazardError("a store to shared memory that a copy under way writes, or to a barrier")
         if self.readers[places // CHUNK].any():
@@ -193,7 +199,7 @@ class Shared:
 
     def begin_fill(self, addresses: NDArray[np.uint32], width: int, clock: Clock) -> NDArray[np.int64]:
         """Note that a copy by lanes writes `width` bytes at each address from now on; returns where."""
-        places = self._places(addresses, width)
+        places = self.places(addresses, width)
         if self.readers[places // CHUNK].any():
             raise HazardError("a copy into shared memory that a product under way reads")
         if (self.state[places] >= ARRIVING).any() or np.unique(addresses).size < addresses.size:
@@ -213,7 +219,7 @@ class Shared:
 
     def mark(self, address: int, size: int, state: int, warp: int) -> None:
         """Make bytes those of a barrier, or ordinary ones again."""
-        place = self._places(np.array([address], np.uint32), size)
+        place = self.places(np.array([address], np.uint32), size)
         if (self.state[place] == ARRIVING).any():
             raise HazardError("a barrier where a copy under way writes")
         self.state[place], self.unfenced[place] = state, warp + 1

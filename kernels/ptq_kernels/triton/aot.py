@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ptq_kernels.triton import ahead, configs, dequant, recipes, sass
+from ptq_kernels.triton import ahead, clusters, configs, dequant, recipes, sass
 from ptq_kernels.triton.configs import Tile
 
 _MOST_SPILLED, _MOST_SPILLED_RARELY = 8, 24  # bytes
@@ -38,7 +38,7 @@ class Form(NamedTuple):
     capability: int
     dtype: str = "bf16"
     asymmetric: bool = False
-    split: bool = True
+    splits: int = 2
     bias: bool = False
     even: bool = True  # the columns are a multiple of a step
     early: bool = False  # begins before the kernel before it has ended
@@ -48,8 +48,8 @@ class Form(NamedTuple):
         """For tables and test ids."""
         t = self.tile
         kind = "asymmetric" if self.asymmetric else "symmetric"
-        rest = "" if self.split else "-whole" + "-bias" * self.bias + "-ragged" * (not self.even)
-        rest += "-early" * self.early
+        rest = {1: "-whole", 2: ""}.get(self.splits, f"-{self.splits}-splits")
+        rest += "-bias" * self.bias + "-ragged" * (not self.even) + "-early" * self.early
         return f"sm{self.capability}-{t.bits}bit-g{t.span}-{t.name.replace(' ', '-')}-{self.dtype}-{kind}{rest}"
 
 
@@ -87,7 +87,7 @@ def compile_form(form: Form) -> Any:
         scales=_TYPES[form.dtype],
         asymmetric=form.asymmetric,
         bias=form.bias,
-        split=form.split,
+        splits=form.splits,
         even=form.even,
         early=ahead.BYTES if form.early else 0,
     )
@@ -98,7 +98,7 @@ def compile_form(form: Form) -> Any:
 
         types["x_desc"] = f"tensordesc<{form.dtype}[{tile.block_m}, {tile.block_k}],{x_layout()!r}>"
         types["q_desc"] = f"tensordesc<i32[{tile.block_n // 64}, {8 * tile.block_k}],{q_layout()!r}>"
-    options = recipes.options(tile, form.early, form.split)
+    options = recipes.options(tile, form.early)
     return _compile(recipes.kernel_of(tile), constants, types, form.capability, options)
 
 
@@ -145,6 +145,8 @@ def inspect(kernel: Any, form: Form) -> Report:
     loop = [line for at, line in lines if first <= at <= last]
     wgmma = [line for _, line in lines if "HGMMA" in line]
     shared, threads = kernel.metadata.shared, 32 * form.tile.warps
+    if recipes.cluster(form.tile, form.splits) > 1:
+        shared = max(shared, clusters.bytes_needed(form.tile.block_m, form.tile.block_n))
     resident = min(
         65536 // (-(-registers // 8) * 8 * threads),  # registers are handed out eight at a time
         _SHARED_OF_SM[form.capability] * 1024 // (shared + 1024),
@@ -245,10 +247,10 @@ def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
         for tile in dict.fromkeys(each._replace(rows=0) for each in configs.tiles(order_of(capability))):
             for asymmetric in (False, True):
                 found += [Form(tile, capability, dtype, asymmetric) for dtype in ("bf16", "fp16")]
-                found.append(Form(tile, capability, "bf16", asymmetric, split=False, bias=True, even=False))
+                found.append(Form(tile, capability, "bf16", asymmetric, splits=1, bias=True, even=False))
                 if capability >= ahead.LEAST_CAPABILITY:
-                    alone = tile.kind == "pipelined"  # programs that wait for each other do not begin early
-                    found.append(Form(tile, capability, "bf16", asymmetric, split=not alone, early=True))
+                    most = configs.CLUSTERS[-1] if tile.kind == "pipelined" else 2  # a share of each is compiled in
+                    found.append(Form(tile, capability, "bf16", asymmetric, splits=most, early=True))
     return found
 
 

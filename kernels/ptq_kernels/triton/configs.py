@@ -10,6 +10,7 @@ from ptq_kernels.triton.workspace import COUNTERS, PART_BYTES
 
 SHIPPED = Path(__file__).with_name("configs.json")
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # numbers of rows are rounded up to one of these
+CLUSTERS = (2, 4, 8)  # programs that share a pipelined tile (clusters.py); more than 8 not every GPU takes
 USUAL_ROWS = 512  # up to so many every weight may have a kernel; for more only one that was timed with it
 _SMALL = 64  # rows of the largest bucket that one tile covers
 _WELL_FILLED = 0.7  # of the GPU: the first tile of the table that does is taken
@@ -130,23 +131,17 @@ def dequantize_from(gpu: Gpu) -> int:
     raise ValueError(f"{SHIPPED} must name the rows to dequantize from for order {gpu.order}, it does not; restore it")
 
 
-def fits(gpu: Gpu, tile: Tile, problem: Problem, splits: int) -> bool:
-    """Whether so many splits have work for each, and room in the workspace.
-
-    The programs of a split pipelined tile wait for each other, so that all of them must fit on the GPU at once.
-    """
+def fits(tile: Tile, problem: Problem, splits: int) -> bool:
+    """Whether so many splits have work for each, and room in the workspace; of a pipelined tile, are a cluster."""
     steps = -(-problem.k // tile.block_k)
-    if -(-steps // splits) * (splits - 1) >= steps:
-        return False
     if splits == 1:
         return True
-    outputs = -(-problem.n // tile.block_n) * -(-problem.rows // tile.block_m)
-    values = problem.rows * problem.n
     if tile.kind == "pipelined":
-        values = outputs * tile.block_n * tile.block_m
-        if outputs * splits > gpu.processors * tile.resident:
-            return False
-    return 4 * splits * values <= PART_BYTES and outputs <= COUNTERS
+        return splits in CLUSTERS and splits <= steps
+    if -(-steps // splits) * (splits - 1) >= steps:
+        return False
+    outputs = -(-problem.n // tile.block_n) * -(-problem.rows // tile.block_m)
+    return 4 * splits * problem.rows * problem.n <= PART_BYTES and outputs <= COUNTERS
 
 
 def splits_by_rule(gpu: Gpu, tile: Tile, problem: Problem) -> int:
@@ -157,7 +152,7 @@ def splits_by_rule(gpu: Gpu, tile: Tile, problem: Problem) -> int:
     traffic = 1.0 if problem.rows <= _SMALL else 2.0
     best = 1
     for splits in range(2, max(problem.k // shortest, 1) + 1):
-        if not fits(gpu, tile, problem, splits) or outputs * splits > gpu.processors * tile.resident:
+        if not fits(tile, problem, splits) or outputs * splits > gpu.processors * tile.resident:
             continue
         if 64 * splits * problem.rows <= traffic * problem.k * problem.bits:
             best = splits
@@ -178,7 +173,7 @@ def _listed(path: Path, gpu: Gpu, problem: Problem) -> Plan | None:
         if not (same_gpu and same_kind and least_n <= problem.n <= most_n and least_k <= problem.k <= most_k):
             continue
         for tile in candidates(gpu, problem):
-            if tile.name == entry["tile"] and fits(gpu, tile, problem, entry["splits"]):
+            if tile.name == entry["tile"] and fits(tile, problem, entry["splits"]):
                 return Plan(tile, entry["splits"], entry.get("early", 0))
     return None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptq_kernels import tiles
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import configs, dequant, enqueue, recipes, w4a16, workspace
+from ptq_kernels.triton import clusters, configs, dequant, enqueue, recipes, w4a16, workspace
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
 ORDERS = {"tile_sm90": 90, "tile_sm80": 80}
@@ -37,23 +37,24 @@ class _Launch:
 
     def __init__(self, plan: Plan, layer: "_Layer") -> None:
         self.tile, self.splits, early = plan
-        if w4a16.interpreted() or not recipes.begins_early(layer.gpu, plan):
+        if w4a16.interpreted() or not recipes.begins_early(layer.gpu):
             early = 0
         self.constants = recipes.constants(
             plan.tile,
             **layer.scheme,
             bias=layer.has_bias,
-            split=self.splits > 1,
+            splits=self.splits,
             even=layer.shape[1] % plan.tile.block_k == 0,
             early=early,
             assembly=not w4a16.interpreted(),
         )
-        self.options = recipes.options(plan.tile, early > 0, self.splits > 1)
+        self.options = recipes.options(plan.tile, early > 0)
+        self.cluster = recipes.cluster(plan.tile, self.splits)
         steps = -(-layer.shape[1] // plan.tile.block_k)
-        if plan.tile.kind == "pipelined" and -(-steps // self.splits) * (self.splits - 1) >= steps:
+        if self.cluster > steps or self.cluster not in (1, *configs.CLUSTERS):
             raise ValueError(  # a program without a step would never end
-                f"each split must have a step of {plan.tile.block_k} columns, {self.splits} splits of {steps} steps do "
-                "not; take fewer"
+                f"a pipelined tile must be split into {', '.join(map(str, configs.CLUSTERS))} programs with a step of "
+                f"{plan.tile.block_k} columns each, or not at all, found {self.splits} splits of {steps} steps"
             )
         self.compiled: Any = None
         self.described: dict[int, Any] = {}  # descriptors of weights, by their addresses
@@ -63,10 +64,10 @@ class _Launch:
     ) -> None:
         """Fill y with M, N, K. Every tensor is contiguous and aligned: the compiled kernel takes that for granted."""
         rows, outputs, columns = sizes
-        grid = (-(-outputs // self.tile.block_n) * -(-rows // self.tile.block_m), self.splits, 1)
+        grid = (-(-outputs // self.tile.block_n) * -(-rows // self.tile.block_m), self.splits // self.cluster, 1)
         described = self._describe(x, qweight, sizes)
-        rest = (qweight, x if bias is None else bias, y, *workspace.get(x.device, stream))
-        tensors = rest if described else (x, *rest)
+        rest = (qweight, x if bias is None else bias, y)
+        tensors = rest if described else (x, *rest, *workspace.get(x.device, stream))
         if self.compiled is not None:
             self.compiled(grid, stream, described, tensors, sizes)
             return
@@ -75,9 +76,15 @@ class _Launch:
                 f"the kernel for {rows} rows of a {outputs} x {columns} weight must be compiled before a CUDA graph is "
                 "captured, it is not; call ptq_kernels.warmup, or matmul once with so many rows, before"
             )
-        kernel = recipes.kernel_of(self.tile)[grid](*described, *tensors, *sizes, **self.constants, **self.options)
-        if not w4a16.interpreted():
-            self.compiled = enqueue.Compiled(kernel, tuple(self.constants.values()))
+        kernel, arguments = recipes.kernel_of(self.tile), (*described, *tensors, *sizes)
+        if w4a16.interpreted():
+            kernel[grid](*arguments, **self.constants, **self.options)
+            return
+        compiled = kernel.warmup(*arguments, grid=grid, **self.constants, **self.options)
+        if self.cluster > 1:
+            clusters.join(compiled, self.cluster, clusters.bytes_needed(self.tile.block_m, self.tile.block_n))
+        self.compiled = enqueue.Compiled(compiled, tuple(self.constants.values()))
+        self.compiled(grid, stream, described, tensors, sizes)
 
     def _describe(self, x: Tensor, qweight: Tensor, sizes: tuple[int, int, int]) -> tuple[Any, ...]:
         """What the copy engine is told of x and of the weight, where the kernel uses it."""

@@ -31,7 +31,6 @@ from ptq_kernels.triton.ahead import ask_for, depend
 from ptq_kernels.triton.fragments import codes4_of_words, raised_zero
 from ptq_kernels.triton.pointers import padded, scales_of, zeros_of
 from ptq_kernels.triton.shares import finish
-from ptq_kernels.triton.splits import own_steps
 
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.9 renamed it
 _WORDS = gl.constexpr(512)  # int32 of a tile of 64 x 64 codes
@@ -165,8 +164,6 @@ def pipelined_kernel(
     w_ptr,  # uint8, see tiles.py
     b_ptr,  # [N]; not read unless HAS_BIAS
     y_ptr,  # [M, N], as x
-    parts_ptr,  # float32 [splits, tiles, BM, BN]; not used unless SPLIT
-    counters_ptr,  # int32, one for each tile of y, 0 before and after; not used unless SPLIT
     M,
     N,
     K,
@@ -174,14 +171,14 @@ def pipelined_kernel(
     SCALES: gl.constexpr,  # dtype of the scales, that of x
     ASYM: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    SPLIT: gl.constexpr,
+    SIZE: gl.constexpr,  # of the cluster of programs that share a tile; 1: none
     BM: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     AHEAD: gl.constexpr,  # bytes of each row of tiles to ask for before the kernel before has ended; 0: wait at once
 ):
-    """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile (M fastest), split."""
+    """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile (M fastest) and, faster, part."""
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
     HALF: gl.constexpr = BK // 2  # a step is two products
     SHARED: gl.constexpr = GROUP % BK == 0  # by which one scale
@@ -192,8 +189,11 @@ def pipelined_kernel(
     gl.static_assert(SCALES == DTYPE)
     gl.static_assert(STAGES >= 2)  # a step is asked for while the next one is awaited
     across = (M + BM - 1) // BM
-    first_n, first_m = gl.program_id(0) // across * BN, gl.program_id(0) % across * BM
-    first, count = own_steps(K, BK, SPLIT)
+    tile, rank = gl.program_id(0) // SIZE, gl.program_id(0) % SIZE
+    first_n, first_m = tile // across * BN, tile % across * BM
+    steps = (K + BK - 1) // BK
+    first = rank * steps // SIZE
+    count = (rank + 1) * steps // SIZE - first
     xs, qs, full = _ring(x_desc, q_desc, STAGES)
     _begin(w_ptr, first_n // 64, first * (BK // 64), count, N, K, BN, BK, AHEAD)
     for s in gl.static_range(STAGES):
@@ -237,4 +237,4 @@ def pipelined_kernel(
     x = xs.index((count - 1) % STAGES).slice(HALF, HALF, 1).permute((1, 0))
     acc = warpgroup_mma(odd, x, acc, is_async=True)
     acc, even, odd = warpgroup_mma_wait(0, deps=(acc, even, odd))
-    finish(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, first_m, first_n, M, N, HAS_BIAS, SPLIT, BM, BN)
+    finish(acc, b_ptr, y_ptr, rank, first_m, first_n, M, N, HAS_BIAS, SIZE, BM, BN)

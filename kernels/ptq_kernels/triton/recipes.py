@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ptq_kernels.triton import ahead
-from ptq_kernels.triton.configs import Gpu, Plan, Tile
+from ptq_kernels.triton.configs import Gpu, Tile
 from ptq_kernels.triton.tiled import tiled_kernel
 from ptq_kernels.triton.wide import wide_kernel
 
@@ -36,26 +36,24 @@ def kernel_of(tile: Tile) -> Any:
     return wide_kernel if tile.kind == "folded" else tiled_kernel
 
 
-def together(tile: Tile, split: bool) -> bool:
-    """Whether the programs of a launch wait for each other (shares.py)."""
-    return split and tile.kind == "pipelined"
+def cluster(tile: Tile, splits: int) -> int:
+    """How many programs of a launch are a cluster (clusters.py); 1: none."""
+    return splits if tile.kind == "pipelined" else 1
 
 
-def begins_early(gpu: Gpu, plan: Plan) -> bool:
-    """Whether a kernel can begin before the one before it has ended; not known of those that wait for each other."""
-    return gpu.capability >= ahead.LEAST_CAPABILITY and not together(plan.tile, plan.splits > 1)
+def begins_early(gpu: Gpu) -> bool:
+    """Whether a kernel can begin before the one before it has ended."""
+    return gpu.capability >= ahead.LEAST_CAPABILITY
 
 
-def options(tile: Tile, early: bool, split: bool) -> dict[str, Any]:
-    """The options of Triton for a tile whose kernel may begin early or be split."""
+def options(tile: Tile, early: bool) -> dict[str, Any]:
+    """The options of Triton for a tile whose kernel may begin early."""
     # Fusing is for the accumulator's multiply-add: Triton 3.10 no longer fuses unasked.
     chosen = {"num_warps": tile.warps, "enable_fp_fusion": True}
     if tile.kind != "pipelined":  # which has its own stages
         chosen["num_stages"] = tile.stages
     if early:
         chosen["launch_pdl"] = True
-    if together(tile, split):  # then none begins before all have room, whatever other streams do
-        chosen["launch_cooperative_grid"] = True
     return chosen if tile.max_registers is None else {**chosen, "maxnreg": tile.max_registers}
 
 
@@ -67,7 +65,7 @@ def constants(
     scales: Any,
     asymmetric: bool,
     bias: bool,
-    split: bool,
+    splits: int,
     even: bool,
     early: int,
     assembly: bool = True,
@@ -84,7 +82,8 @@ def constants(
         "SCALES": scales,
         "ASYM": asymmetric,
         "HAS_BIAS": bias,
-        "SPLIT": split,
+        "SPLIT": splits > 1,
+        "SIZE": splits,
         "EVEN_K": even,
         "BM": tile.block_m,
         "BN": tile.block_n,

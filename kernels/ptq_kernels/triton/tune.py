@@ -96,7 +96,7 @@ def plans(gpu: Gpu, problem: Problem) -> list[Plan]:
         found += [
             Plan(tile, splits)
             for splits in SPLITS
-            if configs.fits(gpu, tile, problem, splits) and (splits == 1 or outputs * splits <= waves)
+            if configs.fits(tile, problem, splits) and (splits == 1 or outputs * splits <= waves)
         ]
     return found
 
@@ -122,7 +122,7 @@ def tune(
         problem = problem._replace(rows=configs.bucket(problem.rows))
         timed = [pair for plan in plans(gpu, problem) if (pair := _timed(timer, plan, problem))]
         timed.sort(key=lambda pair: pair[0])
-        early = [plan._replace(early=ahead.BYTES) for _, plan in timed[:3] if recipes.begins_early(gpu, plan)]
+        early = [plan._replace(early=ahead.BYTES) for _, plan in timed[:3] if recipes.begins_early(gpu)]
         timed += [pair for plan in early if (pair := _timed(timer, plan, problem))]
         if not timed:
             raise RuntimeError(f"a plan for {problem} must run on {gpu} to be timed, none does; see the warnings")
