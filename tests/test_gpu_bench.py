@@ -25,7 +25,7 @@ def run(*command: object, code: int = 0) -> str:
     ("peer", "source", "text"),
     [
         ("humming", "raise RuntimeError('no such GPU')", "RuntimeError: no such GPU"),
-        ("marlin", "", "ImportError: the folder marlin must hold marlin_cuda.cpp and marlin_cuda_kernel.cu"),
+        ("marlin", "", "ImportError: the folder marlin must hold libmarlin.so"),
     ],
 )
 def test_a_peer_that_fails_is_recorded_for_each_shape(peer: str, source: str, text: str, tmp_path: Path) -> None:
