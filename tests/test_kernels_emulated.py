@@ -69,7 +69,11 @@ def products() -> list[Product]:
     for i, tile in enumerate(tiles):
         dtype = (BF16, FP16)[i % 2]
         shape = SHAPES[tile.span][i % len(SHAPES[tile.span])]
-        plan = Plan(tile, splits_of(tile, shape[1], i % 3 + 1), (0, ahead.BYTES)[i // 2 % 2])
+        plan = Plan(
+            tile,
+            splits_of(tile, shape[1], (i % 3 + 1, (2, 4, 1)[i % 3])[tile.kind != "exact"]),
+            (0, ahead.BYTES)[i // 2 % 2],
+        )
         more = 1 if tile.block_m * plan.splits <= 64 else -1  # of large tiles and many splits no second one, for time
         rows = (1, tile.block_m + more, tile.block_m // 2, 7)[(i + i // 4) % 4]
         scales = torch.float32 if i % 7 == 3 else dtype
@@ -124,10 +128,12 @@ def test_every_tile_is_right(emulator: Emulator, product: Product) -> None:
 
 
 def one_of(kind: str, early: int = 0) -> Product:
-    """A product of two splits whose ring of copies turns."""
+    """A split product whose ring of copies turns."""
     span = 128 if kind == "raised" else 64
     tile = next(t for t in configs.tiles(90) if (t.bits, t.span, t.rows, t.kind) == (4, span, 16, kind))
-    return Product(Plan(tile, 2, early), 9, (72, 13 * span, span), symmetric=False)
+    return Product(
+        Plan(tile, {"exact": 2, "folded": 4, "raised": 8}[kind], early), 9, (72, 13 * span, span), symmetric=False
+    )
 
 
 @pytest.mark.parametrize("kind", ["exact", "folded", "raised"])

@@ -105,7 +105,7 @@ def test_each_kind_of_tile_has_a_kernel_of_its_own(launches: list[Launched]) -> 
     }
     assert {tile.kind for tile in tiles} == set(kernels)
     for tile, launched in zip(tiles, launches, strict=True):
-        alone = tile.kind != "pipelined"
+        alone = tile.kind == "exact"
         outputs = -(-300 // tile.block_n) * -(-70 // tile.block_m)
         assert launched.grid == ((outputs, 2, 1) if alone else (outputs, 1, 1))  # of clusters
         warps, cluster, shared = launched.handed[1]
@@ -114,7 +114,7 @@ def test_each_kind_of_tile_has_a_kernel_of_its_own(launches: list[Launched]) -> 
         assert launched.addresses["w_ptr"] == weight.qweight.data_ptr()
         assert launched.kernel == kernels[tile.kind]
         assert launched.values.get("SPLIT", True) is True
-        assert launched.values.get("SIZE", 2) == 2
+        assert launched.values["SIZE"] == cluster
         assert launched.values.get("RAISED", False) == (tile.kind == "raised")
 
 

@@ -77,6 +77,11 @@ def order_of(capability: int) -> int:
     return configs.Gpu(capability, 0).order
 
 
+def cluster_of(form: Form) -> int:
+    """How many programs of the form are a cluster; 1: none."""
+    return recipes.cluster(configs.Gpu(form.capability, 0), form.tile, form.splits)
+
+
 def compile_form(form: Form) -> Any:
     """The compiled kernel, specialised as the launcher does for sizes that are multiples of 16."""
     tile = form.tile
@@ -88,6 +93,7 @@ def compile_form(form: Form) -> Any:
         asymmetric=form.asymmetric,
         bias=form.bias,
         splits=form.splits,
+        cluster=cluster_of(form),
         even=form.even,
         early=ahead.BYTES if form.early else 0,
     )
@@ -145,7 +151,7 @@ def inspect(kernel: Any, form: Form) -> Report:
     loop = [line for at, line in lines if first <= at <= last]
     wgmma = [line for _, line in lines if "HGMMA" in line]
     shared, threads = kernel.metadata.shared, 32 * form.tile.warps
-    if recipes.cluster(form.tile, form.splits) > 1:
+    if cluster_of(form) > 1:
         shared = max(shared, clusters.bytes_needed(form.tile.block_m, form.tile.block_n))
     resident = min(
         65536 // (-(-registers // 8) * 8 * threads),  # registers are handed out eight at a time
@@ -249,7 +255,7 @@ def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
                 found += [Form(tile, capability, dtype, asymmetric) for dtype in ("bf16", "fp16")]
                 found.append(Form(tile, capability, "bf16", asymmetric, splits=1, bias=True, even=False))
                 if capability >= ahead.LEAST_CAPABILITY:
-                    most = configs.CLUSTERS[-1] if tile.kind == "pipelined" else 2  # a share of each is compiled in
+                    most = configs.CLUSTERS[-1] if tile.kind != "exact" else 2  # a share of each is compiled in
                     found.append(Form(tile, capability, "bf16", asymmetric, splits=most, early=True))
     return found
 

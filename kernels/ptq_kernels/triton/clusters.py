@@ -51,6 +51,15 @@ def join(kernel: Any, size: int, least_bytes: int) -> None:
 
 
 @triton.jit
+def own_steps(K, BK: tl.constexpr, SIZE: tl.constexpr):
+    """(first step, number of steps) of this program, whose cluster has as many as the parts of K."""
+    steps = (K + BK - 1) // BK
+    rank = tl.program_id(0) % SIZE
+    first = rank * steps // SIZE
+    return first, (rank + 1) * steps // SIZE - first
+
+
+@triton.jit
 def _arrive(thread):
     """Say, once a thread, that the parts may be read, or were read."""
     tl.inline_asm_elementwise(
@@ -67,13 +76,19 @@ def _wait(thread):
 
 
 @triton.jit
-def _put(at, value):
-    """Store pairs of values, which a matrix of tensor cores has side by side, so many bytes into shared memory."""
-    tl.inline_asm_elementwise(
-        "{ .reg .b32 a; mov.b32 a, global_smem; add.u32 a, a, $2; st.shared.v2.f32 [a], {$4, $5}; "
-        "mov.b32 $0, 0; mov.b32 $1, 0; }",
-        "=r,=r,r,r,f,f", [at, value], tl.int32, is_pure=False, pack=2,
-    )  # fmt: skip
+def _put(at, value, PAIRS: tl.constexpr):
+    """Store values so many bytes into shared memory; pairs where they are known to lie side by side."""
+    if PAIRS:
+        tl.inline_asm_elementwise(
+            "{ .reg .b32 a; mov.b32 a, global_smem; add.u32 a, a, $2; st.shared.v2.f32 [a], {$4, $5}; "
+            "mov.b32 $0, 0; mov.b32 $1, 0; }",
+            "=r,=r,r,r,f,f", [at, value], tl.int32, is_pure=False, pack=2,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .b32 a; mov.b32 a, global_smem; add.u32 a, a, $1; st.shared.f32 [a], $2; mov.b32 $0, 0; }",
+            "=r,r,f", [at, value], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -100,11 +115,14 @@ def _store_row(total, bias, y_ptr, row, column, M, N):
 
 
 @triton.jit
-def store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, thread, M, N, SIZE: tl.constexpr):
+def store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, thread, M, N, SIZE: tl.constexpr,
+              EXPLICIT: tl.constexpr):  # fmt: skip
     """Store this program's share of the rows of a tile of y, of which acc ``[BN, BM]`` is a part of y.T.
 
     n and m number the rows and columns of acc; share_n the BN columns of the share, share_m its rows by two, or by
     four where it has so many; thread has an element a thread; bias is float32 ``[1, BN]``, by the columns of the share.
+    EXPLICIT says that the layouts are a caller's own choice, in Gluon: acc has two columns side by side in a thread, as
+    tensor cores leave them, and no value moves to another thread, which would take shared memory, on its way to y.
     """
     BM: tl.constexpr = acc.shape[1]
     ROWS: tl.constexpr = BM // SIZE
@@ -112,7 +130,7 @@ def store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, 
     STEP: tl.constexpr = 4 if FOUR else 2
     STRIDE: tl.constexpr = 4 * (BM + _PAD)
     tl.debug_barrier()  # no warp needs what lay there
-    _put(n[:, None] * STRIDE + m[None, :] * 4, acc)
+    _put(n[:, None] * STRIDE + m[None, :] * 4, acc, EXPLICIT)
     _arrive(thread)
     _wait(thread)
     at = share_n[None, :] * STRIDE + (rank * ROWS + share_m[:, None] * STEP) * 4
@@ -124,6 +142,8 @@ def store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, 
             a1, b1, c1, d1 = _get(at, at * 0 + other, True)
             a, b, c, d = a + a1, b + b1, c + c1, d + d1
         _arrive(thread)
+        if not EXPLICIT:
+            _wait(thread)
         _store_row(a, bias, y_ptr, row, column, M, N)
         _store_row(b, bias, y_ptr, row + 1, column, M, N)
         _store_row(c, bias, y_ptr, row + 2, column, M, N)
@@ -134,6 +154,9 @@ def store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, 
             a1, b1 = _get(at, at * 0 + other, False)
             a, b = a + a1, b + b1
         _arrive(thread)
+        if not EXPLICIT:
+            _wait(thread)
         _store_row(a, bias, y_ptr, row, column, M, N)
         _store_row(b, bias, y_ptr, row + 1, column, M, N)
-    _wait(thread)  # others may still read the part of this program
+    if EXPLICIT:
+        _wait(thread)  # others may still read the part of this program

@@ -10,7 +10,7 @@ from ptq_kernels.triton.workspace import COUNTERS, PART_BYTES
 
 SHIPPED = Path(__file__).with_name("configs.json")
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # numbers of rows are rounded up to one of these
-CLUSTERS = (2, 4, 8)  # programs that share a pipelined tile (clusters.py); more than 8 not every GPU takes
+CLUSTERS = (2, 4, 8)  # sizes of one that shares a tile (clusters.py); more than 8 programs not every GPU takes
 USUAL_ROWS = 512  # up to so many every weight may have a kernel; for more only one that was timed with it
 _SMALL = 64  # rows of the largest bucket that one tile covers
 _WELL_FILLED = 0.7  # of the GPU: the first tile of the table that does is taken

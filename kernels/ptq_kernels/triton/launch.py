@@ -39,17 +39,18 @@ class _Launch:
         self.tile, self.splits, early = plan
         if w4a16.interpreted() or not recipes.begins_early(layer.gpu):
             early = 0
+        self.cluster = 1 if w4a16.interpreted() else recipes.cluster(layer.gpu, plan.tile, self.splits)
         self.constants = recipes.constants(
             plan.tile,
             **layer.scheme,
             bias=layer.has_bias,
             splits=self.splits,
+            cluster=self.cluster,
             even=layer.shape[1] % plan.tile.block_k == 0,
             early=early,
             assembly=not w4a16.interpreted(),
         )
         self.options = recipes.options(plan.tile, early > 0)
-        self.cluster = recipes.cluster(plan.tile, self.splits)
         steps = -(-layer.shape[1] // plan.tile.block_k)
         if self.cluster > steps or self.cluster not in (1, *configs.CLUSTERS):
             raise ValueError(  # a program without a step would never end

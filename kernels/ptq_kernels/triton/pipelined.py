@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ptq_kernels.triton.ahead import ask_for, depend
+from ptq_kernels.triton.clusters import own_steps
 from ptq_kernels.triton.fragments import codes4_of_words, raised_zero
 from ptq_kernels.triton.pointers import padded, scales_of, zeros_of
 from ptq_kernels.triton.shares import finish
@@ -191,9 +192,7 @@ def pipelined_kernel(
     across = (M + BM - 1) // BM
     tile, rank = gl.program_id(0) // SIZE, gl.program_id(0) % SIZE
     first_n, first_m = tile // across * BN, tile % across * BM
-    steps = (K + BK - 1) // BK
-    first = rank * steps // SIZE
-    count = (rank + 1) * steps // SIZE - first
+    first, count = own_steps(K, BK, SIZE)
     xs, qs, full = _ring(x_desc, q_desc, STAGES)
     _begin(w_ptr, first_n // 64, first * (BK // 64), count, N, K, BN, BK, AHEAD)
     for s in gl.static_range(STAGES):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ptq_kernels.triton import ahead
-from ptq_kernels.triton.configs import Gpu, Tile
+from ptq_kernels.triton.configs import CLUSTERS, Gpu, Tile
 from ptq_kernels.triton.tiled import tiled_kernel
 from ptq_kernels.triton.wide import wide_kernel
 
@@ -36,9 +36,11 @@ def kernel_of(tile: Tile) -> Any:
     return wide_kernel if tile.kind == "folded" else tiled_kernel
 
 
-def cluster(tile: Tile, splits: int) -> int:
-    """How many programs of a launch are a cluster (clusters.py); 1: none."""
-    return splits if tile.kind == "pipelined" else 1
+def cluster(gpu: Gpu, tile: Tile, splits: int) -> int:
+    """How many programs of a launch are a cluster (clusters.py); 1: none, as of exact tiles, which were timed so."""
+    if tile.kind == "pipelined":
+        return splits
+    return splits if tile.kind != "exact" and splits in CLUSTERS and gpu.capability // 10 == 9 else 1
 
 
 def begins_early(gpu: Gpu) -> bool:
@@ -66,14 +68,16 @@ def constants(
     asymmetric: bool,
     bias: bool,
     splits: int,
+    cluster: int,
     even: bool,
     early: int,
     assembly: bool = True,
 ) -> dict[str, Any]:
     """What is compiled in, by the kernel's parameters and in their order.
 
-    `group` is 0 for one group, `scales` a dtype of Triton, `even` says that a step divides the columns, `early` is the
-    bytes of each row of tiles to ask for before the kernel before has ended, `assembly` False in the interpreter.
+    `group` is 0 for one group, `scales` a dtype of Triton, `cluster` how many programs are one, `even` says that a step
+    divides the columns, `early` is the bytes of each row of tiles to ask for before the kernel before has ended,
+    `assembly` False in the interpreter.
     """
     found = {
         "BITS": tile.bits,
@@ -83,7 +87,7 @@ def constants(
         "ASYM": asymmetric,
         "HAS_BIAS": bias,
         "SPLIT": splits > 1,
-        "SIZE": splits,
+        "SIZE": cluster,
         "EVEN_K": even,
         "BM": tile.block_m,
         "BN": tile.block_n,

@@ -45,6 +45,6 @@ def finish(acc, b_ptr, y_ptr, rank, first_m, first_n, M, N, HAS_BIAS: gl.constex
         if HAS_BIAS:
             column = first_n + share_n
             bias += gl.load(b_ptr + column, mask=column < N, other=0.0).to(gl.float32)[None, :]
-        store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, thread, M, N, SIZE)
+        store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, thread, M, N, SIZE, True)
     else:
         _store(acc, b_ptr, y_ptr, first_m, first_n, M, N, HAS_BIAS, BM, BN)

@@ -1,7 +1,8 @@
 """Products split over K: which steps a program takes, and how the parts become one, as parts of Triton kernels.
 
 Each of the programs of an output tile writes its float32 part to a workspace; the last one to arrive, known by a
-counter, adds the parts in their order. The result has the same bits in every run, whoever comes last.
+counter, adds the parts in their order. The result has the same bits in every run, whoever comes last. Or the programs
+are a cluster (clusters.py), which needs neither workspace nor counter.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -10,19 +11,27 @@ counter, adds the parts in their order. The result has the same bits in every ru
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_threads
+
+from ptq_kernels.triton import clusters
 
 
 @triton.jit
-def own_tile(M, BM: tl.constexpr, BN: tl.constexpr):
-    """(which tile of weight rows, rows of x, weight rows) of this program; tiles of x vary fastest."""
+def own_tile(M, BM: tl.constexpr, BN: tl.constexpr, SIZE: tl.constexpr):
+    """(which tile of weight rows, rows of x, weight rows) of this program; of a cluster of SIZE, one tile; the next
+    tiles are those of x.
+    """
     rows = tl.cdiv(M, BM)
-    pn = tl.program_id(0) // rows
-    return pn, tl.program_id(0) % rows * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
+    tile = tl.program_id(0) // SIZE
+    pn = tile // rows
+    return pn, tile % rows * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
 
 
 @triton.jit
-def own_steps(K, BK: tl.constexpr, SPLIT: tl.constexpr):
+def own_steps(K, BK: tl.constexpr, SPLIT: tl.constexpr, SIZE: tl.constexpr):
     """(first step, number of steps) of this program."""
+    if SIZE > 1:
+        return clusters.own_steps(K, BK, SIZE)
     first = 0
     count = tl.cdiv(K, BK)
     if SPLIT:
@@ -33,10 +42,40 @@ def own_steps(K, BK: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _store_share(acc, b_ptr, y_ptr, M, N, HAS_BIAS: tl.constexpr, SIZE: tl.constexpr):
+    """Store this program's share of the sum of the parts of its cluster."""
+    BN: tl.constexpr = acc.shape[0]
+    BM: tl.constexpr = acc.shape[1]
+    rows = tl.cdiv(M, BM)
+    tile = tl.program_id(0) // SIZE
+    first_m, first_n = tile % rows * BM, tile // rows * BN
+    share_n = tl.arange(0, BN)
+    share_m = tl.arange(0, BM // SIZE // (4 if BM // SIZE % 4 == 0 else 2))
+    thread = tl.arange(0, num_threads())
+    bias = tl.zeros((1, BN), tl.float32)
+    if HAS_BIAS:
+        column = first_n + share_n
+        bias += tl.load(b_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    clusters.store_sum(acc, bias, y_ptr, tl.program_id(0) % SIZE, first_m, first_n, tl.arange(0, BN),
+                       tl.arange(0, BM), share_n, share_m, thread, M, N, SIZE, False)  # fmt: skip
+
+
+@triton.jit
 def store(
-    acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr
+    acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    SIZE: tl.constexpr
 ):  # fmt: skip
     """Store a tile of y.T; of a split one, store the part, and the last to arrive stores the sum of all parts."""
+    if SIZE > 1:
+        _store_share(acc, b_ptr, y_ptr, M, N, HAS_BIAS, SIZE)
+    else:
+        _store(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS, SPLIT)
+
+
+@triton.jit
+def _store(
+    acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
     TOGETHER: tl.constexpr = 64 // acc.shape[1] if acc.shape[1] < 64 else 1  # parts whose loads wait for each other
     mask = (m < M)[None, :] & (n < N)[:, None]
     last = True

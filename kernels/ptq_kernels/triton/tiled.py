@@ -89,8 +89,8 @@ def tiled_kernel(
     w_ptr,  # uint8, see tiles.py
     b_ptr,  # [N]; not read unless HAS_BIAS
     y_ptr,  # [M, N], as x
-    parts_ptr,  # float32 [splits, M, N]; not used unless SPLIT
-    counters_ptr,  # int32, one for each tile of y, 0 before and after; not used unless SPLIT
+    parts_ptr,  # float32 [splits, M, N]; not used unless SPLIT without a cluster
+    counters_ptr,  # int32, one for each tile of y, 0 before and after; not used unless SPLIT without a cluster
     M,
     N,
     K,
@@ -101,6 +101,7 @@ def tiled_kernel(
     ASYM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
+    SIZE: tl.constexpr,  # of the cluster of programs that share a tile; 1: none
     EVEN_K: tl.constexpr,  # BK divides K
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -109,14 +110,14 @@ def tiled_kernel(
     AHEAD: tl.constexpr,  # bytes of each row of tiles to ask for before the kernel before has ended; 0: wait at once
     USE_ASM: tl.constexpr,  # False in the interpreter, which knows no assembly
 ):
-    """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile (M fastest), split. BK / 2 divides the group."""
+    """Tile ``[BN, BM]`` of y.T, or a part. Program ids: tile (M fastest), split; of clusters one, the split fastest."""
     HALVES: tl.constexpr = GROUP % BK != 0  # the halves of a step may be of two groups
-    tl.static_assert(GROUP % (BK // 2) == 0)
+    tl.static_assert(GROUP % (BK // 2) == 0)  # two scales a step at most
     PART: tl.constexpr = BK // 2 if HALVES else BK  # columns that share a scale
     MASK_M: tl.constexpr = BM < 64
     LOADS: tl.constexpr = 2 if HALVES and (PART == 64 or BITS == 8) else 1  # of the weight, in a step
-    pn, m, n = own_tile(M, BM, BN)
-    first, count = own_steps(K, BK, SPLIT)
+    pn, m, n = own_tile(M, BM, BN, SIZE)
+    first, count = own_steps(K, BK, SPLIT, SIZE)
     begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, BN, BK, AHEAD)
     in_m = m < M
     width = padded(N)
@@ -134,9 +135,7 @@ def tiled_kernel(
     scale, zero = scale_and_zero(scale_ptrs, zero_ptrs, ASYM)
     if HALVES:
         scale1, zero1 = scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
-    ones = 0.0
-    if RAISED:
-        ones = _ones(PART, x_ptr.dtype.element_ty, USE_ASM)
+    ones = _ones(PART, x_ptr.dtype.element_ty, USE_ASM) if RAISED else 0.0
     for i in range(count):
         q = tl.load(q_ptrs + q_offset, eviction_policy="evict_first")
         x = load_x(x_ptrs + x_offset, k + x_offset, in_m, K, EVEN_K, MASK_M)
@@ -163,4 +162,4 @@ def tiled_kernel(
         q_offset += BK * (8 * BITS)
         x_offset += BK
         scale, zero = next_scale, next_zero
-    store(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS, SPLIT)
+    store(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS, SPLIT, SIZE)

@@ -68,8 +68,8 @@ def wide_kernel(
     w_ptr,  # uint8, see tiles.py
     b_ptr,  # [N]; not read unless HAS_BIAS
     y_ptr,  # [M, N], as x
-    parts_ptr,  # float32 [splits, M, N]; not used unless SPLIT
-    counters_ptr,  # int32, one for each tile of y, 0 before and after; not used unless SPLIT
+    parts_ptr,  # float32 [splits, M, N]; not used unless SPLIT without a cluster
+    counters_ptr,  # int32, one for each tile of y, 0 before and after; not used unless SPLIT without a cluster
     M,
     N,
     K,
@@ -80,6 +80,7 @@ def wide_kernel(
     ASYM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
+    SIZE: tl.constexpr,  # of the cluster of programs that share a tile; 1: none
     EVEN_K: tl.constexpr,  # BK divides K
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -87,15 +88,15 @@ def wide_kernel(
     AHEAD: tl.constexpr,  # bytes of each row of tiles to ask for before the kernel before has ended; 0: wait at once
     USE_ASM: tl.constexpr,  # False in the interpreter, which knows no assembly
 ):
-    """Tile ``[BN, BM]`` of y.T, or a part of it; program ids: tile (M fastest), split. BK / 4 divides the group."""
+    """Tile ``[BN, BM]`` of y.T, or a part. Program ids: tile (M fastest), split; of clusters one, the split fastest."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     tl.static_assert(GROUP % (BK // 4) == 0)
     HALF: tl.constexpr = BK // 2  # a step is two products: the second half is unpacked while the first is multiplied
     PARTS: tl.constexpr = 1 if GROUP % HALF == 0 else 2  # of a half, with scales of their own
     SPAN: tl.constexpr = HALF // PARTS
     SHARED: tl.constexpr = GROUP % BK == 0  # the halves have the same scales
-    pn, m, n = own_tile(M, BM, BN)
-    first, count = own_steps(K, BK, SPLIT)
+    pn, m, n = own_tile(M, BM, BN, SIZE)
+    first, count = own_steps(K, BK, SPLIT, SIZE)
     begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, BN, BK, AHEAD)
     q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), N, K, BITS, BN, HALF)
     k = first * BK + tl.arange(0, HALF)
@@ -128,4 +129,4 @@ def wide_kernel(
             scale1, zero1 = _scales(scale_ptr, zero_ptr, own, after + HALF, width, GROUP, PARTS, SPAN, ASYM)
         q_offset += BK * (8 * BITS)
         x_offset += BK
-    store(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS, SPLIT)
+    store(acc, b_ptr, y_ptr, parts_ptr, counters_ptr, m, n, M, N, HAS_BIAS, SPLIT, SIZE)
