@@ -102,6 +102,25 @@ def test_accesses_before_the_wait_are_found() -> None:
     assert sass.hasty([load]) is None
 
 
+def test_writes_to_where_others_send_are_found() -> None:
+    """Oracle: hand-written PTX; before the barrier of the cluster memory is the kernel's own, and after the wait if all
+    its warps meet first.
+    """
+    begin, send = (
+        "st.shared.b32 [%r1], %r2;\nbarrier.cluster.arrive.relaxed.aligned;",
+        "st.async.shared::cluster.f32 [a], %f1;",
+    )
+    wait, write = (
+        "again: mbarrier.try_wait.parity.b64 p, [a], 0;",
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1], {%r2}",
+    )
+    assert aot.scratch_of("st.shared.b32 [%r1], %r2;", explicit=True) == []
+    for explicit in (True, False):
+        assert aot.scratch_of(begin + send + wait, explicit=explicit) == []
+        assert aot.scratch_of(begin + write + ";" + send + wait, explicit=explicit) == [write]
+        assert aot.scratch_of(begin + send + wait + write + ";", explicit=explicit) == [write] * explicit
+
+
 def test_a_tool_that_prints_something_else_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     class Answer:
         stdout = "nothing"

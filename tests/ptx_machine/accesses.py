@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptx_machine import clusters
 from ptx_machine.errors import DivergenceError, HazardError
 from ptx_machine.machine import LANES, Mask, Operation, Warp
 from ptx_machine.parser import BITS, Instruction, Operand
@@ -16,7 +15,7 @@ Width = Callable[[int], int]  # bits of a register
 _HINTS = {"ca", "cg", "cs", "cv", "lu", "wb", "wt", "nc", "relaxed", "acquire", "gpu", "sys", "cta", "weak",
           "L1::evict_last", "L1::evict_first", "L1::no_allocate", "L1::evict_normal", "L2::128B", "L2::64B",
           "L2::256B", "L2::cache_hint"}  # fmt: skip
-_SPACES = {"global": 64, "shared": 32, "shared::cta": 32, "shared::cluster": 32}
+_SPACES = {"global": 64, "shared": 32, "shared::cta": 32}
 
 
 def address_of(operand: Operand, bits: int, slot: Slot) -> Callable[[Warp], NDArray[Any]]:
@@ -66,8 +65,6 @@ def decode_load(instruction: Instruction, slot: Slot, width: Width) -> Operation
         if space == "global":
             of_grid(warp)
             raw = warp.block.memory.load(addresses, each * count)
-        elif space == "shared::cluster":
-            raw = clusters.of(warp).load(warp, addresses, each * count)
         else:
             raw = warp.block.shared.load(addresses, each * count, warp.index, warp.clock)
         if mask is not None:
@@ -97,7 +94,7 @@ def decode_store(instruction: Instruction, slot: Slot) -> Operation:
     slots = _registers(source, 8 * each, slot)
     address = address_of(target, _SPACES[space], slot)
     narrow = np.dtype(f"u{each}")
-    if len(slots) != count or space == "shared::cluster":
+    if len(slots) != count:
         raise NotImplementedError(instruction.place)
 
     def execute(warp: Warp, mask: Mask) -> None:
@@ -109,8 +106,6 @@ def decode_store(instruction: Instruction, slot: Slot) -> Operation:
             of_grid(warp)
             warp.block.memory.store(addresses, data)
         else:
-            if warp.block.cluster is not None:
-                warp.block.cluster.store(warp, warp.block.shared.places(addresses, data.shape[1]))
             warp.block.shared.store(addresses, data, warp.index, warp.clock)
 
     return Operation(execute, [slot(target.parts[0], _SPACES[space]), *slots], [])

@@ -83,7 +83,7 @@ class _Decoder:
         one_of = {"st": accesses.decode_store, "atom": accesses.decode_atomic, "stmatrix": accesses.decode_matrices,
                   "ldmatrix": accesses.decode_matrices, "shfl": accesses.decode_shuffle,
                   "createpolicy": accesses.decode_policy}  # fmt: skip
-        if name in one_of:
+        if name in one_of and not opcode.startswith("st.async"):
             return one_of[name](instruction, self.slot)
         if opcode.startswith("prefetch.global"):
             return accesses.decode_prefetch(instruction, self.slot)

@@ -12,7 +12,7 @@ from ptx_machine.memory import Memory, Shared, TensorMap
 from ptx_machine.races import Clock, first, unknown
 
 if TYPE_CHECKING:
-    from ptx_machine.clusters import Cluster
+    from ptx_machine.clusters import Cluster, Sent
     from ptx_machine.copies import Transfer
     from ptx_machine.products import Product
 
@@ -82,6 +82,12 @@ class Copy:
 
     def __init__(self, source: TensorMap, row: int, column: int, chunks: NDArray[np.int64], barrier: Barrier) -> None:
         self.source, self.row, self.column, self.chunks, self.barrier = source, row, column, chunks, barrier
+
+    def land(self, block: "Block") -> None:
+        """Arrive."""
+        block.shared.end_write(self.chunks, self.source.read(block.memory, self.row, self.column))
+        block.shared.races.arrive(self.chunks, self.barrier.number, self.barrier.phases + 1)
+        self.barrier.receive(self.source.size)
 
 
 class Warp:
@@ -172,7 +178,7 @@ class Block:
         self.shared, self.rng, self.lazy, self.waits_for_grid = shared, rng, lazy, waits_for_grid
         self.barriers: dict[int, Barrier] = {}
         self.made_barriers = 0
-        self.copies: list[Copy] = []
+        self.copies: list[Copy | Sent] = []
         self.arrived: dict[int, list[Warp]] = {}  # those that wait at a barrier of the block
         self.passed: dict[int, int] = {}  # how often it has opened
         self.warps: list[Warp] = []
@@ -183,10 +189,7 @@ class Block:
 
     def land(self) -> None:
         """Let one copy arrive, any one: they are not ordered."""
-        copy = self.copies.pop(self.rng.randrange(len(self.copies)))
-        self.shared.end_write(copy.chunks, copy.source.read(self.memory, copy.row, copy.column))
-        self.shared.races.arrive(copy.chunks, copy.barrier.number, copy.barrier.phases + 1)
-        copy.barrier.receive(copy.source.size)
+        self.copies.pop(self.rng.randrange(len(self.copies))).land(self)
 
     def arrive(self, warp: Warp, barrier: int, threads: int) -> bool:
         """Let a warp arrive at a barrier of the block; whether it must wait."""
@@ -228,7 +231,5 @@ class Block:
             return True
         if self.copies:
             raise HazardError("the kernel ends while copies into its shared memory are under way")
-        if self.cluster is not None:
-            self.cluster.end(self)
         self.shared.races.end([warp.clock for warp in self.warps])
         return False

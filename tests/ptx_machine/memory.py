@@ -130,15 +130,10 @@ class Shared:
         places: NDArray[np.int64] = offsets[:, None] + np.arange(width)
         return places
 
-    def readable(self, addresses: NDArray[np.uint32], width: int) -> NDArray[np.int64]:
-        """Check that bytes may be read; return where in `data` they are, ``[lanes, width]``."""
-        places = self.places(addresses, width)
-        self._readable(self.state[places])
-        return places
-
     def load(self, addresses: NDArray[np.uint32], width: int, warp: int, clock: Clock) -> Bytes:
         """Return `width` bytes at each address, ``[lanes, width]``."""
-        places = self.readable(addresses, width)
+        places = self.places(addresses, width)
+        self._readable(self.state[places])
         self.races.read(places, warp, clock)
         return self.data[places]
 
@@ -153,6 +148,20 @@ class Shared:
         again = (self.state[places] == WRITTEN) & (self.data[places] == data)
         self.races.write(places, warp, clock, again)
         self.data[places], self.state[places], self.unfenced[places] = data, WRITTEN, 0
+
+    def expect(self, places: NDArray[np.int64], clock: Clock, barrier: int) -> None:
+        """Note that what another block has sent, and a barrier counts, arrives at these places from now on."""
+        if self.readers[places // CHUNK].any():
+            raise HazardError("something is sent to where a product under way reads")
+        if (self.state[places] >= ARRIVING).any():
+            raise HazardError("something is sent to where a copy under way writes, or to a barrier")
+        self.races.replace(places, clock, barrier)
+        self.races.forget(places)
+        self.state[places] = ARRIVING
+
+    def receive(self, places: NDArray[np.int64], data: Bytes) -> None:
+        """Let what was sent arrive."""
+        self.data[places], self.state[places] = data, WRITTEN
 
     def _readable(self, state: Bytes) -> None:
         if (state != WRITTEN).any():

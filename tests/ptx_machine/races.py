@@ -67,9 +67,11 @@ class Races:
         self._written[places, warp] = clock[warp]
         self._stored = True
 
-    def replace(self, places: NDArray[Any], clock: Clock) -> None:
-        """Check a copy into these bytes, as if it were a store."""
-        self._check_copies(places // CHUNK, clock)
+    def replace(self, places: NDArray[Any], clock: Clock, barrier: int | None = None) -> None:
+        """Check a copy into these bytes, as if it were a store; one counted by a barrier follows others of it."""
+        chunks = places // CHUNK
+        own = None if barrier is None else self._warps + barrier
+        self._check_copies(chunks[self._column[chunks] != own], clock)
         if self._stored and (self._written[places] > clock[: self._warps]).any():
             raise HazardError("a write that nothing orders after the store of another warp")
         if (self._read[places] > clock[: self._warps]).any():

@@ -64,6 +64,7 @@ class Report(NamedTuple):
     from_registers: bool | None  # does wgmma take the weight from registers? None: there is no wgmma
     overwrites: list[str]  # instructions that write a register which an unfinished wgmma may still read
     weights: float  # a thread unpacks in one turn of the loop
+    scratch: list[str]  # shared memory written while that of a cluster is for what its programs send
     hasty: list[str] | None  # accesses to memory before the wait for the kernel before; None: there is no wait
 
     @property
@@ -144,6 +145,16 @@ def _compile(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=chosen)
 
 
+def scratch_of(ptx: str, *, explicit: bool) -> list[str]:
+    """What Triton writes to shared memory between the barrier of a cluster and the last read of what was sent.
+
+    Not the sends; where layouts are not explicit, later writes follow a barrier of the program.
+    """
+    part = ptx.partition("barrier.cluster.arrive")[2]
+    part = part if explicit else part.partition("again: mbarrier.try_wait")[0]
+    return re.findall(r"\bst\.shared[^;]*|\bstmatrix[^;]*|\bcp\.async[^;]*", part)
+
+
 def inspect(kernel: Any, form: Form) -> Report:
     """The report on what `compile_form` returned."""
     registers, stack, lines = sass.machine_code(kernel)
@@ -167,6 +178,7 @@ def inspect(kernel: Any, form: Form) -> Report:
         all(re.search(r"R\d+, R\d+, gdesc", line) for line in wgmma) if wgmma else None,
         sass.early_overwrites(loop + loop) or sass.early_overwrites([line for _, line in lines]),
         form.tile.block_n * form.tile.block_k / threads,
+        scratch_of(kernel.asm["ptx"], explicit=form.tile.kind == "pipelined"),
         sass.hasty([line for _, line in lines]),
     )
 
@@ -193,6 +205,7 @@ def violations(form: Form, report: Report) -> list[str]:
         (report.resident >= resident, f"{report.resident} programs resident, the table says {resident}"),
         # an arrival and a wait for each of the two products: the assembler may also wait after every instruction
         (tile.kind != "pipelined" or loop["WARPGROUP"] <= 4, "the tensor cores wait for each other's instructions"),
+        (not report.scratch, f"writes where programs of the cluster send to: {report.scratch[:3]}"),
         (report.hasty == ([] if form.early else None), f"before the wait for the kernel before: {report.hasty}"),
         (report.per_weight <= most_instructions(form), f"{report.per_weight:.2f} instructions a weight"),
     ]
@@ -256,7 +269,7 @@ def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
                 found.append(Form(tile, capability, "bf16", asymmetric, splits=1, bias=True, even=False))
                 if capability >= ahead.LEAST_CAPABILITY:
                     most = configs.CLUSTERS[-1] if tile.kind != "exact" else 2  # a share of each is compiled in
-                    found.append(Form(tile, capability, "bf16", asymmetric, splits=most, early=True))
+                    found.append(Form(tile, capability, "bf16", asymmetric, splits=most, bias=True, early=True))
     return found
 
 

@@ -1,11 +1,12 @@
 """The sum of a product split over K, in shared memory: the programs of an output tile are a cluster of Hopper's.
 
-Each puts its float32 part into its own shared memory; when all have, each sums a share of the rows of y out of the
-memories of all. Nothing goes through global memory, nobody waits for a counter in it, and the hardware begins the
-programs of a cluster together. The sums are in the order of the parts: the same bits in every run.
+Each has a share of the rows of y. It sends what it has of the others' shares, in float32, into their shared memory, by
+stores that a barrier there counts, and sums its own when all of it has come. Nothing goes through global memory, nobody
+waits for a counter in it, no fence waits for all stores of a thread, and the hardware begins the programs of a cluster
+together. The sums are in the order of the parts: the same bits in every run.
 
-Triton does not know of the parts' memory, which is all that the kernel has, from its beginning: whatever lay there must
-no longer be needed, and the launch must see to its size and to the cluster (`join`).
+Triton does not know of what is received, which lies in the memory that the kernel has, from its beginning: whatever lay
+there must no longer be needed, and the launch must see to its size and to the cluster (`join`).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -19,12 +20,12 @@ import triton
 import triton.language as tl
 
 _USUAL_BYTES = 48 * 1024  # of shared memory, which a kernel has unasked
-_PAD = tl.constexpr(8)  # values after a row of a part: the rows of a matrix of tensor cores begin in different banks
+_HEAD = tl.constexpr(16)  # bytes before what is received: its barrier
 
 
 def bytes_needed(block_m: int, block_n: int) -> int:
-    """Of shared memory, for a part."""
-    return 4 * block_n * (block_m + int(_PAD.value))
+    """Of shared memory, for a tile's parts of a share, which are as large as a tile, and their barrier."""
+    return 4 * block_n * block_m + int(_HEAD.value)
 
 
 def join(kernel: Any, size: int, least_bytes: int) -> None:
@@ -43,7 +44,7 @@ def join(kernel: Any, size: int, least_bytes: int) -> None:
         )
     if shared <= _USUAL_BYTES < least_bytes:
         raise RuntimeError(
-            f"a kernel whose part takes {least_bytes} bytes of shared memory must have over {_USUAL_BYTES} of its own, "
+            f"a kernel that receives {least_bytes} bytes of shared memory must have over {_USUAL_BYTES} of its own, "
             f"it has {shared}; take a tile with more stages"
         )
     if kernel.packed_metadata != joined:
@@ -60,52 +61,88 @@ def own_steps(K, BK: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _arrive(thread):
-    """Say, once a thread, that the parts may be read, or were read."""
+def _open(thread, size):
+    """Thread 0 makes the barrier that says when so many bytes have come, at the beginning of shared memory."""
     tl.inline_asm_elementwise(
-        "barrier.cluster.arrive.release.aligned; mov.b32 $0, 0;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
-    )
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, global_smem; setp.eq.u32 p, $1, 0; "
+        "@p mbarrier.init.shared::cta.b64 [a], 1; @p fence.mbarrier_init.release.cluster; "
+        "@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [a], $2; mov.b32 $0, 0; }",
+        "=r,r,r", [thread, size], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
-def _wait(thread):
-    """Wait until all threads of the cluster have said so."""
+def _meet(thread):
+    """Wait until all threads of the cluster are here; relaxed, for there is nothing to read but barriers."""
     tl.inline_asm_elementwise(
-        "barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
-    )
+        "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;",
+        "=r,r", [thread], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
-def _put(at, value, PAIRS: tl.constexpr):
-    """Store values so many bytes into shared memory; pairs where they are known to lie side by side."""
+def _send(at, rank, value, PAIRS: tl.constexpr):
+    """Send values so many bytes into the shared memory of programs of the cluster; pairs that lie side by side."""
     if PAIRS:
         tl.inline_asm_elementwise(
-            "{ .reg .b32 a; mov.b32 a, global_smem; add.u32 a, a, $2; st.shared.v2.f32 [a], {$4, $5}; "
+            "{ .reg .b32 a, b; mov.b32 b, global_smem; add.u32 a, b, $2; mapa.shared::cluster.u32 a, a, $4; "
+            "mapa.shared::cluster.u32 b, b, $4; "
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a], {$6, $7}, [b]; "
             "mov.b32 $0, 0; mov.b32 $1, 0; }",
-            "=r,=r,r,r,f,f", [at, value], tl.int32, is_pure=False, pack=2,
+            "=r,=r,r,r,r,r,f,f", [at, rank, value], tl.int32, is_pure=False, pack=2,
         )  # fmt: skip
     else:
         tl.inline_asm_elementwise(
-            "{ .reg .b32 a; mov.b32 a, global_smem; add.u32 a, a, $1; st.shared.f32 [a], $2; mov.b32 $0, 0; }",
-            "=r,r,f", [at, value], tl.int32, is_pure=False, pack=1,
+            "{ .reg .b32 a, b; mov.b32 b, global_smem; add.u32 a, b, $1; mapa.shared::cluster.u32 a, a, $2; "
+            "mapa.shared::cluster.u32 b, b, $2; "
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [a], $3, [b]; mov.b32 $0, 0; }",
+            "=r,r,r,f", [at, rank, value], tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
 @triton.jit
-def _get(at, rank, FOUR: tl.constexpr):
-    """Two or four values, so many bytes into the shared memory of a program of the cluster."""
+def _receive(thread):
+    """Wait until all bytes have come."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, global_smem; "
+        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [a], 0; @!p bra.uni again; "
+        "mov.b32 $0, 0; }",
+        "=r,r", [thread], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _get(at, FOUR: tl.constexpr):
+    """Two or four values, so many bytes into shared memory."""
     if FOUR:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 a; mov.b32 a, global_smem; add.u32 a, a, $4; mapa.shared::cluster.u32 a, a, $5; "
-            "ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [a]; }",
-            "=f,=f,=f,=f,r,r", [at, rank], (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
+            "{ .reg .b32 a; mov.b32 a, global_smem; add.u32 a, a, $4; ld.shared.v4.f32 {$0, $1, $2, $3}, [a]; }",
+            "=f,=f,=f,=f,r", [at], (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 a; mov.b32 a, global_smem; add.u32 a, a, $2; mapa.shared::cluster.u32 a, a, $3; "
-            "ld.shared::cluster.v2.f32 {$0, $1}, [a]; }",
-            "=f,=f,r,r", [at, rank], (tl.float32, tl.float32), is_pure=False, pack=1,
+            "{ .reg .b32 a; mov.b32 a, global_smem; add.u32 a, a, $2; ld.shared.v2.f32 {$0, $1}, [a]; }",
+            "=f,=f,r", [at], (tl.float32, tl.float32), is_pure=False, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def load_in_place(pointers):
+    """Load values of 16 or 32 bits into the threads that have the pointers.
+
+    Triton has other threads load them if that takes fewer instructions, and may move the values, through shared memory,
+    at any time until they are used: when that memory is for what others send.
+    """
+    DTYPE: tl.constexpr = pointers.dtype.element_ty
+    if DTYPE.primitive_bitwidth == 16:
+        bits = tl.inline_asm_elementwise(
+            "ld.global.b16 $0, [$1];", "=h,l", [pointers.to(tl.int64)], tl.int16, is_pure=False, pack=1
+        )
+    else:
+        bits = tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
+    return bits.to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -121,42 +158,40 @@ def store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, 
 
     n and m number the rows and columns of acc; share_n the BN columns of the share, share_m its rows by two, or by
     four where it has so many; thread has an element a thread; bias is float32 ``[1, BN]``, by the columns of the share.
-    EXPLICIT says that the layouts are a caller's own choice, in Gluon: acc has two columns side by side in a thread, as
-    tensor cores leave them, and no value moves to another thread, which would take shared memory, on its way to y.
+    EXPLICIT says that layouts are the caller's, in Gluon: acc has two columns side by side in a thread, as tensor cores
+    leave them, and no value goes to another thread on its way to y, which would take shared memory.
     """
+    BN: tl.constexpr = acc.shape[0]
     BM: tl.constexpr = acc.shape[1]
     ROWS: tl.constexpr = BM // SIZE
     FOUR: tl.constexpr = ROWS % 4 == 0
     STEP: tl.constexpr = 4 if FOUR else 2
-    STRIDE: tl.constexpr = 4 * (BM + _PAD)
     tl.debug_barrier()  # no warp needs what lay there
-    _put(n[:, None] * STRIDE + m[None, :] * 4, acc, EXPLICIT)
-    _arrive(thread)
-    _wait(thread)
-    at = share_n[None, :] * STRIDE + (rank * ROWS + share_m[:, None] * STEP) * 4
+    _open(thread, thread * 0 + 4 * BN * BM)
+    _meet(thread)  # nor one of another program, which has its barrier
+    row = (rank * BN + n[:, None]) * ROWS + (m % ROWS)[None, :]
+    _send(row * 4 + _HEAD, row * 0 + (m // ROWS)[None, :], acc, EXPLICIT)
+    at = (share_n[None, :] * ROWS + share_m[:, None] * STEP) * 4 + _HEAD
     row = first_m + rank * ROWS + share_m * STEP
     column = first_n + share_n
+    _receive(thread)
     if FOUR:
-        a, b, c, d = _get(at, at * 0, True)
+        a, b, c, d = _get(at, True)
         for other in tl.static_range(1, SIZE):
-            a1, b1, c1, d1 = _get(at, at * 0 + other, True)
+            a1, b1, c1, d1 = _get(at + 4 * other * BN * ROWS, True)
             a, b, c, d = a + a1, b + b1, c + c1, d + d1
-        _arrive(thread)
         if not EXPLICIT:
-            _wait(thread)
+            tl.debug_barrier()  # all warps have what they need of that memory
         _store_row(a, bias, y_ptr, row, column, M, N)
         _store_row(b, bias, y_ptr, row + 1, column, M, N)
         _store_row(c, bias, y_ptr, row + 2, column, M, N)
         _store_row(d, bias, y_ptr, row + 3, column, M, N)
     else:
-        a, b = _get(at, at * 0, False)
+        a, b = _get(at, False)
         for other in tl.static_range(1, SIZE):
-            a1, b1 = _get(at, at * 0 + other, False)
+            a1, b1 = _get(at + 4 * other * BN * ROWS, False)
             a, b = a + a1, b + b1
-        _arrive(thread)
         if not EXPLICIT:
-            _wait(thread)
+            tl.debug_barrier()
         _store_row(a, bias, y_ptr, row, column, M, N)
         _store_row(b, bias, y_ptr, row + 1, column, M, N)
-    if EXPLICIT:
-        _wait(thread)  # others may still read the part of this program

@@ -236,4 +236,4 @@ def pipelined_kernel(
     x = xs.index((count - 1) % STAGES).slice(HALF, HALF, 1).permute((1, 0))
     acc = warpgroup_mma(odd, x, acc, is_async=True)
     acc, even, odd = warpgroup_mma_wait(0, deps=(acc, even, odd))
-    finish(acc, b_ptr, y_ptr, rank, first_m, first_n, M, N, HAS_BIAS, SIZE, BM, BN)
+    finish(acc, full, b_ptr, y_ptr, rank, first_m, first_n, M, N, HAS_BIAS, SIZE, BM, BN)

@@ -5,8 +5,11 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ptq_kernels.triton.clusters import store_sum
+
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7 renamed it
 
 
 @gluon.constexpr_function
@@ -30,10 +33,14 @@ def _store(acc, b_ptr, y_ptr, first_m, first_n, M, N, HAS_BIAS: gl.constexpr, BM
 
 
 @gluon.jit
-def finish(acc, b_ptr, y_ptr, rank, first_m, first_n, M, N, HAS_BIAS: gl.constexpr, SIZE: gl.constexpr,
+def finish(acc, full, b_ptr, y_ptr, rank, first_m, first_n, M, N, HAS_BIAS: gl.constexpr, SIZE: gl.constexpr,
             BM: gl.constexpr, BN: gl.constexpr):  # fmt: skip
-    """Store a tile of y.T; of a split one a share of the sum of all parts."""
+    """Store a tile of y.T; of a split one a share of the sum of all parts. `full` are barriers no longer in use."""
     if SIZE > 1:
+        _barrier()  # no warp waits at them any more
+        STAGES: gl.constexpr = full.shape[0]
+        for s in gl.static_range(STAGES):  # others may send to where they are
+            mbarrier.invalidate(full.index(s))
         SHARE: gl.constexpr = _share_layout(BN, gl.num_warps())
         ROWS: gl.constexpr = BM // SIZE // (4 if BM // SIZE % 4 == 0 else 2)
         n = gl.arange(0, BN, gl.SliceLayout(1, acc.type.layout))

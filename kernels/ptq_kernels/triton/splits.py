@@ -54,8 +54,7 @@ def _store_share(acc, b_ptr, y_ptr, M, N, HAS_BIAS: tl.constexpr, SIZE: tl.const
     thread = tl.arange(0, num_threads())
     bias = tl.zeros((1, BN), tl.float32)
     if HAS_BIAS:
-        column = first_n + share_n
-        bias += tl.load(b_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        bias += clusters.load_in_place(b_ptr + tl.minimum(first_n + share_n, N - 1)).to(tl.float32)[None, :]
     clusters.store_sum(acc, bias, y_ptr, tl.program_id(0) % SIZE, first_m, first_n, tl.arange(0, BN),
                        tl.arange(0, BM), share_n, share_m, thread, M, N, SIZE, False)  # fmt: skip
 
