@@ -1,7 +1,6 @@
 """Stages of tiles_on_gpu.py: every product is right."""
 
 import importlib.util
-import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -66,7 +65,8 @@ def every() -> None:
     case, weight = on_device(native(), n, k, 128, symmetric=True)
     chosen = [t for t in configs.tiles(launch.ORDERS[native()]) if (t.bits, t.span) == (4, 128)]
     chosen = list(dict.fromkeys(tile._replace(rows=0) for tile in chosen if ON_GPU or tile.kind != "pipelined"))
-    forms = [*itertools.product(chosen, (1, 2), (0, ahead.BYTES))][part::parts]
+    splits_of = {tile: (1, 2) if tile.kind == "exact" else (1, *configs.CLUSTERS) for tile in chosen}
+    forms = [(t, s, early) for t in chosen for s in splits_of[t] for early in (0, ahead.BYTES)][part::parts]
     for tile, splits, early in forms if ON_GPU else forms[:1]:
         x = random_rows(min(tile.block_m, 64), k, torch.bfloat16)
         with launch.forced(configs.Plan(tile, splits, early)):

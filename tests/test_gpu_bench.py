@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib import util
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,33 @@ def test_the_other_benches_run_in_little(bench: str, records: int, tmp_path: Pat
     found = json.loads(output.read_text(encoding="utf-8"))["records"]
     assert len(found) >= records  # as many as the tables had tiles for, when this was written
     assert not [record for record in found if "refused" in record]
+
+
+def test_exact_tiles_alone_are_timed(tmp_path: Path) -> None:
+    """And of all tiles the made-up clock likes others best."""
+    pytest.importorskip("triton")
+    own = f"PTQ_KERNELS_CONFIGS={tmp_path / 'configs.json'}"
+    command = ["env", "TRITON_INTERPRET=1", own, sys.executable, BENCHES / "gpu_variants.py", tmp_path / "out.json"]
+    for more, others in (([], True), (["--exact"], False)):
+        run(*command, "--tiny", "--rows", "16", *more)
+        names = {record["variant"] for record in json.loads((tmp_path / "out.json").read_text())["records"]}
+        assert any("raised" in name for name in names) == others
+
+
+def test_tiles_that_are_not_exact_are_timed_only_if_their_checks_passed() -> None:
+    loader = SourceFileLoader("gpu_check", str(ROOT / "scripts" / "gpu_check"))
+    module = util.module_from_spec(util.spec_from_loader("gpu_check", loader))
+    loader.exec_module(module)
+    right = module.others_are_right
+    passed = {"graph": "failed (1)", "every 0": "passed", "raised": "passed", "pipelined chain": "passed"}
+    cases = [
+        ({}, True), ({"raised": "failed (1)"}, False), ({"pipelined chain": "out of time"}, False),
+        ({"every 0": "out of time"}, True), ({"every 0": "failed (1)"}, False), ({"folded": "passed"}, True),
+    ]  # fmt: skip
+    for changed, expected in cases:
+        outcomes = {name: {"status": status} for name, status in {**passed, **changed}.items()}
+        assert right(outcomes) == expected, changed
+    assert not right({"graph": {"status": "passed"}})
 
 
 def test_gpu_check_runs_the_stages_it_is_asked_for(tmp_path: Path) -> None:

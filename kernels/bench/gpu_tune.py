@@ -31,6 +31,12 @@ def timer(tiny: bool) -> tuple[Gpu, tune.Timer]:
     return launch.gpu(0), tune.GraphTimer(torch.device("cuda:0"), torch.bfloat16, GROUP)
 
 
+def only_exact() -> None:
+    """From now on no other tiles are there to be chosen."""
+    usual = configs.candidates
+    configs.candidates = lambda gpu, problem: [tile for tile in usual(gpu, problem) if tile.kind == "exact"]
+
+
 def described(plan: Plan) -> dict[str, Any]:
     """What tells a plan from another."""
     return {"tile": plan.tile.name, "splits": plan.splits, "early": plan.early}
@@ -41,9 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=100.0, help="nothing further is begun after that")
-    parser.add_argument("--without-pipelined", action="store_true", help="no tiles that need Hopper's copy engine")
+    parser.add_argument("--exact", action="store_true", help="exact tiles alone, where checks of others failed")
     parser.add_argument("--tiny", action="store_true", help="a made-up clock, on any machine, to try the bench itself")
     options = parser.parse_args()
+    if options.exact:
+        only_exact()
     end = time.monotonic() + options.seconds
     gpu, clock = timer(options.tiny)
     name = "a made-up clock" if options.tiny else f"timed on {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
@@ -55,8 +63,7 @@ def main() -> None:
         for shape in shapes:  # one by one, so that what there is survives a time limit
             if time.monotonic() > end:
                 break
-            pipelined = not options.without_pipelined and recipes.pipelines(gpu, shape[1])
-            problems = [Problem(4, GROUP, m, *shape, pipelined) for m in rows]
+            problems = [Problem(4, GROUP, m, *shape, recipes.pipelines(gpu, shape[1])) for m in rows]
             shipped = {problem: configs.plan(gpu, problem) for problem in problems}
             found = tune.tune(gpu, problems, clock, name, threshold=False)
             for problem, (plan, microseconds) in found.items():

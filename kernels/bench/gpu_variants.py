@@ -20,7 +20,7 @@ from triton.errors import TritonError
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_linear import GROUP, SHAPES
-from gpu_tune import timer
+from gpu_tune import only_exact, timer
 from ptq_kernels.triton import ahead, configs, dequant, recipes, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem, Tile
 
@@ -48,6 +48,7 @@ def variants(gpu: Gpu, problem: Problem) -> list[Variant]:
     first = tiles[0]
     found += [Variant(first, early) for early in (4096, 131072) if usual]
     others = [first._replace(stages=stages) for stages in (2, 3, 5, 6)]
+    others += [tile._replace(stages=count) for tile in tiles if tile.kind == "raised" for count in (2, 4, 5)]
     if rows <= 16:
         narrow = first._replace(block_n=64)
         others += [narrow._replace(stages=stages, max_registers=None) for stages in (4, 6, 8)]
@@ -98,9 +99,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=200.0, help="nothing further is begun after that")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 128, 64, 256, 512])
-    parser.add_argument("--without-pipelined", action="store_true", help="no tiles that need Hopper's copy engine")
+    parser.add_argument("--exact", action="store_true", help="exact tiles alone, where checks of others failed")
     parser.add_argument("--tiny", action="store_true", help="a made-up clock, on any machine, to try the bench itself")
     options = parser.parse_args()
+    if options.exact:
+        only_exact()
     end = time.monotonic() + options.seconds
     gpu, clock = timer(options.tiny)
     records: list[dict[str, Any]] = []
@@ -112,8 +115,7 @@ def main() -> None:
         for n, k in shapes:
             if time.monotonic() > end:
                 break
-            pipelined = not options.without_pipelined and recipes.pipelines(gpu, k)
-            records += timings(gpu, clock, Problem(4, GROUP, rows, n, k, pipelined))
+            records += timings(gpu, clock, Problem(4, GROUP, rows, n, k, recipes.pipelines(gpu, k)))
             options.output.write_text(json.dumps({"records": records}, indent=1))
             timed = [r for r in records if (r["n"], r["k"], r["m"]) == (n, k, rows) and "microseconds" in r]
             for record in sorted(timed, key=lambda r: r["microseconds"])[:6]:
