@@ -19,7 +19,7 @@ from torch import Tensor
 EPSILON = 1e-5  # of the norm
 QUERY_ROWS = 16  # the queries of one key head are padded to what tensor cores take
 KEYS = 64  # that a step of the attention reads
-PROGRAMS = 128  # of the attention, about one a multiprocessor
+PROGRAMS = 256  # of the attention, about two a multiprocessor
 COLUMNS = 1024  # of a program of the activation
 
 
