@@ -23,7 +23,7 @@ def between() -> None:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     for early, batch, (heads, kv_heads, cached) in product(
-        early_or_not(), (1, 3), ((4, 2, 128), (16, 1, 64), (16, 16, 256))
+        early_or_not(), (1, 3), ((4, 2, 128), (16, 1, 64), (16, 16, 512))
     ):
         _attends(early, batch, heads, kv_heads, cached)
     for early, rows, width in product(early_or_not(), (1, 3), (96, 4096 if ON_GPU else 256)):

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from ptq_kernels.triton import w4a16
-from ptq_kernels.triton.ahead import depend
+from ptq_kernels.triton.ahead import ask_for, depend
 from torch import Tensor
 
 EPSILON = 1e-5  # of the norm
@@ -39,11 +39,12 @@ def _add_norm_kernel(
     EARLY: tl.constexpr,
 ):
     """The residual sum of a row, and its RMSNorm."""
-    if EARLY:
-        depend()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
+    norm = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)  # no kernel writes it
+    if EARLY:
+        depend()
     source = tl.load(token_ptr + row) if LOOKUP else row
     x = tl.load(x_ptr + source * WIDTH + at, mask=inside, other=0.0)
     if MORE:
@@ -51,7 +52,6 @@ def _add_norm_kernel(
         x = (x.to(tl.float32) + more.to(tl.float32)).to(x.dtype)  # what the next block adds to is rounded
     values = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values) / WIDTH + EPSILON)
-    norm = tl.load(norm_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(sum_ptr + row * WIDTH + at, x, mask=inside)
     tl.store(normed_ptr + row * WIDTH + at, (values * scale * norm).to(x.dtype), mask=inside)
 
@@ -93,11 +93,16 @@ def _attend_kernel(
     FLOAT32: tl.constexpr,  # the interpreter multiplies the bit patterns of bfloat16
 ):
     """The attention of one sequence and one head of k over a part of the cache; the last program adds the parts."""
-    if EARLY:
-        depend()
     WIDTH: tl.constexpr = 2 * HALF
     pair = tl.program_id(0)
     split = tl.program_id(1)
+    cache = pair.to(tl.int64) * (CACHED * WIDTH)
+    first = split * (CACHED // SPLITS)
+    if EARLY:
+        line = cache + first * WIDTH + 64 * tl.arange(0, KEYS * WIDTH // 64)  # 128 bytes each
+        ask_for(keys_ptr + line)
+        ask_for(values_ptr + line)
+        depend()
     head = pair % KV_HEADS
     row, at, half = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, HALF)
     position = tl.load(position_ptr).to(tl.int32)
@@ -109,8 +114,6 @@ def _attend_kernel(
     k_ptr = own_ptr + (QUERIES * KV_HEADS + head) * WIDTH
     ka, kb = _rotated(k_ptr + half, half < HALF, cos, sin, HALF)
     new_value = tl.load(k_ptr + KV_HEADS * WIDTH + at)
-    cache = pair.to(tl.int64) * (CACHED * WIDTH)
-    first = split * (CACHED // SPLITS)
     factor = 1.4426950408889634 / tl.sqrt(WIDTH * 1.0)  # for powers of two
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
