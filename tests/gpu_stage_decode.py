@@ -70,7 +70,8 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _attends(early: bool, batch: int, heads: int, kv_heads: int, cached: int) -> None:
     width = 64
-    cache = Cache(random(batch, kv_heads, cached, width), random(batch, kv_heads, cached, width))
+    values = random(batch, kv_heads, cached, width) + 4  # so that the sum of the weights shows
+    cache = Cache(random(batch, kv_heads, cached, width), values)
     kernels = Between(cache, early)
     cos, sin = random(cached, width // 2), random(cached, width // 2)
     position = torch.zeros(1, dtype=torch.long, device=DEVICE)
