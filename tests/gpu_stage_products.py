@@ -1,6 +1,7 @@
 """Stages of tiles_on_gpu.py: every product is right."""
 
 import importlib.util
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -73,6 +74,26 @@ def every() -> None:
             y = launch.matmul(x.to(DEVICE), weight, None)
         rounding = tile_cases.tile_rounding(tile.kind, torch.bfloat16)
         assert worst_error(y.cpu(), x, case, None, rounding) <= 1, (tile, splits, early)
+
+
+CLUSTER_SHAPES = {128: (200, 1152, 128), 64: (136, 1088, 64), 32: (200, 1056, 96)}  # eight steps and more, by the span
+
+
+def clusters() -> None:
+    """Every tile whose programs may be a cluster, in each size, all the rest in turns: right."""
+    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
+    part, parts = int(sys.argv[2]), int(sys.argv[3])
+    found = [tile for tile in configs.tiles(90) if tile.kind != "exact" and (ON_GPU or tile.kind != "pipelined")]
+    found = list(dict.fromkeys(tile._replace(rows=0) for tile in found)) if native() == "tile_sm90" else []
+    for i, (tile, size) in [*enumerate(itertools.product(found, configs.CLUSTERS))][part :: parts if ON_GPU else 40]:
+        n, k, group = CLUSTER_SHAPES[tile.span]
+        dtype = (torch.bfloat16, torch.float16)[i % 2]
+        case = random_case(n, k, group, tile.bits, i // 2 % 2 == 0, dtype)
+        x, bias = random_rows(tile.block_m + 6 * (i % 3), k, dtype), torch.linspace(-1, 1, n).to(dtype)
+        bias = bias if i % 5 else None
+        with launch.forced(configs.Plan(tile, size, (0, ahead.BYTES)[i // 3 % 2])):
+            y = tile_cases.multiply(x, tile_cases.tiled(case, native()), bias, DEVICE)
+        assert worst_error(y, x, case, bias, tile_cases.tile_rounding(tile.kind, dtype)) <= 1, (tile, size, i)
 
 
 def large() -> None:
@@ -184,3 +205,10 @@ def memcheck() -> None:
         case, weight = on_device(native(), 200, 2048, group, symmetric=False)
         x = random_rows(3, 2048, torch.bfloat16)
         assert worst_error(launch.matmul(x.to(DEVICE), weight, None).cpu(), x, case, None, 0.0) <= 1, group
+    for kind in ("raised", "folded") if ON_GPU and native() == "tile_sm90" else ():
+        tile = next(t for t in configs.tiles(90) if (t.kind, t.bits, t.span) == (kind, 4, 128))
+        case, weight = on_device(native(), 200, 1152, 128, symmetric=False)
+        x, bias = random_rows(tile.block_m + 1, 1152, torch.bfloat16), torch.linspace(-1, 1, 200).to(torch.bfloat16)
+        with launch.forced(configs.Plan(tile, 8)):
+            y = launch.matmul(x.to(DEVICE), weight, bias.to(DEVICE)).cpu()
+        assert worst_error(y, x, case, bias, tile_cases.tile_rounding(kind, torch.bfloat16)) <= 1, kind

@@ -11,7 +11,7 @@ from gpu_place import DEVICE, ON_GPU, captured, native, on_device
 from packed_weights import UNIT, random_rows, worst_error
 from ptq_kernels import torch_op
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import configs, launch, recipes, workspace
+from ptq_kernels.triton import ahead, configs, launch, recipes, workspace
 from torch import Tensor
 
 REPEATED = [(4096, 4096, 5, 1000), (1024, 4096, 16, 1000), (4096, 14336, 64, 1000), (4096, 4096, 200, 1000)]
@@ -27,9 +27,9 @@ def repeat() -> None:
         plan = configs.plan(gpu, problem)
         usual = plan._replace(splits=max(plan.splits, 2))
         _repeated(usual, x, weight, case, times)
-        for tile in [tile for tile in configs.candidates(gpu, problem) if tile.kind != "exact"]:
-            splits = next(s for s in range(usual.splits, 0, -1) if configs.fits(tile, problem, s))
-            _repeated(configs.Plan(tile, splits), x, weight, case, times)
+        for i, tile in enumerate(tile for tile in configs.candidates(gpu, problem) if tile.kind != "exact"):
+            splits = next(s for s in (configs.CLUSTERS[(rows + i) % 3], 2, 1) if configs.fits(tile, problem, s))
+            _repeated(configs.Plan(tile, splits, (0, ahead.BYTES)[i % 2]), x, weight, case, times)
 
 
 def _repeated(plan: configs.Plan, x: Tensor, weight: PackedWeight, case: tile_cases.Case, times: int) -> None:

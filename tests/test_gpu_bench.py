@@ -108,7 +108,9 @@ def test_tiles_that_are_not_exact_are_timed_only_if_their_checks_passed() -> Non
     passed = {"graph": "failed (1)", "every 0": "passed", "raised": "passed", "pipelined chain": "passed"}
     cases = [
         ({}, True), ({"raised": "failed (1)"}, False), ({"pipelined chain": "out of time"}, False),
-        ({"every 0": "out of time"}, True), ({"every 0": "failed (1)"}, False), ({"folded": "passed"}, True),
+        ({"every 0": "out of time"}, True), ({"pipelined memcheck": "out of time"}, True),
+        ({"pipelined memcheck": "failed (9)"}, False), ({"early chain": "skipped: no time was left"}, False),
+        ({"every 0": "failed (1)"}, False), ({"folded": "passed"}, True), ({"clusters 1": "failed (1)"}, False),
     ]  # fmt: skip
     for changed, expected in cases:
         outcomes = {name: {"status": status} for name, status in {**passed, **changed}.items()}

@@ -145,13 +145,16 @@ def test_clusters_are_refused(launches: list[Launched]) -> None:
     metadata = SimpleNamespace(num_warps=4, shared=1000)
     other = SimpleNamespace(metadata=metadata, packed_metadata=(4, 1, 1000, "more"))
     with pytest.raises(RuntimeError, match=r"must be launched with.*this Triton has \(4, 1, 1000, 'more'\)"):
-        clusters.join(other, 2, 2000)
-    with pytest.raises(RuntimeError, match="receives 60000 bytes of shared memory must have over 49152.*it has 1000"):
-        clusters.join(SimpleNamespace(metadata=metadata, packed_metadata=(4, 1, 1000)), 2, 60000)
-    for least, shared in ((2000, 2000), (500, 1000)):
+        clusters.join(other, 2, 16, 16)
+    with pytest.raises(RuntimeError, match="receives 65552 bytes of shared memory must have over 49152.*it has 1000"):
+        clusters.join(SimpleNamespace(metadata=metadata, packed_metadata=(4, 1, 1000)), 2, 64, 256)
+    scratch = SimpleNamespace(num_warps=4, shared=1000, global_scratch_size=0, profile_scratch_size=64)
+    with pytest.raises(RuntimeError, match="must have no scratch memory, it has .*'profile_scratch_size': 64"):
+        clusters.join(SimpleNamespace(metadata=scratch, packed_metadata=(4, 1, 1000)), 2, 16, 16)
+    for columns, shared in ((16, 1040), (8, 1000)):
         known = SimpleNamespace(metadata=metadata, packed_metadata=(4, 1, 1000))
         for _ in range(2):  # a kernel may serve several layers
-            clusters.join(known, 2, least)
+            clusters.join(known, 2, 16, columns)
         assert known.packed_metadata == (4, 2, shared)
 
 

@@ -118,7 +118,10 @@ def test_writes_to_where_others_send_are_found() -> None:
     for explicit in (True, False):
         assert aot.scratch_of(begin + send + wait, explicit=explicit) == []
         assert aot.scratch_of(begin + write + ";" + send + wait, explicit=explicit) == [write]
-        assert aot.scratch_of(begin + send + wait + write + ";", explicit=explicit) == [write] * explicit
+        assert aot.scratch_of(begin + send + wait + write + ";", explicit=explicit) == [write]
+        assert (
+            aot.scratch_of(begin + send + wait + "bar.sync 0;" + write + ";", explicit=explicit) == [write] * explicit
+        )
 
 
 def test_a_tool_that_prints_something_else_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

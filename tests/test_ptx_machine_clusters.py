@@ -20,7 +20,8 @@ USED = "st.shared.b32 [%r4+16], %r0; ld.shared.b32 %r9, [%r4+16];\n"  # the memo
 OPEN = """@%p0 mbarrier.init.shared::cta.b64 [%r3], 1; @%p0 fence.mbarrier_init.release.cluster;
 @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 1024;
 """
-ARRIVE, WAIT = "barrier.cluster.arrive.relaxed.aligned;", "barrier.cluster.wait.acquire.aligned;\n"
+FENCE = "fence.release.sync_restrict::shared::cta.cluster;"
+ARRIVE, WAIT = FENCE + "barrier.cluster.arrive.relaxed.aligned;", "barrier.cluster.wait.acquire.aligned;\n"
 ONE = """mov.b32 %r6, RANK; add.s32 %r7, %r5, 16; mapa.shared::cluster.u32 %r7, %r7, %r6;
 mapa.shared::cluster.u32 %r8, %r3, %r6;
 st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%r7], %r10, [%r8];
@@ -57,6 +58,12 @@ MISUSES = {
     "read before it has come": (SOUND.replace(wait("%r3"), ""), MachineError),
     "an end before all has come": (SOUND.replace(", 1024;", ", 512;"), MachineError),
     "fewer bytes than expected": (SOUND.replace(", 1024;", ", 2048;"), DeadlockError),
+    "a barrier that counts, not announced": (
+        SOUND.replace("@%p0 fence.mbarrier_init.release.cluster;", ""),
+        HazardError,
+    ),
+    "no fence for the memory": (SOUND.replace(FENCE, ""), HazardError),
+    "a fence before the memory was in use": (SOUND.replace(FENCE, "").replace(USED, FENCE + USED), HazardError),
     "two arrivals": (SOUND.replace(ARRIVE, ARRIVE + ARRIVE), HazardError),
     "a wait without an arrival": (SOUND.replace(ARRIVE, ""), HazardError),
     "a block that stays away": (SOUND.replace(ARRIVE, STAYS + ARRIVE) + "out:", DeadlockError),

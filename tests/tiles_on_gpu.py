@@ -1,7 +1,7 @@
 """The kernels for fragment-order weights run for real; scripts/gpu_check starts this program, pytest does not.
 
 Run:    python tests/tiles_on_gpu.py STAGE [early] [pipelined]
-STAGE is a name in STAGES; "cases" and "every" are followed by the number of a part and how many parts there are.
+STAGE is a name in STAGES; "cases", "clusters" and "every" are followed by the number of a part and that of parts.
 With "early" every kernel begins before the one before it has ended, whatever the table says (ptq_kernels.triton.ahead);
 with "pipelined" every product that can has a pipelined tile. Every stage asserts. Without a GPU each runs on the CPU in
 Triton's interpreter, in little, to try the program itself.
@@ -19,6 +19,7 @@ from ptq_kernels.triton import ahead, configs
 STAGES = {
     "between": decode.between,
     "cases": products.cases,
+    "clusters": products.clusters,
     "chain": runs.chain,
     "every": products.every,
     "folded": products.other_tiles,

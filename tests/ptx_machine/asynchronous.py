@@ -32,7 +32,7 @@ def _decode_init(instruction: Instruction, slot: Slot) -> Operation:
     def execute(warp: Warp, mask: Mask) -> None:
         for lane in _lanes(mask):
             place = int(address(warp)[lane])
-            warp.block.shared.mark(place, 8, BARRIER, warp.index)
+            warp.block.shared.mark(place, 8, BARRIER, warp.index, warp.clock)
             number = warp.block.made_barriers
             warp.block.made_barriers += 1
             if number == BARRIERS:
@@ -51,7 +51,7 @@ def _decode_end(instruction: Instruction, slot: Slot) -> Operation:
             place = int(address(warp)[lane])
             _barrier(warp, place)
             del warp.block.barriers[place]
-            warp.block.shared.mark(place, 8, UNWRITTEN, warp.index)
+            warp.block.shared.mark(place, 8, UNWRITTEN, warp.index, warp.clock)
 
     return Operation(execute, [slot(instruction.operands[0].parts[0], 32)], [])
 
@@ -179,7 +179,7 @@ _DECODERS: dict[str, Callable[[Instruction, Slot], Operation]] = {
 }  # fmt: skip
 _SIMPLE: dict[str, Execute] = {
     "griddepcontrol.wait": _begin, "griddepcontrol.launch_dependents": _nothing, "fence.proxy.async": _fence,
-    "fence.mbarrier_init.release.cluster": _nothing, "membar": _nothing, "fence.acq_rel": _nothing,
+    "membar": _nothing, "fence.acq_rel": _nothing,
     "fence.sc": _nothing,
     "bar.warp.sync": _of_lanes, "prefetch.tensormap": _nothing, "prefetch.param": _nothing,
 }  # fmt: skip

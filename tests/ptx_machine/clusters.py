@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ptx_machine.errors import AccessError, DivergenceError, HazardError
 from ptx_machine.machine import Barrier, Block, Mask, Operation, Warp
 from ptx_machine.parser import Instruction, Operand
-from ptx_machine.races import CHUNK, Clock, unknown
+from ptx_machine.races import CHUNK, Clock
 
 if TYPE_CHECKING:
     from ptx_machine.memory import Bytes
@@ -50,7 +50,7 @@ class Cluster:
         if warp.arrivals != warp.waits:
             raise HazardError("a second arrival at the barrier of the cluster without a wait after the first")
         known = self.known[warp.block.rank]
-        known[warp.arrivals] = warp.publish([known.get(warp.arrivals, unknown(len(warp.block.warps)))])
+        known[warp.arrivals] = np.maximum(warp.released, known.get(warp.arrivals, warp.released))
         warp.arrivals += 1
 
     def wait(self, warp: Warp) -> bool:
@@ -81,7 +81,7 @@ class Cluster:
                 raise AccessError("what is sent to one block is counted by another")
             inside = np.uint32((1 << _WINDOW) - 1)
             signal = block.barriers.get(warp.uniform(signals[here] & inside, "the barrier that counts"))
-            if signal is None or known[signal.maker] < signal.made:
+            if signal is None or known[signal.maker] < signal.made or not signal.announced:
                 raise HazardError("something is sent to a block that has not made the barrier for it")
             if all(one.done for one in block.warps):
                 raise HazardError("something is sent to a block that has ended")
@@ -98,8 +98,21 @@ def of(warp: Warp) -> Cluster:
 
 
 def decode_cluster(instruction: Instruction, slot: Callable[[Operand, int], int]) -> Operation | None:
-    """Decode the barrier of a cluster, mapa and st.async, else return None."""
+    """Decode the barrier of a cluster, its fences, mapa and st.async, else return None."""
     opcode = instruction.opcode
+    if opcode == "fence.release.sync_restrict::shared::cta.cluster":
+
+        def release(warp: Warp, mask: Mask) -> None:
+            warp.released = warp.publish([])
+
+        return Operation(release, [], [])
+    if opcode == "fence.mbarrier_init.release.cluster":
+
+        def announce(warp: Warp, mask: Mask) -> None:
+            for one in warp.block.barriers.values():
+                one.announced |= one.maker == warp.index
+
+        return Operation(announce, [], [])
     if opcode in ("barrier.cluster.arrive.relaxed.aligned", "barrier.cluster.wait.acquire.aligned"):
         arrives = "arrive" in opcode
 

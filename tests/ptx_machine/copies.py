@@ -16,7 +16,7 @@ from ptx_machine.machine import Mask, Operation, Warp
 from ptx_machine.memory import Memory
 from ptx_machine.parser import Instruction
 
-_HINTS = {"L2::64B", "L2::128B", "L2::256B"}
+_HINTS = {"L2::64B", "L2::128B", "L2::256B", "L2::cache_hint"}
 _WIDTHS = {"ca": (4, 8, 16), "cg": (16,)}  # bytes of a lane
 
 
@@ -52,6 +52,9 @@ def _decode_copy(instruction: Instruction, slot: Slot) -> Operation:
     target, source, width_given, *rest = instruction.operands
     width = width_given.value
     known = words[:2] in (["shared", "global"], ["shared::cta", "global"]) and not set(words[2:]) - _HINTS
+    hinted = "L2::cache_hint" in words  # what a cache may keep changes no result
+    known = known and (not hinted or len(rest) == 2)
+    rest = rest[:-1] if hinted else rest
     if not known or width not in _WIDTHS.get(cache, ()) or width_given.kind != "number" or len(rest) > 1:
         raise NotImplementedError(instruction.place)
     to, of = address_of(target, 32, slot), address_of(source, 64, slot)

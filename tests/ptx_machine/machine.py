@@ -50,6 +50,7 @@ class Barrier:
         self.bytes = 0
         self.number, self.column = number, warps + number
         self.phases = 0  # complete ones
+        self.announced = False  # to other blocks of the cluster, by a fence
         self.clock: Clock = unknown(warps)  # what those who wait here will know
 
     def arrive(self, bytes_expected: int, arrivals: int) -> None:
@@ -98,6 +99,7 @@ class Warp:
         self.clock = first(block.threads // LANES, index)
         self.counter = 0
         self.arrivals = self.waits = 0  # at the barrier of the cluster
+        self.released = unknown(block.threads // LANES)  # what a fence has made known to who meets the warp there
         self.done = False
         self.place = ""  # where it waits
         self.waiting: Condition | None = None

@@ -226,11 +226,12 @@ class Shared:
         """Let copies see the barriers that a warp has made."""
         self.unfenced[self.unfenced == warp + 1] = 0
 
-    def mark(self, address: int, size: int, state: int, warp: int) -> None:
+    def mark(self, address: int, size: int, state: int, warp: int, clock: Clock) -> None:
         """Make bytes those of a barrier, or ordinary ones again."""
         place = self.places(np.array([address], np.uint32), size)
-        if (self.state[place] == ARRIVING).any():
-            raise HazardError("a barrier where a copy under way writes")
+        if (self.state[place] == ARRIVING).any() or self.readers[place // CHUNK].any():
+            raise HazardError("a barrier where a copy under way writes or a product reads")
+        self.races.replace(place, clock)
         self.state[place], self.unfenced[place] = state, warp + 1
 
     def visible(self, barrier: int) -> None:

@@ -58,7 +58,8 @@ class Report(NamedTuple):
 
     registers: int  # a thread
     stack: int  # bytes a thread; anything but 0 is a spill
-    shared: int  # bytes a program
+    own_shared: int  # bytes a program, for Triton
+    shared: int  # with what a cluster needs
     resident: int  # programs on a multiprocessor
     loop: Counter[str]  # opcodes of the main loop
     from_registers: bool | None  # does wgmma take the weight from registers? None: there is no wgmma
@@ -148,10 +149,12 @@ def _compile(
 def scratch_of(ptx: str, *, explicit: bool) -> list[str]:
     """What Triton writes to shared memory between the barrier of a cluster and the last read of what was sent.
 
-    Not the sends; where layouts are not explicit, later writes follow a barrier of the program.
+    Not the sends; where layouts are not explicit, writes that follow a barrier of the program after that read.
     """
     part = ptx.partition("barrier.cluster.arrive")[2]
-    part = part if explicit else part.partition("again: mbarrier.try_wait")[0]
+    if not explicit:
+        before, wait, after = part.partition("again: mbarrier.try_wait")
+        part = before + wait + after.partition("bar.sync")[0]
     return re.findall(r"\bst\.shared[^;]*|\bstmatrix[^;]*|\bcp\.async[^;]*", part)
 
 
@@ -172,6 +175,7 @@ def inspect(kernel: Any, form: Form) -> Report:
     return Report(
         registers,
         stack,
+        kernel.metadata.shared,
         shared,
         resident,
         Counter(sass.opcode(line) for line in loop),
@@ -205,6 +209,10 @@ def violations(form: Form, report: Report) -> list[str]:
         (report.resident >= resident, f"{report.resident} programs resident, the table says {resident}"),
         # an arrival and a wait for each of the two products: the assembler may also wait after every instruction
         (tile.kind != "pipelined" or loop["WARPGROUP"] <= 4, "the tensor cores wait for each other's instructions"),
+        (
+            cluster_of(form) == 1 or clusters.has_room(report.own_shared, tile.block_m, tile.block_n),
+            f"has {report.own_shared} bytes of shared memory, too few to receive more than Triton asks for",
+        ),
         (not report.scratch, f"writes where programs of the cluster send to: {report.scratch[:3]}"),
         (report.hasty == ([] if form.early else None), f"before the wait for the kernel before: {report.hasty}"),
         (report.per_weight <= most_instructions(form), f"{report.per_weight:.2f} instructions a weight"),
@@ -267,6 +275,8 @@ def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
             for asymmetric in (False, True):
                 found += [Form(tile, capability, dtype, asymmetric) for dtype in ("bf16", "fp16")]
                 found.append(Form(tile, capability, "bf16", asymmetric, splits=1, bias=True, even=False))
+                if tile.kind != "exact" and tile.block_m == 16:  # whose shares go by four rows or by two
+                    found.append(Form(tile, capability, "bf16", asymmetric, splits=4))
                 if capability >= ahead.LEAST_CAPABILITY:
                     most = configs.CLUSTERS[-1] if tile.kind != "exact" else 2  # a share of each is compiled in
                     found.append(Form(tile, capability, "bf16", asymmetric, splits=most, bias=True, early=True))

@@ -28,13 +28,23 @@ def bytes_needed(block_m: int, block_n: int) -> int:
     return 4 * block_n * block_m + int(_HEAD.value)
 
 
-def join(kernel: Any, size: int, least_bytes: int) -> None:
-    """Make every launch of a compiled kernel one of clusters of `size` programs with so many bytes of shared memory.
+def has_room(shared: int, block_m: int, block_n: int) -> bool:
+    """Whether a kernel with so much shared memory of its own may receive what it must.
+
+    Triton asks the driver for more than 48 KiB where it needs that itself.
+    """
+    return bytes_needed(block_m, block_n) <= _USUAL_BYTES or shared > _USUAL_BYTES
+
+
+def join(kernel: Any, size: int, block_m: int, block_n: int) -> None:
+    """Make every launch of a compiled kernel one of clusters of `size` programs that sum tiles of that size.
 
     For Triton it is a kernel whose programs have nothing to do with each other; a grid counts clusters from now on.
-    Raises RuntimeError where Triton does not hand these figures to its launcher as those known do, or where it has not
-    asked the driver for more than the usual memory and the kernel now needs it.
+    Raises RuntimeError where Triton does not hand these figures to its launcher as those known do, where it has not
+    asked the driver for more than the usual memory and the kernel now needs it, and where the kernel has scratch
+    memory, which Triton would make for as many programs as it knows of.
     """
+    least_bytes = bytes_needed(block_m, block_n)
     warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
     joined = (warps, size, max(shared, least_bytes))
     if kernel.packed_metadata not in ((warps, 1, shared), joined):
@@ -42,7 +52,12 @@ def join(kernel: Any, size: int, least_bytes: int) -> None:
             "a product split into a cluster must be launched with (warps, programs of a cluster, bytes of shared "
             f"memory), this Triton has {kernel.packed_metadata}; take Triton 3.6 to 3.9"
         )
-    if shared <= _USUAL_BYTES < least_bytes:
+    scratch = {name: getattr(kernel.metadata, name, 0) for name in ("global_scratch_size", "profile_scratch_size")}
+    if any(scratch.values()):
+        raise RuntimeError(
+            f"a kernel of clusters must have no scratch memory, it has {scratch}; do without profiling it"
+        )
+    if not has_room(shared, block_m, block_n):
         raise RuntimeError(
             f"a kernel that receives {least_bytes} bytes of shared memory must have over {_USUAL_BYTES} of its own, "
             f"it has {shared}; take a tile with more stages"
@@ -73,9 +88,13 @@ def _open(thread, size):
 
 @triton.jit
 def _meet(thread):
-    """Wait until all threads of the cluster are here; relaxed, for there is nothing to read but barriers."""
+    """Wait until all threads of the cluster are here, and done with the shared memory that others send to.
+
+    The fence is for that memory alone; one for all memory, which an arrival is unless relaxed, waits for every store.
+    """
     tl.inline_asm_elementwise(
-        "barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;",
+        "fence.release.sync_restrict::shared::cta.cluster; barrier.cluster.arrive.relaxed.aligned; "
+        "barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;",
         "=r,r", [thread], tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 

@@ -83,7 +83,7 @@ class _Launch:
             return
         compiled = kernel.warmup(*arguments, grid=grid, **self.constants, **self.options)
         if self.cluster > 1:
-            clusters.join(compiled, self.cluster, clusters.bytes_needed(self.tile.block_m, self.tile.block_n))
+            clusters.join(compiled, self.cluster, self.tile.block_m, self.tile.block_n)
         self.compiled = enqueue.Compiled(compiled, tuple(self.constants.values()))
         self.compiled(grid, stream, described, tensors, sizes)
 
