@@ -28,7 +28,7 @@ class Emulator:
     def __call__(self, source: Any, launched: Launched) -> None:
         """Run it."""
         compiled = _compiled(source, launched)
-        program = _parsed(compiled.asm["ptx"])
+        program = _parsed(_fenced(compiled.asm["ptx"]))
         memory = ptx_machine.Memory()
         self.memory, self.addresses = memory, dict[int, int]()
         # a descriptor of a weight has nothing but its address, which is an argument as well
@@ -64,6 +64,12 @@ class Emulator:
         if tensor.data_ptr() not in self.addresses:
             self.addresses[tensor.data_ptr()] = self.memory.add(_bytes(tensor))
         return self.addresses[tensor.data_ptr()]
+
+
+def _fenced(ptx: str) -> str:
+    """With the fence between copies of Ampere's kind and products, which PTX asks for and Triton 3.6 leaves out."""
+    fence, product = "fence.proxy.async.shared::cta;", "wgmma.fence.sync.aligned;"
+    return ptx if fence in ptx else ptx.replace(product, f"{fence}\n{product}")
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:

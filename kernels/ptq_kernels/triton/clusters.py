@@ -131,6 +131,18 @@ def _receive(thread):
 
 
 @triton.jit
+def _close(thread):
+    """Give the memory back to Triton, once all warps have what they need of it."""
+    tl.debug_barrier()
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, global_smem; setp.eq.u32 p, $1, 0; "
+        "@p mbarrier.inval.shared::cta.b64 [a]; mov.b32 $0, 0; }",
+        "=r,r", [thread], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    tl.debug_barrier()
+
+
+@triton.jit
 def _get(at, FOUR: tl.constexpr):
     """Two or four values, so many bytes into shared memory."""
     if FOUR:
@@ -200,7 +212,7 @@ def store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, 
             a1, b1, c1, d1 = _get(at + 4 * other * BN * ROWS, True)
             a, b, c, d = a + a1, b + b1, c + c1, d + d1
         if not EXPLICIT:
-            tl.debug_barrier()  # all warps have what they need of that memory
+            _close(thread)
         _store_row(a, bias, y_ptr, row, column, M, N)
         _store_row(b, bias, y_ptr, row + 1, column, M, N)
         _store_row(c, bias, y_ptr, row + 2, column, M, N)
@@ -211,6 +223,6 @@ def store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, 
             a1, b1 = _get(at + 4 * other * BN * ROWS, False)
             a, b = a + a1, b + b1
         if not EXPLICIT:
-            tl.debug_barrier()
+            _close(thread)
         _store_row(a, bias, y_ptr, row, column, M, N)
         _store_row(b, bias, y_ptr, row + 1, column, M, N)
