@@ -1,7 +1,7 @@
 """What lies between the products when a Llama decodes a token, as an engine would run it: four kernels a block.
 
-Each begins early where it is asked to, like the products (``ptq_kernels.triton.ahead``): otherwise the pauses between a
-dozen small kernels a block are longer than the kernels. They serve the dense model and the quantized one alike.
+Each begins early where it is asked to, like the products (``ptq_kernels.triton.ahead``): such short kernels otherwise
+spend much of a token beginning and ending. They serve the dense model and the quantized one alike.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
