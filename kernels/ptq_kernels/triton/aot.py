@@ -278,8 +278,9 @@ def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
                 if tile.kind != "exact" and tile.block_m == 16:  # whose shares go by four rows or by two
                     found.append(Form(tile, capability, "bf16", asymmetric, splits=4))
                 if capability >= ahead.LEAST_CAPABILITY:
-                    most = configs.CLUSTERS[-1] if tile.kind != "exact" else 2  # a share of each is compiled in
-                    found.append(Form(tile, capability, "bf16", asymmetric, splits=most, bias=True, early=True))
+                    joins = tile.kind != "exact"
+                    most = configs.CLUSTERS[-1] if joins else 2  # a share of each is compiled in
+                    found.append(Form(tile, capability, "bf16", asymmetric, splits=most, bias=joins, early=True))
     return found
 
 
