@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,10 @@ def test_control_c_in_a_real_process(tmp_path: Path) -> None:
     settings = [f"--set={item}" for item in [f"output={tmp_path / 'out'}", *SMALL, *long]]
     command = [sys.executable, "-m", "ptq.gptq", "--config", "demo.yaml", *settings]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": paths})  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert process.stderr is not None
     deadline = time.monotonic() + 120
     for line in process.stderr:
