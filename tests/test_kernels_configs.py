@@ -133,12 +133,12 @@ def test_plans_that_fail_are_passed_over() -> None:
 
     def timer(plan: Plan, _: Problem) -> float:
         if plan.splits == 2:
-            raise RuntimeError("too many blocks in cooperative launch")
+            raise RuntimeError("no room for such a cluster")
         if plan.splits == 3:
             raise OutOfResources(300000, 232448, "shared memory")
         return float(plan.splits)
 
-    with pytest.warns(UserWarning, match="2 splits, is passed over: too many blocks"):
+    with pytest.warns(UserWarning, match="2 splits, is passed over: no room for such a cluster"):
         ((plan, _),) = tune.tune(H200, [problem], timer, "a test").values()
     assert plan.splits == 1
 

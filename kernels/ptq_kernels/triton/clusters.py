@@ -66,6 +66,12 @@ def join(kernel: Any, size: int, block_m: int, block_n: int) -> None:
         kernel.packed_metadata = joined
 
 
+@triton.constexpr_function
+def rows_together(block_m: int, size: int) -> int:
+    """How many rows of a share one load brings: four where it has so many, or two."""
+    return 4 if block_m // size % 4 == 0 else 2
+
+
 @triton.jit
 def own_steps(K, BK: tl.constexpr, SIZE: tl.constexpr):
     """(first step, number of steps) of this program, whose cluster has as many as the parts of K."""
@@ -187,16 +193,16 @@ def store_sum(acc, bias, y_ptr, rank, first_m, first_n, n, m, share_n, share_m, 
               EXPLICIT: tl.constexpr):  # fmt: skip
     """Store this program's share of the rows of a tile of y, of which acc ``[BN, BM]`` is a part of y.T.
 
-    n and m number the rows and columns of acc; share_n the BN columns of the share, share_m its rows by two, or by
-    four where it has so many; thread has an element a thread; bias is float32 ``[1, BN]``, by the columns of the share.
+    n and m number the rows and columns of acc; share_n the BN columns of the share, share_m its rows, some together
+    (`rows_together`); thread has an element a thread; bias is float32 ``[1, BN]``, by the columns of the share.
     EXPLICIT says that layouts are the caller's, in Gluon: acc has two columns side by side in a thread, as tensor cores
     leave them, and no value goes to another thread on its way to y, which would take shared memory.
     """
     BN: tl.constexpr = acc.shape[0]
     BM: tl.constexpr = acc.shape[1]
     ROWS: tl.constexpr = BM // SIZE
-    FOUR: tl.constexpr = ROWS % 4 == 0
-    STEP: tl.constexpr = 4 if FOUR else 2
+    STEP: tl.constexpr = rows_together(BM, SIZE)
+    FOUR: tl.constexpr = STEP == 4
     tl.debug_barrier()  # no warp needs what lay there
     _open(thread, thread * 0 + 4 * BN * BM)
     _meet(thread)  # nor one of another program, which has its barrier

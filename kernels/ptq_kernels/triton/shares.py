@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ptq_kernels.triton.clusters import store_sum
+from ptq_kernels.triton.clusters import rows_together, store_sum
 
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7 renamed it
 
@@ -42,7 +42,7 @@ def finish(acc, full, b_ptr, y_ptr, rank, first_m, first_n, M, N, HAS_BIAS: gl.c
         for s in gl.static_range(STAGES):  # others may send to where they are
             mbarrier.invalidate(full.index(s))
         SHARE: gl.constexpr = _share_layout(BN, gl.num_warps())
-        ROWS: gl.constexpr = BM // SIZE // (4 if BM // SIZE % 4 == 0 else 2)
+        ROWS: gl.constexpr = BM // SIZE // rows_together(BM, SIZE)
         n = gl.arange(0, BN, gl.SliceLayout(1, acc.type.layout))
         m = gl.arange(0, BM, gl.SliceLayout(0, acc.type.layout))
         share_n = gl.arange(0, BN, gl.SliceLayout(0, SHARE))

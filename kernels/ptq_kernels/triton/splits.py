@@ -50,7 +50,7 @@ def _store_share(acc, b_ptr, y_ptr, M, N, HAS_BIAS: tl.constexpr, SIZE: tl.const
     tile = tl.program_id(0) // SIZE
     first_m, first_n = tile % rows * BM, tile // rows * BN
     share_n = tl.arange(0, BN)
-    share_m = tl.arange(0, BM // SIZE // (4 if BM // SIZE % 4 == 0 else 2))
+    share_m = tl.arange(0, BM // SIZE // clusters.rows_together(BM, SIZE))
     thread = tl.arange(0, num_threads())
     bias = tl.zeros((1, BN), tl.float32)
     if HAS_BIAS:
