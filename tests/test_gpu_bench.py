@@ -9,6 +9,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = ROOT / "kernels" / "bench"
@@ -87,6 +88,21 @@ def test_the_other_benches_run_in_little(bench: str, records: int, tmp_path: Pat
     found = json.loads(output.read_text(encoding="utf-8"))["records"]
     assert len(found) >= records  # as many as the tables had tiles for, when this was written
     assert not [record for record in found if "refused" in record]
+
+
+def test_what_the_attention_of_the_decoding_bench_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(BENCHES))
+    from gpu_decode_kernels import Between, Cache
+
+    def cache(positions: int) -> Cache:
+        return Cache(torch.zeros(1, 1, positions, 64), torch.zeros(1, 1, positions, 64))
+
+    with pytest.raises(ValueError, match="the cache must have a multiple of 64 positions, it has 100"):
+        Between(cache(100), early=False)
+    rows = torch.zeros(1, (17 + 2) * 64)
+    with pytest.raises(ValueError, match="a head of k must serve at most 16 heads of q, it serves 17"):
+        Between(cache(128), early=False).attend(rows, cache(128), torch.zeros(1), torch.zeros(1), torch.zeros(1))
 
 
 def test_exact_tiles_alone_are_timed(tmp_path: Path) -> None:
