@@ -55,18 +55,18 @@ def paths() -> None:
 def other_tiles() -> None:
     """Every tile of this GPU of the kind that is named."""
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
-    if ON_GPU or sys.argv[1] != "pipelined":  # which no interpreter knows
+    if ON_GPU or sys.argv[1] not in ("pipelined", "slim"):  # which no interpreter knows
         tile_paths.other_tiles(native(), DEVICE, sys.argv[1])
 
 
 def every() -> None:
     """Every tile for groups of 128, in each form that `ptq tune` times: right, and compiled by many processes."""
     part, parts = int(sys.argv[2]), int(sys.argv[3])
-    n, k = (256, 1024) if ON_GPU else (128, 256)
+    n, k = (256, 2048) if ON_GPU else (128, 256)
     case, weight = on_device(native(), n, k, 128, symmetric=True)
     chosen = [t for t in configs.tiles(launch.ORDERS[native()]) if (t.bits, t.span) == (4, 128)]
-    chosen = list(dict.fromkeys(tile._replace(rows=0) for tile in chosen if ON_GPU or tile.kind != "pipelined"))
-    splits_of = {tile: (1, 2) if tile.kind == "exact" else (1, *configs.CLUSTERS) for tile in chosen}
+    chosen = list(dict.fromkeys(tile._replace(rows=0) for tile in chosen if ON_GPU or not tile.explicit))
+    splits_of = {tile: {"exact": (1, 2), "slim": (1,)}.get(tile.kind, (1, *configs.CLUSTERS)) for tile in chosen}
     forms = [(t, s, early) for t in chosen for s in splits_of[t] for early in (0, ahead.BYTES)][part::parts]
     for tile, splits, early in forms if ON_GPU else forms[:1]:
         x = random_rows(min(tile.block_m, 64), k, torch.bfloat16)
@@ -83,7 +83,7 @@ def clusters() -> None:
     """Every tile whose programs may be a cluster, in each size, all the rest in turns: right."""
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     part, parts = int(sys.argv[2]), int(sys.argv[3])
-    found = [tile for tile in configs.tiles(90) if tile.kind != "exact" and (ON_GPU or tile.kind != "pipelined")]
+    found = [t for t in configs.tiles(90) if t.kind not in ("exact", "slim") and (ON_GPU or not t.explicit)]
     found = list(dict.fromkeys(tile._replace(rows=0) for tile in found)) if native() == "tile_sm90" else []
     for i, (tile, size) in [*enumerate(itertools.product(found, configs.CLUSTERS))][part :: parts if ON_GPU else 40]:
         n, k, group = CLUSTER_SHAPES[tile.span]

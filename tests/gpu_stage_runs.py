@@ -23,11 +23,13 @@ def repeat() -> None:
         case, weight = on_device(native(), n, k, 128, symmetric=True)
         x = random_rows(rows, k, torch.bfloat16)
         gpu = launch.gpu(0) if ON_GPU else configs.Gpu(90, 132)
-        problem = configs.Problem(4, 128, rows, n, k, ON_GPU and recipes.pipelines(gpu, k))
+        problem = configs.Problem(4, 128, rows, n, k, ON_GPU and recipes.explicit(gpu, k))
         plan = configs.plan(gpu, problem)
         usual = plan._replace(splits=max(plan.splits, 2))
         _repeated(usual, x, weight, case, times)
-        for i, tile in enumerate(tile for tile in configs.candidates(gpu, problem) if tile.kind != "exact"):
+        more = configs.candidates(gpu, problem._replace(rows=max(rows, configs.FEW + 1)))
+        tiles = dict.fromkeys([*configs.candidates(gpu, problem), *more])
+        for i, tile in enumerate(tile for tile in tiles if tile.kind != "exact"):
             splits = next(s for s in (configs.CLUSTERS[(rows + i) % 3], 2, 1) if configs.fits(tile, problem, s))
             _repeated(configs.Plan(tile, splits, (0, ahead.BYTES)[i % 2]), x, weight, case, times)
 

@@ -77,7 +77,7 @@ def test_table_says_where_it_comes_from() -> None:
 
 
 def test_buckets() -> None:
-    assert [configs.bucket(rows) for rows in (1, 16, 17, 65, 512, 9999)] == [16, 16, 32, 128, 512, 2048]
+    assert [configs.bucket(rows) for rows in (1, 8, 9, 16, 17, 65, 512, 9999)] == [8, 8, 16, 16, 32, 128, 512, 2048]
 
 
 def test_user_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_user_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_tuning_writes_what_plan_reads() -> None:
     """Oracle: a timer that likes three splits best."""
-    problems = [Problem(4, 128, rows, 4096, 4096) for rows in (1, 64)]
+    problems = [Problem(4, 128, rows, 4096, 4096) for rows in (9, 64)]
 
     def timer(plan: Plan, problem: Problem) -> float:
         return 10.0 + abs(plan.splits - 3)
@@ -105,6 +105,29 @@ def test_tuning_writes_what_plan_reads() -> None:
     assert configs.plan(H200, problems[1]).splits == 3  # kept
     entries = json.loads(configs.user_file().read_text())["shapes"]
     assert [entry["provenance"] for entry in entries] == ["again", "a test"]
+
+
+@pytest.mark.parametrize(("k", "slim"), [(4096, True), (4096, False), (1536, True), (4000, True)])
+def test_slim_tiles_serve_few_rows_where_they_were_faster(k: int, slim: bool) -> None:
+    """Oracle: a timer by which slim tiles are, or are not, faster than what was tuned for more rows just before."""
+    few, more = (Problem(4, 128, rows, 4096, k, recipes.explicit(H200, k)) for rows in (1, 9))
+    before = configs.plan(H200, few)
+    assert before == configs.plan(H200, more)
+
+    def timer(plan: Plan, problem: Problem) -> float:
+        return (1.0 if slim else 4.0) if plan.tile.name.startswith("8x") else 2.0 + abs(plan.splits - 3)
+
+    best = tune.tune(H200, [few, more], timer, "a test")
+    assert configs.plan(H200, more).splits == 3
+    expected = slim and k != 4000  # which no step divides
+    assert (configs.plan(H200, few).tile.kind == "slim") == expected
+    assert (configs.plan(H200, few) == configs.plan(H200, more)) != expected
+    assert [problem.rows for problem in best] == [16, 8]
+    assert len(json.loads(configs.user_file().read_text())["shapes"]) == 1 + expected
+    assert configs.plan(H200, few._replace(explicit=False)).tile.kind != "slim"
+    if expected:  # an entry that is no longer true is dropped
+        tune.tune(H200, [few], lambda plan, _: float(plan.tile.kind == "slim"), "again")
+        assert configs.plan(H200, few) == configs.plan(H200, more)
 
 
 def test_many_rows_have_a_kernel_only_where_it_was_faster() -> None:
@@ -156,17 +179,17 @@ def test_a_tuned_pipelined_tile_serves_only_what_it_can() -> None:
     """Oracle: a timer that likes pipelined tiles. The copy engine wants rows of whole 16 bytes, the kernel a Hopper
     GPU, and scales in the dtype of x.
     """
-    problems = [Problem(4, 128, 256, 512, k, recipes.pipelines(H200, k)) for k in (1024, 1020)]
+    problems = [Problem(4, 128, 256, 512, k, recipes.explicit(H200, k)) for k in (1024, 1020)]
     best = tune.tune(H200, problems, lambda plan, _: 1.0 + (plan is None or plan.tile.kind != "pipelined"), "a test")
     assert [plan.tile.kind == "pipelined" for plan, _ in best.values()] == [True, False]
     assert configs.plan(H200, problems[0]).tile.kind == "pipelined"
-    assert configs.plan(H200, problems[0]._replace(pipelined=False)).tile.kind != "pipelined"
-    assert [recipes.pipelines(gpu, 1024) for gpu in (H200, A100, ADA, BLACKWELL)] == [True, False, False, False]
+    assert configs.plan(H200, problems[0]._replace(explicit=False)).tile.kind != "pipelined"
+    assert [recipes.explicit(gpu, 1024) for gpu in (H200, A100, ADA, BLACKWELL)] == [True, False, False, False]
     bf16, fp32 = torch.bfloat16, torch.float32
     for scales, k, group, pipelined in ((bf16, 1024, 128, True), (fp32, 1024, 128, False), (bf16, 1020, 1020, False)):
         weight = tile_cases.tiled(random_case(512, k, group, dtype=scales), "tile_sm90")
         layer = launch.layer_of(torch.empty(0, dtype=bf16), weight, None)
-        assert layer.pipelined == (pipelined and not w4a16.interpreted())
+        assert layer.explicit == (pipelined and not w4a16.interpreted())
 
 
 def test_room_for_parts() -> None:
@@ -211,9 +234,11 @@ def test_a_forced_plan_serves_any_rows_and_none_dequantizes() -> None:
 
 
 def test_plans_to_tune_all_fit() -> None:
-    problem = Problem(4, 128, 1, 4096, 4096)
+    problem = Problem(4, 128, 16, 4096, 4096)
     found = tune.plans(H200, problem)
     assert {plan.splits for plan in found} >= {1, 2, 4, 8, 16}
+    few = tune.plans(H200, problem._replace(rows=1, explicit=True))
+    assert {plan.tile for plan in few} == {tile for tile in configs.tiles(90) if tile.rows == configs.FEW}
     assert all(configs.fits(plan.tile, problem, plan.splits) for plan in found)
 
 

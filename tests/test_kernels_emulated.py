@@ -61,7 +61,7 @@ def splits_of(tile: Tile, k: int, wanted: int) -> int:
 
 def products() -> list[Product]:
     """Every tile of 4 bits and two of 8, once; all the rest varies."""
-    tiles = [t._replace(rows=0) for t in configs.tiles(90) if t.bits == 4 and t.kind != "pipelined"]
+    tiles = [t._replace(rows=0) for t in configs.tiles(90) if t.bits == 4 and not t.explicit]
     tiles = list(dict.fromkeys(tiles))  # one may serve several numbers of rows
     eight = [t for t in configs.tiles(90) if t.bits == 8]
     tiles += [next(t for t in eight if t.kind == "exact"), next(t for t in reversed(eight) if t.kind == "folded")]

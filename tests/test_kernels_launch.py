@@ -93,7 +93,7 @@ def test_each_kind_of_tile_has_a_kernel_of_its_own(launches: list[Launched]) -> 
 
     weight = tile_cases.tiled(random_case(300, 512, 128, dtype=torch.bfloat16), "tile_sm90")
     x = random_rows(70, 512, torch.bfloat16)
-    tiles = [t for t in configs.tiles(90) if (t.bits, t.span) == (4, 128) and t.rows in (16, 512)]
+    tiles = [t for t in configs.tiles(90) if (t.bits, t.span) == (4, 128) and t.rows in (16, 512) and t.kind != "slim"]
     for tile in tiles:
         with launch.forced(configs.Plan(tile, 2)):
             run(x, weight)
@@ -116,6 +116,31 @@ def test_each_kind_of_tile_has_a_kernel_of_its_own(launches: list[Launched]) -> 
         assert launched.values.get("SPLIT", True) is True
         assert launched.values["SIZE"] == cluster
         assert launched.values.get("RAISED", False) == (tile.kind == "raised")
+
+
+def test_slim_tiles(launches: list[Launched]) -> None:
+    """Eight rows a program and no workspace; what they cannot do is refused."""
+    from ptq_kernels.triton import ahead, configs, launch
+
+    weight = tile_cases.tiled(random_case(300, 2048, 128, dtype=torch.bfloat16), "tile_sm90")
+    tiles = [t for t in configs.tiles(90) if t.kind == "slim"]
+    for i, tile in enumerate(tiles):
+        with launch.forced(configs.Plan(tile, 1, ahead.BYTES * (i % 2))):
+            run(random_rows(9, 2048, torch.bfloat16), weight)
+    for i, (tile, launched) in enumerate(zip(tiles, launches, strict=True)):
+        programs = -(-300 // tile.block_n) * (16 // tile.block_m)
+        assert (launched.kernel, launched.grid) == ("slim_kernel", (programs, 1, 1))
+        assert launched.handed[1][:2] == (tile.warps, 1)
+        assert set(launched.addresses) == {"x_ptr", "w_ptr", "b_ptr", "y_ptr"}
+        assert launched.dependent == bool(i % 2)
+    tile = next(tile for tile in tiles if tile.block_k == 1024)
+    for splits, k in ((2, 2048), (1, 1536)):
+        other = tile_cases.tiled(random_case(64, k, 128, dtype=torch.bfloat16), "tile_sm90")
+        with (
+            launch.forced(configs.Plan(tile, splits)),
+            pytest.raises(ValueError, match=f"steps of 1024 columns must.*found {splits} splits and {k} columns"),
+        ):
+            run(random_rows(3, k, torch.bfloat16), other)
 
 
 def test_pipelined_tiles_begin_early(launches: list[Launched]) -> None:

@@ -92,10 +92,10 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, device
 def tile_rounding(kind: str, dtype: torch.dtype) -> float:
     """What a tile rounds a weight by, relative.
 
-    Raised ones round none, but subtract 136 or 1,032 times the sum of x from a sum in float32: that is 2**-24 of 136 or
-    1,032, beside weights of up to 8 of which most are above 1.
+    Raised and slim ones round none, but subtract 136 or 1,032 times the sum of x from a sum in float32: that is 2**-24
+    of 136 or 1,032, beside weights of up to 8 of which most are above 1.
     """
-    return {"exact": 0.0, "raised": UNIT[dtype] / 16}.get(kind, UNIT[dtype])
+    return {"exact": 0.0, "raised": UNIT[dtype] / 16, "slim": UNIT[dtype] / 16}.get(kind, UNIT[dtype])
 
 
 def weight_rounding(weight: PackedWeight, rows: int, dtype: torch.dtype, device: str = "cpu") -> float:

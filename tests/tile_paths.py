@@ -108,13 +108,20 @@ def other_tiles(layout: str, device: str, kind: str, every: bool = False) -> Non
         span: [s for s in SHAPES_OF_SPAN[span] if kind != "pipelined" or s[1] % 8 == 0] for span in SHAPES_OF_SPAN
     }
     matched = [(tile, shape) for tile in chosen for shape in shapes[tile.span]]
+    if kind == "slim":  # whole steps
+        matched = [
+            (tile, (n, steps * tile.block_k, groups * 128))
+            for tile in chosen
+            for n, steps, groups in ((130, 3, 1), (72, 1, 4), (1, 5, 2), (257, 2, 1))
+        ]
     options = [*itertools.product((True, False), (1, 3), dtypes)]
     for i, (tile, (n, k, group)) in enumerate(matched):
         for symmetric, splits, (dtype, scales) in options if every else [options[5 * i % 16]]:
             case = random_case(n, k, group, tile.bits, symmetric, scales)
             x, bias = random_rows(tile.block_m + 6, k, dtype), torch.linspace(-1, 1, n).to(dtype)
             steps = -(-k // tile.block_k)
-            plan = configs.Plan(tile, min(splits, steps, 2) if kind == "pipelined" else min(splits, steps))
+            most = {"pipelined": 2, "slim": 1}.get(kind, steps)
+            plan = configs.Plan(tile, min(splits, steps, most))
             with launch.forced(plan):
                 y = tile_cases.multiply(x, tile_cases.tiled(case, layout), bias, device)
             error = worst_error(y, x, case, bias, tile_cases.tile_rounding(tile.kind, dtype))

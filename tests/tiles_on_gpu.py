@@ -3,8 +3,8 @@
 Run:    python tests/tiles_on_gpu.py STAGE [early] [pipelined]
 STAGE is a name in STAGES; "cases", "clusters" and "every" are followed by the number of a part and that of parts.
 With "early" every kernel begins before the one before it has ended, whatever the table says (ptq_kernels.triton.ahead);
-with "pipelined" every product that can has a pipelined tile. Every stage asserts. Without a GPU each runs on the CPU in
-Triton's interpreter, in little, to try the program itself.
+with "pipelined" every product that can has a pipelined or a slim tile. Every stage asserts. Without a GPU each runs on
+the CPU in Triton's interpreter, in little, to try the program itself.
 """
 
 import sys
@@ -25,6 +25,7 @@ STAGES = {
     "folded": products.other_tiles,
     "raised": products.other_tiles,
     "pipelined": products.other_tiles,
+    "slim": products.other_tiles,
     "generate": products.generate,
     "large": products.large,
     "layouts": products.identity,
@@ -47,7 +48,9 @@ def plan_otherwise(early: bool, pipelined: bool) -> None:
     def other(gpu: configs.Gpu, problem: configs.Problem) -> configs.Plan:
         found = usual(gpu, problem)
         problem = problem._replace(rows=configs.bucket(problem.rows))
-        chosen = [t for t in configs.candidates(gpu, problem) if t.kind == "pipelined"] if pipelined else []
+        more = problem._replace(rows=max(problem.rows, configs.FEW + 1))  # pipelined tiles serve fewer as well
+        tiles = dict.fromkeys([*configs.candidates(gpu, problem), *configs.candidates(gpu, more)])
+        chosen = [tile for tile in tiles if tile.explicit] if pipelined else []
         if chosen:
             tile = chosen[problem.n // 64 % len(chosen)]  # one or another
             found = configs.Plan(tile, configs.splits_by_rule(gpu, tile, problem))

@@ -1,6 +1,6 @@
 """Times every tile and number of splits on this GPU, beside what the shipped table chooses, and writes JSON.
 
-Run:    python kernels/bench/gpu_tune.py out.json [--seconds 100] [--without-pipelined] [--tiny]
+Run:    python kernels/bench/gpu_tune.py out.json [--seconds 100] [--exact] [--tiny]
 The best ones go into the user's table (`ptq_kernels.triton.configs.user_file`), whose text is in the result too.
 """
 
@@ -19,7 +19,7 @@ from gpu_linear import GROUP, SHAPES
 from ptq_kernels.triton import configs, launch, recipes, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
-ROWS = ((16,), (128, 256), (64,), (512, 1024, 2048))  # the most telling first
+ROWS = ((16, 8), (128, 256), (64,), (512, 1024, 2048))  # the most telling first
 LARGEST_SMALL = 64  # rows for which a weight is never dequantized
 H200 = Gpu(90, 132)
 
@@ -63,7 +63,7 @@ def main() -> None:
         for shape in shapes:  # one by one, so that what there is survives a time limit
             if time.monotonic() > end:
                 break
-            problems = [Problem(4, GROUP, m, *shape, recipes.pipelines(gpu, shape[1])) for m in rows]
+            problems = [Problem(4, GROUP, m, *shape, recipes.explicit(gpu, shape[1])) for m in rows]
             shipped = {problem: configs.plan(gpu, problem) for problem in problems}
             found = tune.tune(gpu, problems, clock, name, threshold=False)
             for problem, (plan, microseconds) in found.items():

@@ -46,6 +46,10 @@ def variants(gpu: Gpu, problem: Problem) -> list[Variant]:
     found = [Variant(tile, usual) for tile in tiles]
     found += [Variant(tile, 0) for tile in tiles]
     first = tiles[0]
+    if first.kind == "slim":
+        others = [tile._replace(stages=count) for tile in tiles for count in (2, 3, 4) if count != tile.stages]
+        others += [tile._replace(max_registers=most) for tile in tiles for most in (80, 96, 128) if tile.block_n == 32]
+        return list(dict.fromkeys([*found, *(Variant(tile, usual) for tile in others)]))
     found += [Variant(first, early) for early in (4096, 131072) if usual]
     others = [first._replace(stages=stages) for stages in (2, 3, 5, 6)]
     others += [tile._replace(stages=count) for tile in tiles if tile.kind == "raised" for count in (2, 4, 5)]
@@ -98,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=200.0, help="nothing further is begun after that")
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 128, 64, 256, 512])
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 8, 128, 64, 256, 512])
     parser.add_argument("--exact", action="store_true", help="exact tiles alone, where checks of others failed")
     parser.add_argument("--tiny", action="store_true", help="a made-up clock, on any machine, to try the bench itself")
     options = parser.parse_args()
@@ -115,7 +119,7 @@ def main() -> None:
         for n, k in shapes:
             if time.monotonic() > end:
                 break
-            records += timings(gpu, clock, Problem(4, GROUP, rows, n, k, recipes.pipelines(gpu, k)))
+            records += timings(gpu, clock, Problem(4, GROUP, rows, n, k, recipes.explicit(gpu, k)))
             options.output.write_text(json.dumps({"records": records}, indent=1))
             timed = [r for r in records if (r["n"], r["k"], r["m"]) == (n, k, rows) and "microseconds" in r]
             for record in sorted(timed, key=lambda r: r["microseconds"])[:6]:

@@ -157,7 +157,8 @@ def decode_matrices(instruction: Instruction, slot: Slot) -> Operation:
             data = np.ascontiguousarray(rows).reshape(-1, 8).view(np.uint8)
             warp.block.shared.store(addresses, data, warp.index, warp.clock)
         else:
-            read = warp.block.shared.load(addresses, 16, warp.index, warp.clock).view(np.uint16).reshape(-1, 8, 8)
+            found = warp.block.shared.load(addresses, 16, warp.index, warp.clock, unwritten=True)
+            read = found.view(np.uint16).reshape(-1, 8, 8)
             rows = read.transpose(0, 2, 1) if transposed else read
             for one, matrix in zip(slots, np.ascontiguousarray(rows).reshape(len(slots), 64), strict=True):
                 warp.registers[one] = matrix.view(np.uint32)

@@ -82,7 +82,7 @@ class _Decoder:
             return accesses.decode_load(instruction, self.slot, self.width)
         one_of = {"st": accesses.decode_store, "atom": accesses.decode_atomic, "stmatrix": accesses.decode_matrices,
                   "ldmatrix": accesses.decode_matrices, "shfl": accesses.decode_shuffle,
-                  "createpolicy": accesses.decode_policy}  # fmt: skip
+                  "createpolicy": accesses.decode_policy, "mma": products.decode_product_of_a_warp}  # fmt: skip
         if name in one_of and not opcode.startswith("st.async"):
             return one_of[name](instruction, self.slot)
         if opcode.startswith("prefetch.global"):

@@ -130,12 +130,18 @@ class Shared:
         places: NDArray[np.int64] = offsets[:, None] + np.arange(width)
         return places
 
-    def load(self, addresses: NDArray[np.uint32], width: int, warp: int, clock: Clock) -> Bytes:
-        """Return `width` bytes at each address, ``[lanes, width]``."""
+    def load(
+        self, addresses: NDArray[np.uint32], width: int, warp: int, clock: Clock, unwritten: bool = False
+    ) -> Bytes:
+        """Return `width` bytes at each address, ``[lanes, width]``; of `unwritten` ones, where allowed, NaN.
+
+        Rows of a matrix that nobody needs may never have been written.
+        """
         places = self.places(addresses, width)
-        self._readable(self.state[places])
+        state = self.state[places]
+        self._readable(state[state != UNWRITTEN] if unwritten else state)
         self.races.read(places, warp, clock)
-        return self.data[places]
+        return np.where(state == WRITTEN, self.data[places], np.uint8(0xFF))
 
     def store(self, addresses: NDArray[np.uint32], data: Bytes, warp: int, clock: Clock) -> None:
         """Store a row of `data` at each address."""

@@ -1,4 +1,4 @@
-"""Matrix products of a warp group (wgmma): each warp computes its own 16 rows."""
+"""Matrix products: of a warp group (wgmma), of which each warp computes its own 16 rows, and of one warp (mma.sync)."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from ptx_machine.races import CHUNK
 from ptx_machine.values import widen
 
 _NAME = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.(bf16|f16)")
+_OF_A_WARP = re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.(bf16|f16)\.f32")
 _WIDTHS = {0: 0, 1: 128, 2: 64, 3: 32}  # of a swizzle, by its code in a descriptor
 
 
@@ -32,6 +33,13 @@ class Form:
     signs: tuple[int, int]
 
 
+def _rows(words: NDArray[np.uint32], kind: str) -> NDArray[np.float32]:
+    """A ``[16, 16]`` from its registers ``[4, 32]``, of a warp group's product and of a warp's alike."""
+    # a0: row g, columns 2t, 2t+1; a1: row g + 8; a2, a3: columns + 8
+    parts = widen(words.reshape(-1).view(np.uint16), kind).reshape(2, 2, 8, 4, 2)  # k half, row half, g, t, e
+    return parts.transpose(1, 2, 0, 3, 4).reshape(16, 16)
+
+
 class Product:
     """A product under way."""
 
@@ -41,10 +49,7 @@ class Product:
     def execute(self, warp: Warp) -> None:
         """Read the operands, write the accumulators."""
         form, registers = self.form, warp.registers
-        words = np.stack([registers[slot] for slot in form.operands])  # [4, 32]
-        # a0: row g, columns 2t, 2t+1; a1: row g + 8; a2, a3: columns + 8
-        parts = widen(words.reshape(-1).view(np.uint16), form.kind).reshape(2, 2, 8, 4, 2)  # k half, row half, g, t, e
-        a = parts.transpose(1, 2, 0, 3, 4).reshape(16, 16)
+        a = _rows(np.stack([registers[slot] for slot in form.operands]), form.kind)
         raw = warp.block.shared.data.reshape(-1, CHUNK)[self.chunks].reshape(-1).view(np.uint16)
         b = widen(raw, form.kind).reshape(form.columns, 16)
         d = a * np.float32(form.signs[0]) @ (b * np.float32(form.signs[1])).T
@@ -125,6 +130,30 @@ def decode_product(instruction: Instruction, slot_of: Callable[[Operand, int], i
                     warp.registers[slot] = np.zeros(32, np.uint32)
 
     return Operation(execute, (*form.operands, descriptor), form.accumulators, asynchronous=True)
+
+
+def decode_product_of_a_warp(instruction: Instruction, slot_of: Callable[[Operand, int], int]) -> Operation:
+    """Decode mma.sync, which is done when the instruction is."""
+    name = _OF_A_WARP.fullmatch(instruction.opcode)
+    if name is None or name[1] != name[2] or any(one.kind != "vector" for one in instruction.operands):
+        raise NotImplementedError(instruction.place)
+    d, a, b, c = (tuple(slot_of(part, 32) for part in one.parts) for one in instruction.operands)
+    kind = name[1]
+
+    def execute(warp: Warp, mask: Mask) -> None:
+        if mask is not None:
+            raise HazardError("a product that only some lanes take part in")
+        rows = _rows(np.stack([warp.registers[slot] for slot in a]), kind)
+        # b0: column g, rows 2t, 2t+1; b1: rows + 8
+        columns = np.stack([warp.registers[slot] for slot in b]).reshape(-1).view(np.uint16)
+        columns = widen(columns, kind).reshape(2, 8, 4, 2).transpose(1, 0, 2, 3).reshape(8, 16)
+        # of row 8h + g and column 2t + e, d[2h + e] of lane 4g + t
+        found = (rows @ columns.T).reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, 32)
+        found = found + np.stack([warp.registers[slot] for slot in c]).view(np.float32)
+        for slot, row in zip(d, np.ascontiguousarray(found, np.float32).view(np.uint32), strict=True):
+            warp.registers[slot] = row
+
+    return Operation(execute, (*a, *b, *c), d)
 
 
 def _retire(warp: Warp, products: Sequence[Product]) -> None:

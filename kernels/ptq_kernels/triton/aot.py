@@ -182,7 +182,7 @@ def inspect(kernel: Any, form: Form) -> Report:
         all(re.search(r"R\d+, R\d+, gdesc", line) for line in wgmma) if wgmma else None,
         sass.early_overwrites(loop + loop) or sass.early_overwrites([line for _, line in lines]),
         form.tile.block_n * form.tile.block_k / threads,
-        scratch_of(kernel.asm["ptx"], explicit=form.tile.kind == "pipelined"),
+        scratch_of(kernel.asm["ptx"], explicit=form.tile.explicit),
         sass.hasty([line for _, line in lines]),
     )
 
@@ -195,13 +195,15 @@ def violations(form: Form, report: Report) -> list[str]:
     placed = 2 * (1 + form.asymmetric) * (tile.kind == "folded" and scales > 1)
     if tile.kind == "raised":
         placed = tile.block_k // 16  # the ones, of which no register has to be kept
-    wide = order_of(form.capability) == 90
+    if tile.kind == "slim":
+        placed = tile.block_k // tile.warps // 32 * (tile.block_m // 8)  # x: eight rows and 32 columns each
+    wide = order_of(form.capability) == 90 and tile.kind != "slim"  # which has mma.sync
     resident = tile.resident if form.capability in _RECORDED else 1  # others have less shared memory
     rules = [
         (_spills_little(form, report), f"spills {report.stack} bytes"),
         (not report.overwrites, f"writes operands of unfinished wgmma: {report.overwrites[:3]}"),
         (loop["I2F"] + loop["I2FP"] == 0, "converts integers to floats in the loop"),
-        (loop["LDSM"] <= placed or not wide, "sends the weight through shared memory (LDSM)"),
+        (loop["LDSM"] <= placed or order_of(form.capability) != 90, "sends the weight through shared memory (LDSM)"),
         (loop["STS"] <= scales * (1 + form.asymmetric), f"{loop['STS']} stores to shared memory in the loop"),
         (loop["PRMT"] <= _most_permutations(form, report), f"{loop['PRMT']} byte permutations in the loop"),
         (report.from_registers is True if wide else loop["HMMA"] > 0, "the tensor cores do not read registers"),
@@ -272,15 +274,17 @@ def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
     for capability in capabilities:
         # the same tile may serve several numbers of rows
         for tile in dict.fromkeys(each._replace(rows=0) for each in configs.tiles(order_of(capability))):
+            whole = tile.kind == "slim"  # neither split nor with a ragged step
+            joins = tile.kind != "exact" and not whole
             for asymmetric in (False, True):
-                found += [Form(tile, capability, dtype, asymmetric) for dtype in ("bf16", "fp16")]
-                found.append(Form(tile, capability, "bf16", asymmetric, splits=1, bias=True, even=False))
-                if tile.kind != "exact" and tile.block_m == 16:  # whose shares go by four rows or by two
+                found += [Form(tile, capability, dtype, asymmetric, 1 if whole else 2) for dtype in ("bf16", "fp16")]
+                found.append(Form(tile, capability, "bf16", asymmetric, splits=1, bias=True, even=whole))
+                if joins and tile.block_m == 16:  # whose shares go by four rows or by two
                     found.append(Form(tile, capability, "bf16", asymmetric, splits=4))
                 if capability >= ahead.LEAST_CAPABILITY:
-                    joins = tile.kind != "exact"
-                    most = configs.CLUSTERS[-1] if joins else 2  # a share of each is compiled in
-                    found.append(Form(tile, capability, "bf16", asymmetric, splits=most, bias=joins, early=True))
+                    most = 1 if whole else configs.CLUSTERS[-1] if joins else 2  # a share of each is compiled in
+                    bias = tile.kind != "exact"
+                    found.append(Form(tile, capability, "bf16", asymmetric, splits=most, bias=bias, early=True))
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from ptq_kernels.triton.workspace import COUNTERS, PART_BYTES
 
 SHIPPED = Path(__file__).with_name("configs.json")
-BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # numbers of rows are rounded up to one of these
+BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # numbers of rows are rounded up to one of these
+FEW = 8  # rows that slim tiles are for; where none was timed to be faster they take the plan of the next bucket
 CLUSTERS = (2, 4, 8)  # sizes of one that shares a tile (clusters.py); more than 8 programs not every GPU takes
 USUAL_ROWS = 512  # up to so many every weight may have a kernel; for more only one that was timed with it
 _SMALL = 64  # rows of the largest bucket that one tile covers
@@ -30,13 +31,18 @@ class Tile(NamedTuple):
     stages: int
     max_registers: int | None  # a limit for the compiler; None: its own choice
     resident: int  # programs that fit a multiprocessor, by registers and shared memory
-    kind: str = "exact"  # the kernel: "exact", "raised" (tiled.py), "folded" (wide.py), "pipelined" (pipelined.py)
+    kind: str = "exact"  # the kernel: "exact", "raised" (tiled.py), "folded" (wide.py), "pipelined", "slim" (theirs)
 
     @property
     def name(self) -> str:
         """What tells it from the other tiles for the same rows, bits and span."""
         sizes = f"{self.block_m}x{self.block_n}x{self.block_k}"
         return sizes if self.kind == "exact" else f"{sizes} {self.kind}"
+
+    @property
+    def explicit(self) -> bool:
+        """Whether its kernel is written in Gluon, for Hopper, which Triton's interpreter does not know."""
+        return self.kind in ("pipelined", "slim")
 
 
 class Gpu(NamedTuple):
@@ -59,7 +65,7 @@ class Problem(NamedTuple):
     rows: int  # M, or a bucket
     n: int
     k: int
-    pipelined: bool = False  # whether pipelined tiles may serve it, see recipes.pipelines
+    explicit: bool = False  # whether kernels written in Gluon may serve it, see recipes.explicit
 
 
 class Plan(NamedTuple):
@@ -117,7 +123,8 @@ def tiles(order: int) -> list[Tile]:
 def candidates(gpu: Gpu, problem: Problem) -> list[Tile]:
     """The tiles that can serve a problem, those made for its number of rows."""
     same = [t for t in tiles(gpu.order) if (t.bits, t.span) == (problem.bits, problem.span)]
-    same = [t for t in same if problem.pipelined or t.kind != "pipelined"]
+    same = [t for t in same if problem.explicit or not t.explicit]
+    same = [t for t in same if t.kind != "slim" or problem.k % t.block_k == 0]
     rows = min((t.rows for t in same if t.rows >= problem.rows), default=max(t.rows for t in same))
     return [t for t in same if t.rows == rows]
 
@@ -132,8 +139,13 @@ def dequantize_from(gpu: Gpu) -> int:
 
 
 def fits(tile: Tile, problem: Problem, splits: int) -> bool:
-    """Whether so many splits have work for each, and room in the workspace; of a pipelined tile, are a cluster."""
+    """Whether so many splits have work for each, and room in the workspace; of a pipelined tile, are a cluster.
+
+    A slim tile is never split, and its steps are whole.
+    """
     steps = -(-problem.k // tile.block_k)
+    if tile.kind == "slim":
+        return splits == 1 and problem.k % tile.block_k == 0
     if splits == 1:
         return True
     if tile.kind == "pipelined":
@@ -188,6 +200,8 @@ def plan(gpu: Gpu, problem: Problem) -> Plan:
     problem = problem._replace(rows=bucket(problem.rows))
     if found_in_table := listed(gpu, problem):
         return found_in_table
+    if problem.rows == FEW:
+        return plan(gpu, problem._replace(rows=BUCKETS[1]))
     # none of the other kinds was ever timed: only `tune` chooses them
     exact = [tile for tile in candidates(gpu, problem) if tile.kind == "exact"]
     found = [Plan(tile, splits_by_rule(gpu, tile, problem)) for tile in exact]

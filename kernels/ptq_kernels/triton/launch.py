@@ -36,6 +36,7 @@ class _Launch:
     """The kernel of a tile with one set of constants, for any rows that `plan` serves."""
 
     def __init__(self, plan: Plan, layer: "_Layer") -> None:
+        self.plan = plan
         self.tile, self.splits, early = plan
         if w4a16.interpreted() or not recipes.begins_early(layer.gpu):
             early = 0
@@ -57,6 +58,12 @@ class _Launch:
                 f"a pipelined tile must be split into {', '.join(map(str, configs.CLUSTERS))} programs with a step of "
                 f"{plan.tile.block_k} columns each, or not at all, found {self.splits} splits of {steps} steps"
             )
+        if self.tile.kind == "slim" and (self.splits > 1 or layer.shape[1] % self.tile.block_k):
+            raise ValueError(  # columns beyond the last whole step would be left out
+                f"a slim tile must not be split and its steps of {self.tile.block_k} columns must divide those of the "
+                f"weight, found {self.splits} splits and {layer.shape[1]} columns"
+            )
+        self.takes_parts = "parts_ptr" in recipes.kernel_of(self.tile).arg_names
         self.compiled: Any = None
         self.described: dict[int, Any] = {}  # descriptors of weights, by their addresses
 
@@ -67,8 +74,11 @@ class _Launch:
         rows, outputs, columns = sizes
         grid = (-(-outputs // self.tile.block_n) * -(-rows // self.tile.block_m), self.splits // self.cluster, 1)
         described = self._describe(x, qweight, sizes)
-        rest = (qweight, x if bias is None else bias, y)
-        tensors = rest if described else (x, *rest, *workspace.get(x.device, stream))
+        tensors: tuple[Tensor, ...] = (qweight, x if bias is None else bias, y)
+        if not described:
+            tensors = (x, *tensors)
+        if self.takes_parts:
+            tensors = (*tensors, *workspace.get(x.device, stream))
         if self.compiled is not None:
             self.compiled(grid, stream, described, tensors, sizes)
             return
@@ -129,7 +139,7 @@ class _Layer:
         self.has_bias = has_bias
         self.shape = (weight.out_features, weight.in_features)
         same = weight.scales.dtype == x.dtype  # as the kernel multiplies them
-        self.pipelined = same and not w4a16.interpreted() and recipes.pipelines(self.gpu, self.shape[1])
+        self.explicit = same and not w4a16.interpreted() and recipes.explicit(self.gpu, self.shape[1])
         self.most_rows = self._most_rows() if x.dtype != torch.float32 else 0  # and more are dequantized for
         self.launches: dict[int, _Launch] = {}
 
@@ -143,7 +153,7 @@ class _Layer:
         return most
 
     def _problem(self, rows: int) -> Problem:
-        return Problem(self.bits, self.span, rows, *self.shape, self.pipelined)
+        return Problem(self.bits, self.span, rows, *self.shape, self.explicit)
 
     def plan(self, rows: int) -> Plan:
         """How a number of rows is computed."""
@@ -157,7 +167,9 @@ class _Layer:
             bucket = configs.bucket(rows)
             found = self.launches.get(bucket)
             if found is None:
-                found = _Launch(self.plan(bucket), self)
+                plan = self.plan(bucket)
+                same = (each for each in self.launches.values() if each.plan == plan)
+                found = next(same, None) or _Launch(plan, self)
             self.launches[bucket] = self.launches[rows] = found  # to find the bucket takes longer than to look it up
         return found
 

@@ -14,16 +14,16 @@ from ptq_kernels.triton.wide import wide_kernel
 
 @cache
 def _gluon() -> bool:
-    """Whether this Triton has the language of pipelined kernels, an experimental part of it, as they use it."""
+    """Whether this Triton has the language of explicit kernels, an experimental part of it, as they use it."""
     try:
-        from ptq_kernels.triton import pipelined  # noqa: F401
+        from ptq_kernels.triton import pipelined, slim  # noqa: F401
     except (ImportError, AttributeError):
         return False
     return True
 
 
-def pipelines(gpu: Gpu, columns: int) -> bool:
-    """Whether pipelined kernels run on a GPU: Hopper's instructions, and rows of x of whole 16 bytes to copy."""
+def explicit(gpu: Gpu, columns: int) -> bool:
+    """Whether kernels written in Gluon run: Hopper's instructions, and rows of x of whole 16 bytes to copy."""
     return gpu.capability // 10 == 9 and columns % 8 == 0 and _gluon()
 
 
@@ -33,6 +33,10 @@ def kernel_of(tile: Tile) -> Any:
         from ptq_kernels.triton.pipelined import pipelined_kernel
 
         return pipelined_kernel
+    if tile.kind == "slim":
+        from ptq_kernels.triton.slim import slim_kernel
+
+        return slim_kernel
     return wide_kernel if tile.kind == "folded" else tiled_kernel
 
 
@@ -40,7 +44,8 @@ def cluster(gpu: Gpu, tile: Tile, splits: int) -> int:
     """How many programs of a launch are a cluster (clusters.py); 1: none, as of exact tiles, which were timed so."""
     if tile.kind == "pipelined":
         return splits
-    return splits if tile.kind != "exact" and splits in CLUSTERS and gpu.capability // 10 == 9 else 1
+    alone = tile.kind in ("exact", "slim")  # slim ones are never split
+    return splits if not alone and splits in CLUSTERS and gpu.capability // 10 == 9 else 1
 
 
 def begins_early(gpu: Gpu) -> bool:
@@ -52,7 +57,7 @@ def options(tile: Tile, early: bool) -> dict[str, Any]:
     """The options of Triton for a tile whose kernel may begin early."""
     # Fusing is for the accumulator's multiply-add: Triton 3.10 no longer fuses unasked.
     chosen = {"num_warps": tile.warps, "enable_fp_fusion": True}
-    if tile.kind != "pipelined":  # which has its own stages
+    if not tile.explicit:  # which have their own stages
         chosen["num_stages"] = tile.stages
     if early:
         chosen["launch_pdl"] = True

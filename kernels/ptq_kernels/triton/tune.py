@@ -87,10 +87,15 @@ def graph_times(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> lis
 
 
 def plans(gpu: Gpu, problem: Problem) -> list[Plan]:
-    """Every tile with every number of splits that has work for each, room in the workspace, and at most two waves."""
+    """Every tile with every number of splits that has work for each, room in the workspace, and at most two waves.
+
+    For `configs.FEW` rows slim tiles only: the plan for more is what they are compared with.
+    """
     problem = problem._replace(rows=configs.bucket(problem.rows))
     found = []
     for tile in configs.candidates(gpu, problem):
+        if problem.rows == configs.FEW != tile.rows:
+            continue
         outputs = -(-problem.n // tile.block_n) * -(-problem.rows // tile.block_m)
         waves = 2 * gpu.processors * tile.resident
         found += [
@@ -108,34 +113,44 @@ def tune(
 
     Where kernels can begin early (ahead.py), the three best plans of a problem are timed so as well. Plans that the GPU
     or the compiler refuses are passed over. Of more than `configs.USUAL_ROWS` rows only plans are written that are
-    faster than the dequantized weight. Where there are problems of 65 up to so many rows, the number of rows from which
-    a weight is dequantized is written at the end, unless `threshold` is False. The file keeps its other entries. It is
-    written after each problem, under a lock, and replaced at once, so that several processes may tune at the same time
-    and readers never see half of it.
+    faster than the dequantized weight, of `configs.FEW` rows only those that are faster than the plan for more. Where
+    there are problems of 65 up to so many rows, the number of rows from which a weight is dequantized is written at the
+    end, unless `threshold` is False. The file keeps its other entries. It is written after each problem, under a lock,
+    and replaced at once, so that several processes may tune at the same time and readers never see half of it.
 
     Raises RuntimeError for a problem of which no plan can run.
     """
     configs.readable(configs.user_file())
     best: dict[Problem, tuple[Plan, float]] = {}
     dense: dict[Problem, float] = {}
-    for problem in problems:
-        problem = problem._replace(rows=configs.bucket(problem.rows))
+    problems = [problem._replace(rows=configs.bucket(problem.rows)) for problem in problems]
+    for problem in sorted(problems, key=lambda each: each.rows == configs.FEW):  # whose rival is tuned before
         timed = [pair for plan in plans(gpu, problem) if (pair := _timed(timer, plan, problem))]
         timed.sort(key=lambda pair: pair[0])
         early = [plan._replace(early=ahead.BYTES) for _, plan in timed[:3] if recipes.begins_early(gpu)]
         timed += [pair for plan in early if (pair := _timed(timer, plan, problem))]
+        rival = _rival(gpu, problem, timer)
+        timed += [rival] if rival else []
         if not timed:
             raise RuntimeError(f"a plan for {problem} must run on {gpu} to be timed, none does; see the warnings")
         microseconds, plan = min(timed, key=lambda pair: pair[0])
         best[problem] = (plan, microseconds)
         if problem.rows > _SMALL:
             dense[problem] = timer(None, problem)
-        worse = problem.rows > configs.USUAL_ROWS and dense[problem] <= microseconds
+        worse = (problem.rows > configs.USUAL_ROWS and dense[problem] <= microseconds) or rival == (microseconds, plan)
         _merge(configs.user_file(), _entry(gpu, problem, plan, microseconds, provenance), keep=not worse)
     if threshold:
         settle(gpu, best, dense)
     launch.forget()
     return best
+
+
+def _rival(gpu: Gpu, problem: Problem, timer: Timer) -> tuple[float, Plan] | None:
+    """Of few rows the plan for more, which needs no entry of its own to be taken."""
+    if problem.rows != configs.FEW:
+        return None
+    configs.forget()  # what has just been tuned counts
+    return _timed(timer, configs.plan(gpu, problem._replace(rows=configs.FEW + 1)), problem)
 
 
 def _timed(timer: Timer, plan: Plan, problem: Problem) -> tuple[float, Plan] | None:
@@ -250,5 +265,5 @@ def tune_device(
     name = torch.cuda.get_device_name(device)
     provenance = f"timed on {name}, torch {torch.__version__}"
     gpu = launch.gpu(device.index)
-    problems = [Problem(bits, span, m, n, k, recipes.pipelines(gpu, k)) for n, k in shapes for m in rows]
+    problems = [Problem(bits, span, m, n, k, recipes.explicit(gpu, k)) for n, k in shapes for m in rows]
     return tune(gpu, problems, GraphTimer(device, dtype, group_size), provenance)
