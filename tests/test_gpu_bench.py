@@ -79,7 +79,9 @@ def test_a_product_that_is_wrong_costs_its_own_cell_only(tmp_path: Path) -> None
     } | {("bf16 again", 256, 1), ("bf16 again", 128, 1)}
 
 
-@pytest.mark.parametrize(("bench", "records"), [("gpu_decode.py", 6), ("gpu_tune.py", 14), ("gpu_variants.py", 300)])
+@pytest.mark.parametrize(
+    ("bench", "records"), [("gpu_decode.py", 6), ("gpu_tune.py", 14), ("gpu_variants.py", 300), ("gpu_limits.py", 9)]
+)
 def test_the_other_benches_run_in_little(bench: str, records: int, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     output = tmp_path / "out.json"
@@ -88,6 +90,32 @@ def test_the_other_benches_run_in_little(bench: str, records: int, tmp_path: Pat
     found = json.loads(output.read_text(encoding="utf-8"))["records"]
     assert len(found) >= records  # as many as the tables had tiles for, when this was written
     assert not [record for record in found if "refused" in record]
+
+
+def test_counters_of_a_profiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stand-in that writes what Nsight Compute writes: what precedes the table, names, units, a row a kernel."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(BENCHES))
+    import gpu_limits
+    from ptq_kernels.triton.configs import Gpu
+
+    tool = tmp_path / "ncu"
+    monkeypatch.setattr(gpu_limits, "profiler", lambda: str(tool))
+    header = '"ID","Kernel Name","gpu__time_duration.sum","launch__registers_per_thread","dram__bytes_read.sum","other"'
+    kernels = "".join(f'"{i}","tiled_kernel","{7 + i}.5","128","8,912,896","1"\n' for i in range(3))
+    text = f'==PROF== Connected\n{header}\n"","","ns","register/thread","byte",""\n{kernels}==PROF== Disconnected\n'
+    (tmp_path / "text").write_text(text)
+    script = '#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\n'
+    tool.write_text(f'{script}cp {tmp_path / "text"} "$2"\n')
+    tool.chmod(0o755)
+    found = gpu_limits.counters(Gpu(90, 132), 20)
+    names = ("gpu__time_duration.sum", "launch__registers_per_thread", "dram__bytes_read.sum")
+    assert [tuple(record["counters"].items()) for record in found] == [
+        tuple(zip(names, (7.5 + i, 128.0, 8912896.0), strict=True)) for i in range(3)
+    ]
+    assert [(r["n"], r["m"], r["tile"]) for r in found[:2]] == [(4096, 8, "16x128x128"), (4096, 8, "8x16x1024 slim")]
+    tool.write_text("#!/bin/sh\necho no permission\n")
+    assert "0 kernels of 24: no permission" in gpu_limits.counters(Gpu(90, 132), 20)[0]["counters"]
 
 
 def test_what_the_attention_of_the_decoding_bench_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
