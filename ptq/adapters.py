@@ -117,7 +117,7 @@ def require_peft() -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "adapters need the package peft, which is not installed: pip install 'ptq[adapters]'"
+            "adapters need the package peft, which is not installed: pip install peft"
         ) from error
 
 

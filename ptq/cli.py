@@ -14,11 +14,13 @@ from ptq.cli_compare import compare_arguments, sweep_arguments
 from ptq.cli_push import lint_arguments, push_arguments
 from ptq.cli_tasks import run_tasks, task_arguments
 from ptq.cli_tune import run_tune, tune_arguments
-from ptq.errors import ConfigError, PtqError
+from ptq.errors import ConfigError, GateError, PtqError
 
 if TYPE_CHECKING:
     from ptq.config import RunConfig
+    from ptq.plan import Plan
 
+SAMPLES, LENGTH = 128, 512  # of the text that an export is solved on
 INTERRUPTED = (
     "interrupted: nothing was written under the output's name; a quantization is continued by the same command, from "
     "the last finished block"
@@ -53,7 +55,7 @@ def main_of_method(method: str, arguments: Sequence[str] | None = None) -> int:
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Parse, run, and turn every error into a sentence and an exit code: 2 for usage, 1 for failure."""
+    """Parse, run, and turn every error into a sentence and an exit code: 2 usage, 3 a gate, 1 any other failure."""
     options = parser.parse_args(arguments)
     action: Callable[[argparse.Namespace], int] = options.action
     try:
@@ -63,7 +65,8 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
     except BrokenPipeError:
         return 1
     except PtqError as error:
-        return _fail(options, str(error), 2 if isinstance(error, ConfigError) else 1)
+        code = 3 if isinstance(error, GateError) else 2 if isinstance(error, ConfigError) else 1
+        return _fail(options, str(error), code)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -104,7 +107,7 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help=where)
     change = "override a key of the configuration, e.g. calibration.samples=64"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change)
-    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan; touch no weight")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, check output and text; read no weight")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
     fresh = "start over instead of continuing a run that was cut short"
     parser.add_argument("--fresh", action="store_true", help=fresh)
@@ -124,7 +127,7 @@ def _quantize(options: argparse.Namespace) -> int:
             f"use python -m ptq quantize, or --set method={options.method}"
         )
     if options.dry_run:
-        return _print_plan(config) if ranks.first else 0
+        return _try(config, options.overwrite) if ranks.first else 0
     from ptq.evaluation import show
     from ptq.pipeline import quantize
     from ptq.report import summary
@@ -151,10 +154,23 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace) -> int:
     from ptq.config import load_config
 
-    return _print_plan(load_config(options.config, options.overrides))
+    _print_plan(load_config(options.config, options.overrides))
+    return 0
 
 
-def _print_plan(config: "RunConfig") -> int:
+def _try(config: "RunConfig", overwrite: bool) -> int:
+    """What a run does before it reads a weight: output, plan, calibration text."""
+    from ptq.formats.staging import require_writable
+    from ptq.prepared import Prepared
+
+    require_writable(Path(config.output).expanduser().resolve(), overwrite)
+    plan = _print_plan(config)
+    if config.calibrates:
+        Prepared().batches(plan)
+    return 0
+
+
+def _print_plan(config: "RunConfig") -> "Plan":
     from ptq.plan import describe, make_plan
     from ptq.predict import describe_prediction, home_of, predict
     from ptq.predict_time import measure_rates
@@ -166,7 +182,7 @@ def _print_plan(config: "RunConfig") -> int:
     print(describe(plan))
     found = predict(plan, measure_rates(plan.device, existing, plan.dtype), anonymous_bytes(), home_of(plan))
     print(describe_prediction(found))
-    return 0
+    return plan
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -180,7 +196,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
                         help="of the activations; float32 takes their rounding out of the comparison")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
-    gate = "exit with 1 if this holds, as in 'kl>0.05' (kl, perplexity, top1; >, >=, <, <=); may be given again"
+    gate = "exit with 3 if this holds, as in 'kl>0.05' (kl, perplexity, top1; >, >=, <, <=); may be given again"
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help=gate)
     task_arguments(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
@@ -191,6 +207,8 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 def _eval(options: argparse.Namespace) -> int:
     from ptq.gate import parse_condition, require_parent, require_passed
 
+    if options.json and not (folder := Path(options.json).expanduser().parent).is_dir():
+        raise ConfigError(f"--json must name a file in a directory that exists; {folder} does not: create it")
     conditions = [parse_condition(text) for text in options.fail_if]
     require_parent(conditions, options.parent)
     document = run_tasks(options)
@@ -251,11 +269,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--type", required=True, help="Q4_0, Q4_1, Q8_0, Q4_K_M, Q5_K_M, Q6_K or F16")
     parser.add_argument("--out", metavar="PATH", help="file, or directory for NAME-TYPE.gguf (default: here)")
     parser.add_argument("--text", action="append", metavar="FILE", help="solve for the block formats on this text")
-    parser.add_argument("--samples", type=int, default=128, help="sequences of it (default %(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each (default %(default)s)")
+    parser.add_argument("--samples", type=int, help=f"sequences of it (default {SAMPLES})")
+    parser.add_argument("--length", type=int, help=f"tokens of each (default {LENGTH})")
     how = "take text and options from the calibration and gptq sections of a configuration instead"
     parser.add_argument("--config", metavar="FILE", help=how)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N to solve on (default auto)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     _debug_argument(parser)
@@ -269,12 +287,18 @@ def _export(options: argparse.Namespace) -> int:
 
     if options.config and options.text:
         raise ConfigError("export takes its text from --text or from --config, found both: leave one of them out")
+    given = [f"--{name}" for name in ("samples", "length", "device") if getattr(options, name) is not None]
+    if given and not options.text:
+        found = "--config, which has its own" if options.config else "none"
+        raise ConfigError(f"{', '.join(given)} need --text FILE to solve on; found {found}: leave them out")
     run = load_config(options.config) if options.config else None
     if options.text:
         text = DatasetConfig(files=tuple(options.text))
-        calibration = CalibrationConfig(dataset=text, samples=options.samples, sequence_length=options.length)
+        samples = SAMPLES if options.samples is None else options.samples
+        length = LENGTH if options.length is None else options.length
+        calibration = CalibrationConfig(dataset=text, samples=samples, sequence_length=length)
         run = RunConfig(
-            model=options.checkpoint, output="", method="gptq", device=options.device, calibration=calibration
+            model=options.checkpoint, output="", method="gptq", device=options.device or "auto", calibration=calibration
         )  # fmt: skip
         check_rules(run, "")
         check_rules(calibration, "calibration")

@@ -1,6 +1,7 @@
 """What ``ptq eval`` has for tasks of lm-evaluation-harness."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ptq.errors import ConfigError
@@ -20,13 +21,20 @@ def run_tasks(options: argparse.Namespace) -> dict[str, Any]:
     """The result, which is printed as well; nothing where no task was asked for.
 
     Raises:
-        ConfigError: neither tasks nor a text, a condition without a text, and as `ptq.tasks.evaluate_tasks`.
+        ConfigError: neither tasks nor a text, a condition without a text, options of tasks without any, and as
+            `ptq.tasks.evaluate_tasks`.
     """
     if not options.text and (options.fail_if or not options.tasks):
         wanted = "--fail-if needs --text FILE" if options.tasks else "eval needs --text FILE or --tasks NAMES"
         raise ConfigError(f"{wanted}; found {'--tasks alone' if options.tasks else 'neither'}")
     if not options.tasks:
+        given = ("include", "fewshot", "limit", "chat_template")
+        idle = [f"--{name.replace('_', '-')}" for name in given if getattr(options, name) not in (None, False)]
+        if idle:
+            raise ConfigError(f"{', '.join(idle)} need --tasks NAMES; found none: name tasks, or leave them out")
         return {}
+    if options.include and not Path(options.include).is_dir():
+        raise ConfigError(f"--include must be a directory with task files; {options.include} is none")
     from ptq.tasks import TaskSettings, evaluate_tasks, show
 
     models = {"parent": options.parent} if options.parent else {}

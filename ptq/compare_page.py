@@ -24,7 +24,7 @@ def write_comparison(document: Document, directory: Path) -> list[str]:
     atomic_write_text(directory / "compare.html", comparison_page(document))
     said = [f"comparison  {directory / 'compare.html'}", f"figures     {directory / 'compare.json'}"]
     if find_spec("matplotlib") is None:
-        return [*said, "compare.png was not written, which needs matplotlib: pip install 'ptq[plot]'"]
+        return [*said, "compare.png was not written, which needs matplotlib: pip install matplotlib"]
     draw(document, directory / "compare.png")
     return [*said, f"plot        {directory / 'compare.png'}"]
 

@@ -25,7 +25,7 @@ _BITS_OR_BUDGET = checked(
     lambda bits: isinstance(bits, BitBudget) or bits in WIDTHS, "2, 3, 4 or 8, or {budget: average}"
 )
 _GROUP = checked(lambda size: size == -1 or size >= 1, "-1 (one group per channel) or 1 or more columns")
-_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
+DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"([1-9][0-9]*)(KB|MB|GB|TB)")
 
@@ -173,7 +173,8 @@ class RunConfig:
     ``exclude``: module path patterns that stay as they are, ``lm_head`` meaning the output head whatever its name;
     ``overrides``: module path pattern to
     :class:`SchemeOverride`, later entries win (for patterns see :func:`matches`);
-    ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``dtype``: of the model while it runs, ``auto`` as stored;
+    ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``dtype``: of the model while it runs and of
+        what it keeps in float, in the checkpoint too, ``auto`` as stored;
     ``trust_remote_code``: run Python code that comes with the model; ``max_shard_size``: of a checkpoint file, as in
     ``5GB`` (powers of ten); ``strict``: numerical rescues become errors;
     ``calibration``, ``gptq``, ``awq``, ``refine``, ``evaluation``: see their classes; ``evaluation: null``
@@ -192,7 +193,7 @@ class RunConfig:
     overrides: Mapping[str, SchemeOverride] = field(default_factory=dict)
     device: str = field(
         default="auto",
-        metadata=checked(lambda device: _DEVICE.fullmatch(device) is not None, "auto, cpu, cuda or cuda:N (as cuda:1)"),
+        metadata=checked(lambda device: DEVICE.fullmatch(device) is not None, "auto, cpu, cuda or cuda:N (as cuda:1)"),
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     trust_remote_code: bool = False

@@ -9,6 +9,10 @@ class ConfigError(PtqError):
     """The run was described wrongly: an unknown key, a wrong type, an impossible combination (exit code 2)."""
 
 
+class GateError(PtqError):
+    """A checkpoint that a condition of ``--fail-if`` rules out (exit code 3)."""
+
+
 class DataError(PtqError):
     """Calibration or evaluation text that cannot be read, or that is too short."""
 

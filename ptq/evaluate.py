@@ -18,6 +18,8 @@ from ptq.models.streamed import StreamedModel
 
 # Tokens whose hidden states stay in memory between two readings of a streamed model's weights.
 SEGMENT_TOKENS = 65536
+# Windows that run together.
+BATCH = 8
 # Rows of logits turned into float32 probabilities at a time.
 CHUNK_ROWS = 256
 
@@ -80,7 +82,7 @@ def streamed(model: StreamedModel, alter: Callable[[nn.Module, str], Any] | None
 
 
 def compare(
-    parent: Scorer, others: Mapping[str, Scorer], windows: Iterable[TextWindow], *, batch_size: int = 8
+    parent: Scorer, others: Mapping[str, Scorer], windows: Iterable[TextWindow], *, batch_size: int = BATCH
 ) -> dict[str, Metrics]:
     """Metrics of a parent (under "parent") and of every other model against it.
 
@@ -96,14 +98,16 @@ def compare(
         groups = list(_batches(segment, batch_size))
         batches = [torch.stack([w.tokens for w in group]) for group in groups]
         scorers = [parent(batches), *(score(batches) for score in others.values())]
-        for group, batch, *logits in zip(groups, batches, *scorers, strict=True):
+        for group, batch in zip(groups, batches, strict=True):
+            logits = [next(scorer) for scorer in scorers]
             _add(sums, group, batch, logits)
+            del logits  # before the next ones are computed
     if sums["parent"].tokens == 0:
         raise DataError("evaluation needs at least one window of text; found none: give more text or a shorter window")
     return {name: total.metrics(name == "parent") for name, total in sums.items()}
 
 
-def perplexity(model: nn.Module, windows: Iterable[TextWindow], *, batch_size: int = 8) -> float:
+def perplexity(model: nn.Module, windows: Iterable[TextWindow], *, batch_size: int = BATCH) -> float:
     """Perplexity of a model in memory over windows of text; raises as `compare`."""
     return compare(in_memory(model), {}, windows, batch_size=batch_size)["parent"].perplexity
 

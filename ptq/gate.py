@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ptq.errors import ConfigError, PtqError
+from ptq.errors import ConfigError, GateError
 from ptq.schema import suggestion
 
 # Name as it may be typed -> key of an evaluation's row.
@@ -79,8 +79,8 @@ def require_passed(conditions: Iterable[Condition], row: Mapping[str, Any]) -> N
     """Compare an evaluation's row, ``{"perplexity": ..., "kl": ..., "top1": ...}``, with every condition.
 
     Raises:
-        PtqError: at least one condition holds; all that do are named.
+        GateError: at least one condition holds; all that do are named.
     """
     met = [f"{c.text!r} holds: {c.metric} is {row[c.metric]:.6g}" for c in conditions if c.holds(row[c.metric])]
     if met:
-        raise PtqError(f"the checkpoint fails its gate: {'; '.join(met)}")
+        raise GateError(f"the checkpoint fails its gate: {'; '.join(met)}")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ptq.budget import check_budget
-from ptq.config import BitBudget, RunConfig, matches, scheme_for, unused_patterns
+from ptq.config import DEVICE, BitBudget, RunConfig, matches, scheme_for, unused_patterns
 from ptq.errors import ConfigError
 from ptq.formats import CODECS
 from ptq.formats.checkpoint import CheckpointReader
@@ -126,10 +126,12 @@ def resolve_device(name: str) -> torch.device:
     """The device to run on; ``auto`` is CUDA where there is one.
 
     Raises:
-        ConfigError: CUDA was asked for and is not there.
+        ConfigError: it is none of auto, cpu, cuda and cuda:N, or CUDA was asked for and is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not DEVICE.fullmatch(name):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; found {name!r}")
     device = torch.device(name)
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.type == "cuda" and (device.index or 0) >= count:
@@ -273,6 +275,8 @@ def describe(plan: Plan) -> str:
         f"size       {size.before / 1e6:.1f} MB -> {size.after / 1e6:.1f} MB, "
         f"{size.bits_per_weight:.3f} bits a quantized weight"
     )
+    if isinstance(plan.config.bits, BitBudget):
+        lines.append("budget     is spent before the solve, by a pass over all blocks that the figures below leave out")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ptq.journal import KEPT
 from ptq.plan import Plan, estimate_size
-from ptq.predict_memory import block_work, largest_block, model_work, outer_bytes, tokens_of, width
+from ptq.predict_memory import block_work, evaluation_work, largest_block, model_work, outer_bytes, tokens_of, width
 from ptq.predict_time import Rates, seconds_of
 
 # Of a GPU's free memory: the rest goes to fragments and to what libraries allocate.
@@ -25,11 +25,12 @@ class Prediction(NamedTuple):
     memory: dict[str, int]  # parts of the peak, on the device that solves
     host: dict[str, int]  # parts of the peak beside a GPU; empty without one
     disk: dict[str, int]
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # of the solve
+    evaluation: dict[str, int]  # parts of the peak of the evaluation that follows; empty without one
 
     @property
     def peak(self) -> int:
-        """Bytes on the device that solves."""
+        """Bytes on the device that solves, until the checkpoint is written."""
         return sum(self.memory.values())
 
 
@@ -72,9 +73,13 @@ def predict(plan: Plan, rates: Rates, base: int = 0, home: torch.device | None =
     disk = {"output": size.after, "shard in the making": shard, "journal of hidden states": journal}
     if plan.config.refine.model_steps:
         disk["refined weights"] = size.after  # beside those they replace
-    return Prediction(
-        {k: v for k, v in memory.items() if v}, host, disk, seconds_of(plan, block, rates, disk, 1 / (KEPT + 1))
-    )
+    evaluation = evaluation_work(plan)
+    if evaluation and plan.device.type == "cuda":
+        del evaluation["hidden states"]  # on the host, as before
+    elif evaluation:
+        evaluation = {"process": base, **evaluation}
+    seconds = seconds_of(plan, block, rates, disk, 1 / (KEPT + 1))
+    return Prediction({k: v for k, v in memory.items() if v}, host, disk, seconds, evaluation)
 
 
 def home_of(plan: Plan, room: int | None = None) -> torch.device:
@@ -95,12 +100,15 @@ def home_of(plan: Plan, room: int | None = None) -> torch.device:
 
 def describe_prediction(prediction: Prediction) -> str:
     """As lines of text, for ``ptq plan``."""
-    lines = [f"memory     {_gigabytes(prediction.peak)} at the peak: {_parts(prediction.memory)}"]
+    lines = [f"memory     {_gigabytes(prediction.peak)} at the peak of the solve: {_parts(prediction.memory)}"]
     if prediction.host:
         lines.append(f"host       {_gigabytes(sum(prediction.host.values()))} at the peak: {_parts(prediction.host)}")
+    if prediction.evaluation:
+        needed = _gigabytes(sum(prediction.evaluation.values()))
+        lines.append(f"evaluation {needed} at the peak, after the solve: {_parts(prediction.evaluation)}")
     lines.append(f"disk       {_gigabytes(sum(prediction.disk.values()))} at the peak: {_parts(prediction.disk)}")
     stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in prediction.seconds.items())
-    lines.append(f"time       about {_duration(sum(prediction.seconds.values()))}: {stages}")
+    lines.append(f"time       about {_duration(sum(prediction.seconds.values()))} for the solve: {stages}")
     return "\n".join(lines)
 
 

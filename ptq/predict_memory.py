@@ -11,6 +11,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ptq.calibration.capture import CHUNK_ROWS, STARVED
+from ptq.evaluate import BATCH, SEGMENT_TOKENS
+from ptq.evaluate import CHUNK_ROWS as SCORED_ROWS
 from ptq.gptq.candidates import CHUNK_WEIGHTS as CANDIDATE_WEIGHTS
 from ptq.gptq.inverse import ROWS
 from ptq.models.structure import linears
@@ -25,6 +27,7 @@ COPIES = 4  # of the weights that several candidates are solved for together: st
 # forward and back.
 REFINED = 7 * FLOAT
 SAVED = 9  # bytes that the way back needs, for every output of a Linear
+SCORED = 8  # float32 copies of some rows of logits: two distributions, their distance, and its sum in float64
 LOGITS = 4  # held at once, in the dtype of the model: of the two models, and the gradient twice
 
 
@@ -119,6 +122,21 @@ def model_work(plan: Plan, block: Block) -> dict[str, int]:
         "refined weights": REFINED * sum(n * k for n, k in (plan.shapes[name] for name in plan.targets)),
         "activations": SAVED * tokens * outputs,
         "logits": LOGITS * plan.dtype.itemsize * tokens * vocabulary(plan),
+    }
+
+
+def evaluation_work(plan: Plan) -> dict[str, int]:
+    """Bytes of the evaluation after the solve, beside the process, while the models' first logits are compared."""
+    settings = plan.config.evaluation
+    if settings is None:
+        return {}
+    models = 3 if plan.config.solves_with_text else 2  # the parent, that rounded to nearest, the result
+    batch = min(BATCH * settings.window, settings.tokens)
+    logits = models * plan.dtype.itemsize * batch + SCORED * FLOAT * min(SCORED_ROWS, settings.window)
+    return {
+        "embeddings and heads": models * outer_bytes(plan),
+        "hidden states": models * min(settings.tokens, SEGMENT_TOKENS) * width(plan) * plan.dtype.itemsize,
+        "logits": logits * vocabulary(plan),
     }
 
 

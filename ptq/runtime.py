@@ -133,7 +133,8 @@ def load(
     Args:
         path: directory or hub name; this project's checkpoints, GPTQ, AWQ, compressed-tensors and AutoRound ones of
             others (docs/load.md says which); float checkpoints too.
-        device: where to put it; default CUDA where there is one.
+        device: where to put it, a torch.device or ``auto``, ``cpu``, ``cuda``, ``cuda:N``; default CUDA where there is
+            one.
         impl: kernel to use (``auto``, ``reference``, ``triton``, ``cpu``); an explicit one that cannot run raises.
         activation: "int8" rounds the inputs of packed Linears to 8 bits, row by row, which is faster on CPUs with
             AVX512-VNNI or AMX and costs about 1 % of their outputs; RuntimeError where that cannot run.
@@ -163,7 +164,7 @@ def load(
     """
     from ptq.plan import resolve_device
 
-    target = torch.device(device) if device is not None else resolve_device("auto")
+    target = device if isinstance(device, torch.device) else resolve_device(device or "auto")
     checkpoint = open_checkpoint(path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     model = checkpoint.model
     if head_bits is not None:

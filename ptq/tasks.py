@@ -99,7 +99,7 @@ def _require_harness() -> None:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "tasks need lm-evaluation-harness, which is not installed: pip install 'ptq[eval]'"
+            "tasks need lm-evaluation-harness, which is not installed: pip install lm-eval"
         ) from error
 
 

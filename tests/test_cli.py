@@ -72,7 +72,38 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     printed = capsys.readouterr().out
     assert "16 x 128 x 256: 4 bits, 2 groups of 128 a row, symmetric" in printed
     assert "16.8 MB -> 7.5 MB, 4.250 bits" in printed
+    assert [line.split()[0] for line in printed.splitlines()[-4:]] == ["memory", "evaluation", "disk", "time"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_refuses_what_the_run_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An output that exists, unless it may be replaced, and text that is too short; not `ptq plan`."""
+    monkeypatch.setattr(plan.CheckpointReader, "tensor", None)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "config.json").write_text("{}")
+    assert quantize(taken, "--dry-run") == 2
+    assert "exists; choose another `output` or pass --overwrite" in capsys.readouterr().err
+    assert quantize(taken, "--dry-run", "--overwrite") == 0
+    assert quantize(tmp_path / "out", "--dry-run", settings=["calibration.samples=100000"]) == 1
+    assert "calibration needs" in capsys.readouterr().err
+    assert cli.main(["plan", "--config", "demo.yaml", f"--set=output={taken}", "--set=bits={budget: 3.5}"]) == 0
+    assert "is spent before the solve, by a pass over all blocks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("verb", "arguments", "message"), [
+    ("eval", ["--text", "a.txt", "--device", "nonsense"], "device must be auto, cpu, cuda or cuda:N; found 'nonsense'"),
+    ("eval", ["--text", "a.txt", "--json", "no-such/x.json"], "in a directory that exists; no-such does not"),
+    ("export", ["--type", "F16", "--device", "cpu"], "--device need --text FILE to solve on; found none"),
+    ("export", ["--type", "Q4_0", "--config", "demo.yaml", "--samples", "3"], "found --config, which has its own"),
+])  # fmt: skip
+def test_options_that_cannot_be_followed(
+    verb: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([verb, str(MODEL), *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_eval_and_inspect(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,7 @@ def test_the_command_line(made, tmp_path, capsys, monkeypatch) -> None:
     assert comparison_page(found) == (tmp_path / "a" / "compare.html").read_text()
     assert show(found) in printed
     monkeypatch.setattr(compare_page, "find_spec", lambda _: None)
-    assert "pip install 'ptq[plot]'" in compare_page.write_comparison(found, tmp_path / "b")[-1]
+    assert "pip install matplotlib" in compare_page.write_comparison(found, tmp_path / "b")[-1]
     assert {path.name for path in (tmp_path / "b").iterdir()} == names
 
 

@@ -127,6 +127,8 @@ def test_what_cannot_be_run_is_a_sentence(changes, message):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "eval needs --text FILE or --tasks NAMES; found neither"),
+    (["--text", "a.txt", "--limit", "3", "--chat-template"], "--limit, --chat-template need --tasks NAMES; found none"),
+    (["--tasks", "capitals", "--include", "no-such"], "--include must be a directory with task files; no-such is none"),
     (["--tasks", "capitals", "--fail-if", "perplexity>9"], "--fail-if needs --text FILE; found --tasks alone"),
 ])  # fmt: skip
 def test_usage(arguments, message, capsys):
@@ -137,4 +139,4 @@ def test_usage(arguments, message, capsys):
 def test_without_the_harness_there_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert cli.main(["eval", str(PARENT), "--tasks", "capitals"]) == 2
-    assert "pip install 'ptq[eval]'" in capsys.readouterr().err
+    assert "pip install lm-eval" in capsys.readouterr().err

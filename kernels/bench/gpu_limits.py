@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_timing
 from gpu_linear import GROUP, SHAPES
-from gpu_tune import timer
+from gpu_tune import only_exact, timer
 from ptq_kernels.triton import configs, launch, recipes, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
@@ -139,8 +139,8 @@ def profiler() -> str | None:
     return shutil.which("ncu") or shutil.which("ncu", path="/usr/local/cuda/bin") or next(iter(usual), None)
 
 
-def counters(gpu: Gpu, seconds: float) -> list[dict[str, Any]]:
-    """A record for each of `plans`, or one that says why there are none."""
+def counters(gpu: Gpu, seconds: float, *same: str) -> list[dict[str, Any]]:
+    """A record for each of `plans`, or one that says why there are none; options that the launches have, too."""
     tool = profiler()
     if tool is None:
         return [{"counters": "none: Nsight Compute (ncu) is not on this machine"}]
@@ -149,7 +149,7 @@ def counters(gpu: Gpu, seconds: float) -> list[dict[str, Any]]:
         sections = [word for section in SECTIONS for word in ("--section", section)]
         # clocks stay as they are; by default caches are emptied before each of a kernel's runs
         command = [tool, "--profile-from-start", "off", "--clock-control", "none", *sections, "--page", "raw", "--csv"]
-        command += ["--print-units", "base", "--log-file", str(log), sys.executable, __file__, "-", "--launch"]
+        command += ["--print-units", "base", "--log-file", str(log), sys.executable, __file__, "-", "--launch", *same]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
             said = done.stdout + done.stderr
@@ -171,9 +171,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=100.0, help="for the profiler")
+    parser.add_argument("--exact", action="store_true", help="exact tiles alone, where checks of others failed")
     parser.add_argument("--launch", action="store_true", help="only launch what is to be profiled")
     parser.add_argument("--tiny", action="store_true", help="a small shape, on any machine, to try the bench itself")
     options = parser.parse_args()
+    if options.exact:
+        only_exact()
     gpu, clock = timer(options.tiny)
     if options.launch:
         launch_all(clock, plans(gpu))
@@ -184,7 +187,7 @@ def main() -> None:
     small = gpu._replace(processors=2) if options.tiny else gpu
     parts: list[Callable[[], Any]] = [
         lambda: floors(small, device, shapes),
-        lambda: counters(gpu, options.seconds),
+        lambda: counters(gpu, options.seconds, *["--exact"] * options.exact),
     ]
     for part in parts:
         start = time.monotonic()

@@ -191,7 +191,7 @@ def _dataset_rows(place: str, column: str, seed: int | None, **options: Any) -> 
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f'{place}: the package datasets is required, found none; pip install "ptq[data]"') from error
+        raise DataError(f'{place}: the package datasets is required, found none; pip install datasets') from error
     try:
         dataset = datasets.load_dataset(**options)
         if seed is not None:

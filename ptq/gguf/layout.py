@@ -159,5 +159,5 @@ def require_gguf() -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "GGUF export needs the gguf package, which is not installed: pip install 'ptq[gguf]'"
+            "GGUF export needs the gguf package, which is not installed: pip install gguf"
         ) from error
