@@ -209,6 +209,40 @@ def test_atomics_of_all_blocks_add_up() -> None:
     assert sorted(before.tolist()) == list(range(64))
 
 
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_a_product_of_one_warp(kind: str) -> None:
+    """Oracle: numpy, and the places that the instruction's description gives to a lane's values. Exact: small integers.
+
+    Beside it a matrix that nobody wrote is loaded: it is NaN, and no error unless it is used.
+    """
+    rng = np.random.default_rng(3)
+    a, b, c = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((16, 16), (8, 16), (16, 8)))
+    half = torch.bfloat16 if kind == "bf16" else torch.float16
+    bits = [torch.from_numpy(x).to(half).view(torch.int16).numpy().view(H) for x in (a, b)]
+    words, out = np.zeros((32, 12), U), np.zeros((32, 4), np.float32)
+    for lane in range(32):
+        g, t = lane // 4, 2 * (lane % 4)
+        pairs = [bits[0][row, column : column + 2] for column in (t, t + 8) for row in (g, g + 8)]
+        pairs += [bits[1][g, column : column + 2] for column in (t, t + 8)]
+        words[lane, :6] = [int(low) | int(high) << 16 for low, high in pairs]
+        words[lane, 8:] = np.array([c[g, t], c[g, t + 1], c[g + 8, t], c[g + 8, t + 1]]).view(U)
+    run(
+        f""".reg .b32 %m<4>;
+        ld.param.b64 %w0, [k_param_0]; ld.param.b64 %w1, [k_param_1]; mov.u32 %r0, %tid.x; mov.b32 %r1, global_smem;
+        mad.wide.u32 %w0, %r0, 48, %w0; mad.wide.u32 %w1, %r0, 16, %w1; shl.b32 %r2, %r0, 4; add.s32 %r2, %r2, %r1;
+        ld.global.v4.b32 {{%a0, %a1, %a2, %a3}}, [%w0]; ld.global.v2.b32 {{%a4, %a5}}, [%w0+16];
+        ld.global.v4.b32 {{%m0, %m1, %m2, %m3}}, [%w0+32];
+        mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{%m0, %m1, %m2, %m3}}, {{%a0, %a1, %a2, %a3}},
+            {{%a4, %a5}}, {{%m0, %m1, %m2, %m3}};
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%a0, %a1, %a2, %a3}}, [%r2];
+        st.global.v4.b32 [%w1], {{%m0, %m1, %m2, %m3}};""",
+        [words, out],
+    )
+    want = a @ b.T + c
+    for lane, h, e in np.ndindex(32, 2, 2):
+        assert out[lane, 2 * h + e] == want[lane // 4 + 8 * h, 2 * (lane % 4) + e]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matrices_go_through_shared_memory(transposed: bool) -> None:
     """Oracle: lane 4 r + c holds elements (r, 2 c) and (r, 2 c + 1), or, transposed, (2 c, r) and (2 c + 1, r)."""
