@@ -19,6 +19,8 @@ from ptq.nn.swap import replace_module, to_quant_linear
 from ptq.schema import build
 from ptq.task import BlockTask, FloatTwin, ModuleResult
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @torch.no_grad()
 def quantize_linears(
@@ -73,6 +75,11 @@ def quantize_linears(
             "ptq.gptq for a language model"
         )
     schemes = _schemes(module, config)
+    if isinstance(calibration_batches, str | bytes | Mapping):
+        raise ConfigError(
+            "calibration_batches must be an iterable of batches, each a tensor, a tuple or a dict; found one "
+            f"{type(calibration_batches).__name__}: put it into a list"
+        )
     batches = list(calibration_batches)
     if config.solves_with_text and not batches:
         wants = f"method {method}" if method != "rtn" else "refine"
@@ -80,7 +87,8 @@ def quantize_linears(
             f"{wants} needs calibration batches; found none: pass them, or use method='rtn' without refine"
         )
     _untie(module, schemes)
-    with _evaluating(module):
+    # Solving takes float32 products in float32; the calibration passes are to give what the module itself computes.
+    with _evaluating(module), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         dtype = module.get_parameter(f"{next(iter(schemes))}.weight").dtype
         probe = _Probe(module, batches[0]) if method == "awq" else None
         runs = [_runner(module, batch) for batch in batches]
@@ -104,6 +112,7 @@ def _schemes(module: nn.Module, config: RunConfig) -> dict[str, Scheme]:
     if not schemes:
         raise ConfigError(f"the module must hold a Linear that is not excluded; {type(module).__name__} holds none")
     for path, scheme in schemes.items():
+        _check_weight(path, found[path].weight)
         if "weight" not in found[path]._parameters:
             raise ConfigError(
                 f"the weight of a Linear must be a parameter of its own; {path} computes it from others (a weight norm "
@@ -111,6 +120,15 @@ def _schemes(module: nn.Module, config: RunConfig) -> dict[str, Scheme]:
             )
         resolve_group_size(scheme, weight_shape(found[path])[1], path)
     return schemes
+
+
+def _check_weight(path: str, weight: Any) -> None:
+    if weight.dtype not in FLOATS or weight.is_meta or not weight.numel():
+        kind = "on the meta device" if weight.is_meta else f"of dtype {weight.dtype} and shape {tuple(weight.shape)}"
+        raise ConfigError(
+            "the weight of a Linear must be float32, bfloat16 or float16, with at least one row and column, and in "
+            f"memory; that of {path} is {kind}: convert it, or exclude the layer"
+        )
 
 
 def _untie(module: nn.Module, paths: Iterable[str]) -> None:

@@ -1,6 +1,8 @@
 """Fused linears: the same numbers as the linears they replace, in fewer products."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -70,7 +72,50 @@ def test_one_product_for_the_group_and_nothing_kept(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(QuantLinear, "forward", lambda self, x: calls.append(self) or forward(self, x))
     block(torch.randn(2, 64))
     assert len(calls) == 4  # q k v, o, gate up, down
-    assert block.attention.q_proj.group.x is None
+    assert not block.attention.q_proj.group.open
+
+
+def test_an_input_changed_in_place_is_another_one() -> None:
+    block = Block()
+    alone = copy.deepcopy(block.attention)
+    fuse_linears(block)
+    x = torch.randn(2, 64)
+    block.attention.q_proj(x)
+    x.add_(1)
+    assert torch.equal(block.attention.k_proj(x), alone.k_proj(x))
+    with torch.inference_mode():  # where torch keeps no versions
+        x = torch.randn(2, 64)
+        assert torch.equal(block.attention.q_proj(x), alone.q_proj(x))
+        assert torch.equal(block.attention.k_proj(x), alone.k_proj(x))
+
+
+def test_threads_do_not_take_each_others_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them in turns, a member each: two products, each thread's own."""
+    block = Block(bias=True)
+    alone = copy.deepcopy(block.attention)
+    fuse_linears(block)
+    calls = []
+    forward = QuantLinear.forward
+    monkeypatch.setattr(QuantLinear, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    together = threading.Barrier(2, timeout=60)
+
+    def work(x: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for name in ("q_proj", "k_proj", "v_proj"):
+            together.wait()
+            found.append(getattr(block.attention, name)(x))
+        return found
+
+    inputs = [torch.randn(2, 64), torch.randn(2, 64)]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(work, inputs))
+    assert len(calls) == 2
+    monkeypatch.undo()
+    for x, found in zip(inputs, results, strict=True):
+        for name, y in zip(("q_proj", "k_proj", "v_proj"), found, strict=True):
+            assert torch.equal(y, getattr(alone, name)(x))
+    assert torch.equal(block.attention.k_proj.bias, alone.k_proj.bias)
+    assert not block.attention.q_proj.group.open
 
 
 def test_out_of_turn_is_right_too() -> None:

@@ -5,6 +5,7 @@ new batch size recompiles nothing. The kernel of `strips` is a C++ library's own
 it runs no Python. For inference only, and for arguments that were checked.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,14 @@ _LIBRARY.define(
 )
 
 
+def _exactly(device: torch.device, compute: Callable[[], Tensor]) -> Tensor:
+    """Compute outside of autocast, which would round float32 operands of an implementation's products."""
+    if not torch.is_autocast_enabled(device.type):
+        return compute()
+    with torch.autocast(device.type, enabled=False):
+        return compute()
+
+
 def _matmul(
     x: Tensor,
     qweight: Tensor,
@@ -47,7 +56,7 @@ def _matmul(
     if x.numel() == 0:
         return x.new_empty(shape)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return dispatch.run(impl, rows, weight, bias, activation).view(shape)
+    return _exactly(x.device, lambda: dispatch.run(impl, rows, weight, bias, activation)).view(shape)
 
 
 def _matmul_fake(x: Tensor, qweight: Tensor, scales: Tensor, *_: object) -> Tensor:
@@ -73,7 +82,8 @@ def _grad_input(
     shape = (*grad.shape[:-1], in_features)
     if grad.numel() == 0:
         return grad.new_empty(shape)
-    return dispatch.grad_input(grad.reshape(-1, grad.shape[-1]), weight).view(shape)
+    rows = grad.reshape(-1, grad.shape[-1])
+    return _exactly(grad.device, lambda: dispatch.grad_input(rows, weight)).view(shape)
 
 
 def _grad_input_fake(

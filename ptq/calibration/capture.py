@@ -285,8 +285,8 @@ class _Sum:
     """Running second moment of one input."""
 
     def __init__(self, features: int, device: torch.device, *, with_magnitude: bool = True) -> None:
-        self.hessian = torch.zeros(features, features, device=device)
-        self.magnitude = torch.zeros(features if with_magnitude else 0, device=device)
+        self.hessian = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.magnitude = torch.zeros(features if with_magnitude else 0, dtype=torch.float32, device=device)
         self.tokens = 0
 
     def add(self, rows: Tensor, name: str) -> None:

@@ -1,5 +1,8 @@
 """Linears that read the same input as one product: q, k, v, and gate, up. Fewer launches, which small batches feel."""
 
+import threading
+
+import torch
 from torch import Tensor, nn
 
 from ptq.formats.gptq import FUSED_LINEARS
@@ -10,7 +13,9 @@ class FusedLinear(nn.Module):
     """Stands where one of several linears stood; the first one computes for all, the others hand out their part.
 
     The modules of a group must be called with the same tensor. One that is called with another tensor, or out of turn,
-    computes the whole product again: slower, never wrong.
+    or after the tensor has changed in place, computes the whole product again: slower, never wrong. Only of tensors of
+    inference mode, and of changes through ``.data``, torch keeps no count: change such a tensor in place only when all
+    members have read it.
     """
 
     group: "_Group"
@@ -28,6 +33,12 @@ class FusedLinear(nn.Module):
         return self.group.part(x, self.index)
 
     @property
+    def bias(self) -> Tensor | None:
+        """The bias of this member, or None."""
+        whole = self.group.linear.bias
+        return None if whole is None else whole.split(self.group.sizes)[self.index]
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight of this member, for code that looks at its dtype or device."""
         parts: tuple[Tensor, ...] = self.group.linear.weight.split(self.group.sizes)
@@ -37,16 +48,21 @@ class FusedLinear(nn.Module):
 class _Group:
     def __init__(self, linear: QuantLinear, sizes: list[int]) -> None:
         self.linear, self.sizes = linear, sizes
-        self.x: Tensor | None = None
-        self.parts: tuple[Tensor, ...] = ()
+        # By thread: the input of the product that its members hand out, its version, the parts.
+        self.open: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        if self.x is not x or index == 0:
-            self.x, self.parts = x, self.linear(x).split(self.sizes, dim=-1)
-        part = self.parts[index]
+        compiling = torch.compiler.is_compiling()  # a trace is one thread's, and sees changes in place as new tensors
+        thread = 0 if compiling else threading.get_ident()
+        version = 0 if compiling or x.is_inference() else x._version
+        found = self.open.get(thread)
+        if index == 0 or found is None or found[0] is not x or found[1] != version:
+            found = (x, version, self.linear(x).split(self.sizes, dim=-1))
         if index == len(self.sizes) - 1:
-            self.x, self.parts = None, ()  # keep nothing alive
-        return part
+            self.open.pop(thread, None)  # keep nothing alive
+        else:
+            self.open[thread] = found
+        return found[2][index]
 
 
 def fuse_linears(model: nn.Module) -> list[str]:

@@ -28,6 +28,9 @@ class QuantLinear(nn.Module):
     After `prepare_` the packed weight lies in a faster layout; a state dict always holds the canonical tensors above,
     and loading one, or a move to another device, makes the layer canonical again.
 
+    The faster layout holds copies of scales and zeros. All of these buffers are constants: to change one, load a state
+    dict; a change in place reaches what is dequantized, but not the product of a prepared layer.
+
     A change of dtype (``.to(torch.bfloat16)``, ``.half()``) converts the bias only: a float16 scale is not exact in
     bfloat16. The result of a forward pass has the dtype of its input.
     """

@@ -1,0 +1,77 @@
+"""Plain PyTorch modules: weights that cannot be quantized, and settings of torch that must not reach the solver."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ptq
+from ptq.errors import ConfigError
+from ptq.nn import QuantLinear
+
+WEIGHTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "complex": (lambda: nn.Linear(64, 32, dtype=torch.complex64), "of dtype torch.complex64"),
+    "double": (lambda: nn.Linear(64, 32, dtype=torch.float64), "of dtype torch.float64"),
+    "meta": (lambda: nn.Linear(64, 32, device="meta"), "on the meta device"),
+    "no columns": (lambda: nn.Linear(0, 32), r"shape \(32, 0\)"),
+    "no rows": (lambda: nn.Linear(64, 0), r"shape \(0, 64\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_that_cannot_be_quantized_are_refused(case: str) -> None:
+    make, message = WEIGHTS[case]
+    module = nn.Sequential(nn.Linear(64, 64), make())
+    with pytest.raises(ConfigError, match=f"weight of a Linear must be float32.*that of 1 is .*{message}.*exclude"):
+        ptq.quantize_linears(module, method="rtn", group_size=32)
+    assert not any(isinstance(child, QuantLinear) for child in module)
+
+
+@pytest.mark.parametrize("batches", ["abc", {"input": torch.zeros(1, 64)}])
+def test_one_batch_is_not_an_iterable_of_batches(batches: Any) -> None:
+    with pytest.raises(ConfigError, match="must be an iterable of batches, .* found one .*: put it into a list"):
+        ptq.quantize_linears(nn.Sequential(nn.Linear(64, 64)), batches, group_size=32)
+
+
+def quantized(method: str) -> Tensor:
+    """What comes out for a fixed module and fixed batches."""
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32)).float()
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) / 8
+    batches = [torch.randn(32, 64, generator=generator, dtype=torch.float32) for _ in range(3)]
+    ptq.quantize_linears(module, batches, method=method, group_size=32)
+    return torch.cat([layer.dequantize(torch.float32).flatten() for layer in (module[0], module[2])])
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+def test_neither_autocast_nor_a_default_dtype_changes_the_result(method: str) -> None:
+    want = quantized(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantized(method), want)
+    before = torch.get_default_dtype()
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(quantized(method), want)
+        finally:
+            torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("columns", [64, 33])  # laid out for the kernels, and canonical
+def test_products_are_not_rounded_by_autocast(columns: int) -> None:
+    """float32 rows are float32 inside, whatever the layout; the gradient as well."""
+    layer = nn.Sequential(nn.Linear(columns, 48))
+    ptq.quantize_linears(layer, method="rtn", group_size=-1)
+    other = copy.deepcopy(layer)
+    other.load_state_dict(layer.state_dict())  # canonical
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(1))
+    for module in (layer, other):
+        want = torch.autograd.functional.vjp(module, x, torch.ones(5, 48))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.functional.vjp(module, x, torch.ones(5, 48))
+        assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
