@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memory import TEXT
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path, Python looks beside this file only
+
+from benchmarks.memory import TEXT
 
 PROMPT = "It was a bright cold day"
 
@@ -94,22 +96,23 @@ def generate(folder: str, tokens: int) -> None:
 def main() -> None:
     """Quantize, load, generate, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("output", type=Path, nargs="?")
+    parser.add_argument("model", type=Path, help="as benchmarks/random_model.py writes it")
+    parser.add_argument("output", type=Path, help="directory of the packed checkpoint")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8, help="to generate")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--generate", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--generate", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.generate:
-        generate(options.generate, options.tokens)
+        generate(str(options.output), options.tokens)
         return
     file = configuration(options.model, options.output, options.samples, options.length)
     run = Watched([sys.executable, "-m", "ptq.gptq", "--config", str(file)])
     report = json.loads((options.output / "report.json").read_text(encoding="utf-8"))
     rows = report["modules"].values()
-    use = Watched([sys.executable, __file__, "--generate", str(options.output), "--tokens", str(options.tokens)])
+    paths, tokens = [str(options.model), str(options.output)], str(options.tokens)
+    use = Watched([sys.executable, __file__, *paths, "--generate", "--tokens", tokens])
     document = {
         "layers": json.loads((options.model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"],
         "samples": options.samples,

@@ -16,8 +16,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from memory import TEXT, random_model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path, Python looks beside this file only
 
+from benchmarks.memory import TEXT, random_model
 from ptq.page import Series, chart
 
 LENGTH, DEPTH, SAMPLES = 256, 4, 32

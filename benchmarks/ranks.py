@@ -14,7 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from memory import ROOT, TEXT, random_model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path, Python looks beside this file only
+
+from benchmarks.memory import ROOT, TEXT, random_model
 
 LENGTH = 256
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -63,7 +64,9 @@ def load_adapter(model: nn.Module, adapter: str | Path, *, trainable: bool = Fal
             "is not"
         )
     config = _registered(PeftConfig.from_pretrained(str(directory)), model)
-    return PeftModel.from_pretrained(model, str(directory), config=config, is_trainable=trainable)
+    with warnings.catch_warnings():  # PEFT asks transformers for a name that is about to go
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return PeftModel.from_pretrained(model, str(directory), config=config, is_trainable=trainable)
 
 
 def merge(
@@ -116,9 +119,7 @@ def require_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            "adapters need the package peft, which is not installed: pip install peft"
-        ) from error
+        raise ConfigError("adapters need the package peft, which is not installed: pip install peft") from error
 
 
 def _registered(config: Any, model: nn.Module) -> Any:

@@ -8,7 +8,8 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of ``ptq compare``."""
     parser.add_argument("checkpoints", nargs="+", metavar="DIR", help="directories or hub names, whoever made them")
     parser.add_argument("--parent", required=True, metavar="MODEL", help="the float model they were made from")
-    parser.add_argument("--text", required=True, action="append", metavar="FILE", help=".txt, .jsonl or .parquet")
+    parser.add_argument("--text", required=True, action="append", metavar="FILE",
+                        help=".txt, .jsonl or .parquet; may be repeated")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
@@ -43,7 +44,7 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of what the variants have in common")
     parser.add_argument("--variants", required=True, metavar="FILE", help="YAML file: name: {changed keys}")
     parser.add_argument("--out", required=True, metavar="DIR", help="where each variant is written under its name")
-    change = "override a key for all variants, e.g. calibration.samples=64"
+    change = "override a key for all variants, e.g. calibration.samples=64; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change)
     parser.add_argument("--overwrite", action="store_true", help="make variants again that are there")
     parser.set_defaults(action=_sweep)

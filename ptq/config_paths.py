@@ -1,6 +1,6 @@
 """Where configurations are, and where the files they name are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ptq.errors import ConfigError
@@ -20,7 +20,7 @@ def resolve_config_path(name: str | Path) -> Path:
             return candidate
     shipped = sorted(file.name for file in SHIPPED.glob("*.yaml"))
     raise ConfigError(
-        f"no configuration file at {' or '.join(str(candidate.absolute()) for candidate in tried)}"
+        f"no configuration file at {_places(tried)}"
         f"{suggestion(path.name, shipped)}; the ones that come with ptq are {', '.join(shipped)}"
     )
 
@@ -43,7 +43,14 @@ def find_files(names: Sequence[str], key: str, roots: Sequence[Path]) -> tuple[s
         tried = [root / Path(name).expanduser() for root in roots]
         found = next((path for path in tried if path.is_file()), None)
         if found is None:
-            places = " or ".join(str(path.absolute()) for path in tried)
-            raise ConfigError(f"{key} must name files that exist, found none at {places}; check the path")
+            raise ConfigError(f"{key} must name files that exist, found none at {_places(tried)}; check the path")
         located.append(str(found))
     return tuple(located)
+
+
+def _places(tried: Iterable[Path]) -> str:
+    """Each place once: a root may be the working directory, and an absolute path is below none."""
+    found: dict[Path, str] = {}
+    for path in tried:
+        found.setdefault(path.resolve(), str(path.absolute()))
+    return " or ".join(found.values())

@@ -10,6 +10,8 @@ from ptq.nn.linear import QuantLinear
 from ptq.page_report import report_page
 from ptq.runtime import Checkpoint, open_checkpoint
 
+NAMED = 4  # of the Linears that stay in float
+
 
 def inspect(path: str, *, modules: bool = False, trust_remote_code: bool = False) -> str:
     """A description of a checkpoint; with ``modules`` one line for each quantized Linear.
@@ -35,7 +37,8 @@ def inspect(path: str, *, modules: bool = False, trust_remote_code: bool = False
     lines.append(f"quantized   {len(packed)} Linears, {weights / 1e6:.1f} M weights, {bits:.3f} bits each")
     for scheme, count in Counter(opened.schemes.values()).most_common():
         lines.append(f"            {count:4d} x {_words(scheme)}")
-    lines.append(f"float       {len(left)} Linears{': ' + ', '.join(left[:4]) if left else ''}")
+    more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+    lines.append(f"float       {len(left)} Linears{': ' + ', '.join(left[:NAMED]) if left else ''}{more}")
     if modules:
         for name, m in packed.items():
             lines.append(f"  {name}  {m.out_features} x {m.in_features}, {_words(opened.schemes[name])}")

@@ -1,6 +1,8 @@
 """Benchmarks of lm-evaluation-harness on packed and float checkpoints."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,9 +100,7 @@ def _require_harness() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            "tasks need lm-evaluation-harness, which is not installed: pip install lm-eval"
-        ) from error
+        raise ConfigError("tasks need lm-evaluation-harness, which is not installed: pip install lm-eval") from error
 
 
 def _version() -> str:
@@ -152,12 +152,28 @@ def _run(
     if settings.chat_template and not tokenizer.chat_template:
         raise ConfigError(f"a chat template needs one in the tokenizer; that of {path} has none: leave it out")
     names: Sequence[str] = manager.match_tasks(list(settings.names))
-    harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, backend="causal")
+    with _without_launcher_advice():
+        harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, backend="causal")
     result: dict[str, Any] = simple_evaluate(
         harnessed, tasks=list(names), task_manager=manager, num_fewshot=settings.fewshot, limit=settings.limit,
         apply_chat_template=settings.chat_template, log_samples=False, bootstrap_iters=BOOTSTRAPS,
     )  # fmt: skip
     return result
+
+
+@contextmanager
+def _without_launcher_advice() -> Iterator[None]:
+    """Without the harness's warning that a loaded model must not be started by accelerate, which nothing does here."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("`pretrained` model kwarg is not of type `str`")
+
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -4,6 +4,7 @@ Every architecture is built on ``meta`` with one block; a packed Linear takes wh
 else 2 bytes a parameter. Blocks are alike, so one of them and what is outside give the whole.
 """
 
+import argparse
 from typing import Any, NamedTuple
 
 import torch
@@ -107,5 +108,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
+    about = "Prints the two tables of docs/bits.md: sizes of well-known models, and the widest codes that fit a memory."
+    argparse.ArgumentParser(prog="scripts/size_table", description=about).parse_args()
     all_sizes = {name: sizes(settings) for name, settings in MODELS.items()}
     print(size_table(all_sizes), fit_table(all_sizes), sep="\n\n")

@@ -310,13 +310,14 @@ def test_without_peft_there_is_a_sentence(checkpoint, tmp_path, monkeypatch, cap
     assert "pip install peft" in capsys.readouterr().err
 
 
-def test_the_verb(checkpoint, adapter, tmp_path, capsys):
+def test_the_verb(checkpoint, adapter, tmp_path, capsys, recwarn):
     out = tmp_path / "merged"
     arguments = ["merge", str(checkpoint), str(adapter[0]), "--out", str(out)]
     assert cli.main([*arguments, "--dtype", "float32"]) == 0
     assert str(out) in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
     assert cli.main(arguments) == 2
-    assert "exists" in capsys.readouterr().err
+    assert "exists; choose another --out or pass --overwrite" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite"]) == 0
     assert len(make_plan(settings(out, tmp_path / "again", "rtn")).targets) == 14  # a parent like any other
+    assert [str(each.message) for each in recwarn if "is_gradient_checkpointing" in str(each.message)] == []

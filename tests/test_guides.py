@@ -6,6 +6,8 @@ from what the pages before it left.
 
 import re
 import shlex
+import subprocess
+import sys
 from importlib import util
 from pathlib import Path
 
@@ -105,6 +107,13 @@ def test_the_tables_of_sizes_are_those_of_the_script(table):
     assert {name: each.parameters for name, each in found.items()} == PUBLISHED
     assert table.size_table(found) in page("bits.md")
     assert table.fit_table(found) in page("bits.md")
+
+
+def test_the_script_of_the_tables_has_help():
+    run = subprocess.run([sys.executable, ROOT / "scripts/size_table.py", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0
+    assert run.stdout.startswith("usage: scripts/size_table")
+    assert 'size_table.py "$@"' in (ROOT / "scripts/size_table").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

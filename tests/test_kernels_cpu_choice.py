@@ -182,7 +182,7 @@ def test_the_build_says_what_is_missing(
 ) -> None:
     monkeypatch.setattr(build, "SOURCE", tmp_path / "library.cpp")
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    assert build.main() == 1
+    assert build.main([]) == 1
     assert capsys.readouterr().out.count("a C++ compiler is required") == len(build.of_this_machine())
     monkeypatch.setenv("CXX", "c++")
     (tmp_path / "library.cpp").write_text("not C++")
@@ -190,14 +190,18 @@ def test_the_build_says_what_is_missing(
     with pytest.raises(RuntimeError, match=f"could not compile library.cpp for {name} .*use gcc 12"):
         build.compile_library(name, tmp_path)
     (tmp_path / "library.cpp").write_text("int f() { return 0; }")
-    assert build.main() == 0
+    assert build.main([]) == 0
     assert {path.name for path in tmp_path.glob("*.so*")} == {build.file_name(n) for n in build.of_this_machine()}
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    assert build.main() == 1
+    assert build.main([]) == 1
     said = capsys.readouterr().out
     assert (
         "no CPU libraries: they are for Linux on x86_64 and aarch64 and for macOS on arm64, this is linux on ri" in said
     )
+    with pytest.raises(SystemExit) as ended:
+        build.main(["--help"])
+    assert ended.value.code == 0
+    assert "usage: python -m ptq_kernels.build" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

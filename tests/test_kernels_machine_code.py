@@ -1,6 +1,7 @@
 """The machine code of the kernels, compiled here for GPUs that need not be here."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def test_machine_code(capability: int, span: int, rows: int, name: str, asymmetr
 def test_machine_code_of_a_kernel_that_begins_early(name: str) -> None:
     found = next(t for t in configs.tiles(90) if (t.bits, t.span, t.name) == (4, 128, name))
     check_machine_code(aot.Form(found, 90, early=True))
+
+
+def test_a_pattern_that_fits_no_form_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        aot.main(["--capabilities", "80", "--match", "nothing-like-it"])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert re.search(r"--match must fit one of \d+ forms, as sm80-4bit.*; 'nothing-like-it' fits none", printed.err)
+    assert printed.out == ""
 
 
 @needs_compiler

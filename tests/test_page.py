@@ -175,7 +175,9 @@ def test_every_run_writes_its_page(made: Path) -> None:
 
 def test_inspect_writes_a_page(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", str(made), "--html", str(tmp_path / "a.html")]) == 0
-    assert "14 Linears" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "14 Linears" in printed
+    assert printed.endswith(f"page        {tmp_path / 'a.html'}\n")
     assert (tmp_path / "a.html").read_text() == (made / "report.html").read_text()
     bare = tmp_path / "bare"
     shutil.copytree(made, bare, ignore=shutil.ignore_patterns("report.*"))

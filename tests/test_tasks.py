@@ -61,7 +61,7 @@ def share_correct(directory, questions):
     return correct / len(questions)
 
 
-def test_figures_are_those_of_a_plain_forward_pass(checkpoint, tmp_path, capfd):
+def test_figures_are_those_of_a_plain_forward_pass(checkpoint, tmp_path, capfd, caplog):
     written = tmp_path / "figures.json"
     arguments = ["--parent", str(PARENT), "--tasks", "capitals", "--include", OWN, "--json", str(written)]
     assert cli.main(["eval", str(checkpoint), *arguments]) == 0
@@ -78,6 +78,9 @@ def test_figures_are_those_of_a_plain_forward_pass(checkpoint, tmp_path, capfd):
     assert "8 questions, 0 examples before each" in printed.out
     assert "Running loglikelihood requests: 100%" in printed.err
     assert "tasks of result:" in printed.err
+    said = [record.getMessage() for record in caplog.records if record.name == "lm_eval.models.huggingface"]
+    assert any("already-initialized model" in each for each in said)  # its other words are heard
+    assert not any("launch via accelerate" in each for each in said)
 
 
 def test_a_text_and_tasks_at_once(checkpoint, tmp_path, capsys):

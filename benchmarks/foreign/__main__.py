@@ -31,29 +31,32 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="REGEX", help="only cells whose tool and label have a match")
     parser.add_argument("--write", action="store_true", help="only write the peers' checkpoints")
     options = parser.parse_args()
+    written = {f"{cell.tool} | {cell.label}": cell for cell in WRITTEN}
+    read = {} if options.write else {f"{row[0].label} read by {row[1]}": row for row in READ}
+    known = [*written, *read]
+    chosen = [key for key in known if re.search(options.only, key)]
+    if not chosen:
+        parser.error(f"--only must fit one of {len(known)} cells, as {known[0]!r}; {options.only!r} fits none")
     torch.set_num_threads(1)
-    for cell in WRITTEN:
-        key = f"{cell.tool} | {cell.label}"
-        if re.search(options.only, key):
-            place = HERE / ".work" / re.sub(r"\W+", "-", key)
-            entry: dict[str, Any] = {"settings": dict(cell.settings)}
-            try:
-                entry["versions"] = _write(cell, place)
-                if options.write:
-                    continue
-                entry |= compare_theirs(place / "checkpoint")
-            except FailedError as error:
-                entry["error"] = str(error)
-            _store("theirs", key, entry)
-    for ours, tool, settings in () if options.write else READ:
-        key = f"{ours.label} read by {tool}"
-        if re.search(options.only, key):
-            place = HERE / ".work" / re.sub(r"\W+", "-", key)
+    for key in chosen:
+        place = HERE / ".work" / re.sub(r"\W+", "-", key)
+        if key in read:
+            ours, tool, settings = read[key]
             try:
                 entry = compare_ours(PARENT, ours, tool, dict(settings), place)
             except FailedError as error:
                 entry = {"error": str(error)}
             _store("ours", key, {"settings": dict(ours.settings), **entry})
+            continue
+        entry = {"settings": dict(written[key].settings)}
+        try:
+            entry["versions"] = _write(written[key], place)
+            if options.write:
+                continue
+            entry |= compare_theirs(place / "checkpoint")
+        except FailedError as error:
+            entry["error"] = str(error)
+        _store("theirs", key, entry)
 
 
 def _write(cell: Cell, place: Path) -> dict[str, str]:

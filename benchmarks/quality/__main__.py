@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.quality.calibration import write_ids
-from benchmarks.quality.cells import CELLS, OURS, QUICK_CELLS, ROWS, SEEDS, Cell
+from benchmarks.quality.cells import CELLS, OURS, QUICK_CELLS, ROWS, SEEDS, Cell, Row
 from benchmarks.quality.decode import Dense, read_dense, read_tensors
 from benchmarks.quality.environments import HERE, ROOT
 from benchmarks.quality.evaluation import evaluate
@@ -35,8 +35,8 @@ def main() -> None:
     results = Store()
     if not options.table:
         torch.set_num_threads(options.threads)
-        for parent in options.parent or [ROOT / "examples/tiny-llama"]:
-            _parent(parent.resolve(), results, options)
+        for parent in options.parent:
+            _parent(parent, results, options)
     text = markdown(results.document)
     results.file.with_suffix(".md").write_text("# Quality\n\nWritten by `python -m benchmarks.quality`.\n\n" + text)
     print(text)
@@ -54,28 +54,44 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only write the tables anew")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, default=cores, help="of every tool (default: the cores, %(default)s)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.parent = [parent.resolve() for parent in options.parent or [ROOT / "examples/tiny-llama"]]
+    if not options.table:
+        known = [key for parent in options.parent for cell, seed in _runs(options) for key in _rows(parent, cell, seed)]
+        if not any(re.search(options.only, key) for key in known):
+            parser.error(f"--only must fit one of {len(known)} names, as {known[0]!r}; {options.only!r} fits none")
+    return options
+
+
+def _runs(options: argparse.Namespace) -> list[tuple[Cell, int]]:
+    """Cells and calibration seeds."""
+    cells, seeds = (QUICK_CELLS, SEEDS[:1]) if options.quick else (CELLS, SEEDS)
+    return [(cell, seed) for cell in cells for seed in seeds]
+
+
+def _rows(parent: Path, cell: Cell, seed: int) -> dict[str, Row]:
+    """The rows that a seed makes, by their names in the results."""
+    rows = [row for row in ROWS if row.seeded or seed == SEEDS[0]]
+    return {f"{parent.name} | {cell.name} | {row.tool} {row.label} | seed {seed}": row for row in rows}
 
 
 def _parent(parent: Path, results: Store, options: argparse.Namespace) -> None:
     known = results.document["parents"].get(parent.name)
     if known and known["weights"] != weights_hash(parent):
         raise SystemExit(f"{parent.name} in {results.file} has other weights than {parent}: rename one of the two")
-    for cell in QUICK_CELLS if options.quick else CELLS:
-        for seed in SEEDS[:1] if options.quick else SEEDS:
-            tasks = list(_tasks(parent, cell, seed, options.only))
-            missing = [task for task in tasks if options.again or not results.has(task.key)]
-            if options.again:
-                for task in missing:
-                    shutil.rmtree(task.place, ignore_errors=True)
-            _compare(parent, missing, results, options.threads)
+    for cell, seed in _runs(options):
+        tasks = list(_tasks(parent, cell, seed, options.only))
+        missing = [task for task in tasks if options.again or not results.has(task.key)]
+        if options.again:
+            for task in missing:
+                shutil.rmtree(task.place, ignore_errors=True)
+        _compare(parent, missing, results, options.threads)
 
 
 def _tasks(parent: Path, cell: Cell, seed: int, only: str) -> Iterator[Task]:
     ids = None
-    for row in ROWS:
-        key = f"{parent.name} | {cell.name} | {row.tool} {row.label} | seed {seed}"
-        if re.search(only, key) and (row.seeded or seed == SEEDS[0]):
+    for key, row in _rows(parent, cell, seed).items():
+        if re.search(only, key):
             ids = ids or write_ids(parent, seed, WORK / f"{parent.name}-{seed}.json")
             yield Task(key, parent, cell, row, seed, ids, WORK / re.sub(r"\W+", "-", key))
 

@@ -5,11 +5,13 @@ inline function. The libraries have a plain C interface and link neither torch n
 upgrades of all three. This file needs the standard library only, as setup.py runs where torch is not installed.
 """
 
+import argparse
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent / "cpu" / "library.cpp"
@@ -89,8 +91,10 @@ def compile_all(directory: Path) -> dict[str, str | None]:
     return failures
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Compile beside the sources and say what there is; 1 if there is nothing."""
+    about = "Compiles the CPU libraries beside their sources, with $CXX or c++: one for each instruction set."
+    argparse.ArgumentParser(prog="python -m ptq_kernels.build", description=about).parse_args(arguments)
     if reason := refuse():
         print(f"ptq_kernels: no CPU libraries: {reason}")
         return 1

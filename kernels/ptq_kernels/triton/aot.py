@@ -289,16 +289,18 @@ def forms(capabilities: Sequence[int] = (90, 80)) -> list[Form]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, print a line for each form; 1 if one is not fit to ship."""
+    """Compile, print a line for each form; 1 if one is not fit to ship, 2 if no form was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", type=int, nargs="+", default=[90, 80, 89])
     parser.add_argument("--match", default="", help="a regular expression that the name of a form must contain")
     chosen = parser.parse_args(arguments)
+    known = forms(chosen.capabilities)
+    wanted = [form for form in known if re.search(chosen.match, form.name)]
+    if not wanted:
+        parser.error(f"--match must fit one of {len(known)} forms, as {known[0].name}; {chosen.match!r} fits none")
     failed = 0
     print(f"triton {triton.__version__}: instructions a weight, registers, shared memory, resident programs")
-    for form in forms(chosen.capabilities):
-        if not re.search(chosen.match, form.name):
-            continue
+    for form in wanted:
         report = inspect(compile_form(form), form)
         wrong = violations(form, report)
         failed += bool(wrong)
