@@ -105,7 +105,7 @@ def _debug_argument(parser: argparse.ArgumentParser) -> None:
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     where = "YAML file; a bare name is searched in the working directory, then in configs/"
     parser.add_argument("--config", required=True, metavar="FILE", help=where)
-    change = "override a key of the configuration, e.g. calibration.samples=64"
+    change = "override a key of the configuration, e.g. calibration.samples=64; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, check output and text; read no weight")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
@@ -145,7 +145,7 @@ def _quantize(options: argparse.Namespace) -> int:
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     where = "YAML file; a bare name is searched in the working directory, then in configs/"
     parser.add_argument("--config", required=True, metavar="FILE", help=where)
-    change = "override a key of the configuration, e.g. calibration.samples=64"
+    change = "override a key of the configuration, e.g. calibration.samples=64; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change)
     _debug_argument(parser)
     parser.set_defaults(action=_plan)
@@ -160,10 +160,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _try(config: "RunConfig", overwrite: bool) -> int:
     """What a run does before it reads a weight: output, plan, calibration text."""
-    from ptq.formats.staging import require_writable
+    from ptq.formats.staging import output_path, require_writable
     from ptq.prepared import Prepared
 
-    require_writable(Path(config.output).expanduser().resolve(), overwrite)
+    require_writable(output_path(Path(config.output)), overwrite)
     plan = _print_plan(config)
     if config.calibrates:
         Prepared().batches(plan)
@@ -171,13 +171,14 @@ def _try(config: "RunConfig", overwrite: bool) -> int:
 
 
 def _print_plan(config: "RunConfig") -> "Plan":
+    from ptq.formats.staging import output_path
     from ptq.plan import describe, make_plan
     from ptq.predict import describe_prediction, home_of, predict
     from ptq.predict_time import measure_rates
     from ptq.report import anonymous_bytes
 
+    output = output_path(Path(config.output))
     plan = make_plan(config, weights=False)
-    output = Path(config.output).expanduser().resolve()
     existing = next(parent for parent in output.parents if parent.is_dir())
     print(describe(plan))
     found = predict(plan, measure_rates(plan.device, existing, plan.dtype), anonymous_bytes(), home_of(plan))
@@ -188,7 +189,8 @@ def _print_plan(config: "RunConfig") -> "Plan":
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="model directory or hub name")
     parser.add_argument("--parent", help="the float model it came from: adds KL divergence and top-1 agreement")
-    parser.add_argument("--text", action="append", default=[], metavar="FILE", help=".txt, .jsonl or .parquet")
+    files = ".txt, .jsonl or .parquet; may be repeated"
+    parser.add_argument("--text", action="append", default=[], metavar="FILE", help=files)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
     parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")
@@ -196,7 +198,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
                         help="of the activations; float32 takes their rounding out of the comparison")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
-    gate = "exit with 3 if this holds, as in 'kl>0.05' (kl, perplexity, top1; >, >=, <, <=); may be given again"
+    gate = "exit with 3 if this holds, as in 'kl>0.05' (kl, perplexity, top1, agreement; >, >=, <, <=); may be repeated"
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help=gate)
     task_arguments(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
@@ -260,6 +262,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
         text = inspection_page(options.checkpoint, trust_remote_code=options.trust_remote_code)
         atomic_write_text(Path(options.html), text)
+        print(f"page        {options.html}")
     return 0
 
 
@@ -268,10 +271,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="gguf", choices=["gguf"], help="gguf, the file of llama.cpp (the default)")
     parser.add_argument("--type", required=True, help="Q4_0, Q4_1, Q8_0, Q4_K_M, Q5_K_M, Q6_K or F16")
     parser.add_argument("--out", metavar="PATH", help="file, or directory for NAME-TYPE.gguf (default: here)")
-    parser.add_argument("--text", action="append", metavar="FILE", help="solve for the block formats on this text")
+    text = "solve for the block formats on this text; may be repeated"
+    parser.add_argument("--text", action="append", metavar="FILE", help=text)
     parser.add_argument("--samples", type=int, help=f"sequences of it (default {SAMPLES})")
     parser.add_argument("--length", type=int, help=f"tokens of each (default {LENGTH})")
-    how = "take text and options from the calibration and gptq sections of a configuration instead"
+    how = "take text, options and device from a configuration instead: its calibration, gptq, device, dtype and strict"
     parser.add_argument("--config", metavar="FILE", help=how)
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N to solve on (default auto)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -352,9 +356,8 @@ def _count(text: str) -> int:
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu"], help="GPUs are timed by scripts/gpu_check")
-    parser.add_argument(
-        "--shapes", nargs="+", metavar="KxN", type=_shape, help="input x output features (default: a Llama-3-8B's)"
-    )
+    sizes = "input x output features (default: four of a Llama-3-8B, and 512x1536)"
+    parser.add_argument("--shapes", nargs="+", metavar="KxN", type=_shape, help=sizes)
     parser.add_argument("--rows", nargs="+", type=_count, help="rows of the input (default: 1 to 512)")
     parser.add_argument("--threads", nargs="+", type=_count, default=[1], help="numbers of threads (default 1)")
     parser.add_argument("--compiled", action="store_true", help="add torch.compile's int4 path (needs a compiler)")

@@ -23,7 +23,7 @@ from ptq.formats.checkpoint import read_json
 from ptq.inspection import packed_bits
 from ptq.models.loading import load_tokenizer
 from ptq.nn.linear import QuantLinear
-from ptq.plan import resolve_device
+from ptq.plan import check_context, resolve_device
 from ptq.report import table
 from ptq.runtime import Checkpoint, open_checkpoint, open_stream
 
@@ -99,11 +99,13 @@ def compare_checkpoints(
         every layer), ``reported`` (name to the losses of every Linear in its ``report.json``), and the protocol.
 
     Raises:
-        ConfigError: as `open_all`.
+        ConfigError: as `open_all`, or a model's context is below the window.
         FormatError: as `open_all`.
         DataError: the text is unreadable or too short.
     """
     opened = open_all(paths, parent, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    for each in (opened.parent, *opened.others.values()):
+        check_context(each.hf_config, "--window", settings.window)
     tokenizer = load_tokenizer(opened.parent.directory, trust_remote_code)
     others = {name: streamed(open_stream(each, opened.device)) for name, each in opened.others.items()}
     metrics = compare(

@@ -90,7 +90,7 @@ def compare(
 
     Raises:
         DataError: no windows.
-        NumericsError: logits are NaN or infinite.
+        NumericsError: logits are NaN or infinite, or a KL divergence is.
     """
     sums = {name: _Sums() for name in ("parent", *others)}
     stream = iter(windows)
@@ -163,5 +163,18 @@ def _add(sums: Mapping[str, _Sums], group: Sequence[TextWindow], batch: Tensor, 
                 total.nll += float(nll)
                 total.tokens += len(chunk)
                 if i:
-                    total.kl += float((parent.exp() * (parent - own)).sum(dtype=torch.float64))
+                    total.kl += _divergence(parent, own, name)
                     total.same += int((own.argmax(-1) == top).sum())
+
+
+def _divergence(parent: Tensor, own: Tensor, name: str) -> float:
+    """Sum of KL divergences over rows of log probabilities; what the parent gives probability 0 counts 0."""
+    probability = parent.exp()
+    terms = (parent - own).mul_(probability)
+    kl = float(terms.masked_fill_(probability == 0, 0).sum(dtype=torch.float64))  # where 0 * log 0 came out as NaN
+    if not math.isfinite(kl):
+        raise NumericsError(
+            f"the KL divergence of {name} to its parent must be finite, found {kl}: it gives probability 0 to tokens "
+            "that the parent may choose; its logits overflow float16 (use bfloat16 or float32), or it is damaged"
+        )
+    return kl

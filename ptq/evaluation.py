@@ -11,7 +11,7 @@ from ptq.errors import ConfigError
 from ptq.evaluate import Metrics, Scorer, compare, streamed
 from ptq.models.loading import load_tokenizer
 from ptq.models.structure import linears, set_weight, weight_of
-from ptq.plan import Plan, resolve_device
+from ptq.plan import Plan, check_context, resolve_device
 from ptq.report import table
 from ptq.rtn import rtn_solve
 from ptq.runtime import Checkpoint, open_checkpoint, open_stream
@@ -61,7 +61,7 @@ def evaluate_checkpoint(
     the comparison.
 
     Raises:
-        ConfigError: a model is not there, or the two do not share a vocabulary.
+        ConfigError: a model is not there, the two do not share a vocabulary, or a context is below the window.
         DataError: the text is unreadable or too short.
     """
     target = resolve_device(device)
@@ -69,6 +69,8 @@ def evaluate_checkpoint(
     if parent is not None:
         opened = {"parent": open_checkpoint(parent, dtype=dtype, trust_remote_code=trust_remote_code), **opened}
         check_vocabulary(opened["parent"], opened["result"])
+    for each in opened.values():
+        check_context(each.hf_config, "--window", settings.window)
     first = next(iter(opened.values()))
     scorers = {name: streamed(open_stream(each, target)) for name, each in opened.items()}
     windows = evaluation_windows(settings, load_tokenizer(first.directory, trust_remote_code))

@@ -30,8 +30,8 @@ class Condition(NamedTuple):
     text: str  # as it was typed
 
     def holds(self, value: float) -> bool:
-        """Whether a measured value meets the condition, which means failure."""
-        return _OPERATORS[self.sign](value, self.limit)
+        """Whether a measured value meets the condition, which means failure; NaN, which says nothing, fails too."""
+        return math.isnan(value) or _OPERATORS[self.sign](value, self.limit)
 
 
 def parse_condition(text: str) -> Condition:

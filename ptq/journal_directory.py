@@ -14,6 +14,7 @@ from ptq.formats.staging import (
     atomic_write_text,
     create_directory,
     full_disk_as_error,
+    output_path,
     publish,
     require_writable,
     restore,
@@ -78,7 +79,7 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
             can be created there, or another run is writing it.
         PtqError: the disk is full.
     """
-    final = output.expanduser().resolve()
+    final = output_path(output)
     place = RunDirectory(final.with_name(f".{final.name}.run"), final)
     with full_disk_as_error(final, None):
         restore(final, _aside(final))

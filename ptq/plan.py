@@ -15,10 +15,12 @@ from ptq.errors import ConfigError
 from ptq.formats import CODECS
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Scheme
+from ptq.formats.staging import resolved
 from ptq.models.experts import experts_of, routers
 from ptq.models.hub import HubHeaders
 from ptq.models.loading import (
     build_skeleton,
+    check_floating,
     check_shape,
     load_module,
     locate,
@@ -100,7 +102,9 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
         names.require(name)
         stored = names.find(name)
         if stored is not None:
-            check_shape(stored, parameter.shape, reader.spec(stored)[1])
+            stored_as, shape = reader.spec(stored)
+            check_shape(stored, parameter.shape, shape)
+            check_floating(stored, parameter.dtype, stored_as)
     _check_head(skeleton, names, schemes)
     _check_length(config, hf_config)
     return Plan(
@@ -145,7 +149,7 @@ def check_output(config: RunConfig) -> None:
     Raises:
         ConfigError: output and model are the same directory, or one is inside the other.
     """
-    model, output = Path(config.model).expanduser().resolve(), Path(config.output).expanduser().resolve()
+    model, output = resolved(Path(config.model), "`model`"), resolved(Path(config.output))
     if model.is_dir() and (model in (output, *output.parents) or output in model.parents):
         raise ConfigError(
             f"output must be a directory apart from the model's; {config.output} and {config.model} are the same or "
@@ -167,7 +171,8 @@ def _check_head(skeleton: nn.Module, names: SourceNames, schemes: dict[str, Sche
 def _check_patterns(config: RunConfig, modules: list[str]) -> None:
     unused = [p for p in unused_patterns(config, modules) if p != "lm_head"]
     if unused:
-        near = get_close_matches(unused[0], modules + [m.rpartition(".")[2] for m in modules], n=2, cutoff=0.3)
+        names = dict.fromkeys([*modules, *(m.rpartition(".")[2] for m in modules)])  # many end alike
+        near = get_close_matches(unused[0], names, n=2, cutoff=0.3)
         raise ConfigError(
             f"a pattern in exclude or overrides must match a Linear; {unused[0]!r} matches none"
             + (f": did you mean {' or '.join(near)}?" if near else "")
@@ -189,11 +194,21 @@ def _check_reach(config: RunConfig, schemes: Mapping[str, Scheme | None], blocks
 
 
 def _check_length(config: RunConfig, hf_config: Any) -> None:
-    limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    wanted = {"calibration.sequence_length": config.calibration.sequence_length if config.calibrates else 0}
+    if config.calibrates:
+        check_context(hf_config, "calibration.sequence_length", config.calibration.sequence_length)
     if config.evaluation is not None:
-        wanted["evaluation.window"] = config.evaluation.window
-    for key, length in wanted.items():
+        check_context(hf_config, "evaluation.window", config.evaluation.window)
+
+
+def check_context(hf_config: Any, key: str, length: int) -> None:
+    """Refuse text that a model does not see at once: absent positions, or positions it was not trained for.
+
+    Raises:
+        ConfigError: ``length``, which ``key`` sets, is above the context that the model's configuration names.
+    """
+    settings = hf_config.get_text_config()
+    limits = [getattr(settings, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # the latter: MPT
+    for limit in limits:
         if isinstance(limit, int) and length > limit:
             raise ConfigError(f"{key} must be at most the model's context of {limit} tokens; found {length}: lower it")
 

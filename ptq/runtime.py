@@ -37,7 +37,11 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    path: str | Path, *, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Open a model directory or hub model without reading weights.
 
@@ -120,7 +124,7 @@ def load(
     device: str | torch.device | None = None,
     impl: str = "auto",
     activation: str | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     fuse: bool = False,
     head_bits: int | None = None,
     compile: bool = False,
@@ -138,7 +142,7 @@ def load(
         impl: kernel to use (``auto``, ``reference``, ``triton``, ``cpu``); an explicit one that cannot run raises.
         activation: "int8" rounds the inputs of packed Linears to 8 bits, row by row, which is faster on CPUs with
             AVX512-VNNI or AMX and costs about 1 % of their outputs; RuntimeError where that cannot run.
-        dtype: of everything that is not packed; ``auto`` as stored.
+        dtype: of everything that is not packed, by name or as a torch.dtype; ``auto`` as stored.
         fuse: run q, k, v and gate, up as one product each; for inference only.
         head_bits: 4 or 8 rounds a float output head to that many bits as it is loaded, in groups of 128 with searched
             scales (see `ptq.nn.head.pack_head`): not calibrated, so measure what it costs. It is read once a token,
@@ -159,7 +163,7 @@ def load(
         ``save_pretrained`` writes the format that was read.
 
     Raises:
-        ConfigError: no such model, an unknown implementation, or a head that `head_bits` cannot be for.
+        ConfigError: no such model, an unknown implementation or dtype, or a head that `head_bits` cannot be for.
         FormatError: a damaged or unreadable checkpoint.
     """
     from ptq.plan import resolve_device

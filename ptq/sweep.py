@@ -22,7 +22,7 @@ from ptq.pipeline import quantize
 from ptq.plan import make_plan
 from ptq.prepared import Prepared
 from ptq.progress import Progress
-from ptq.yaml_tree import parse
+from ptq.yaml_tree import parse, unparse
 
 # One parent and one text for all, or they could not be compared.
 COMMON = ("model", "revision", "output", "evaluation")
@@ -61,7 +61,7 @@ def load_variants(config: str, variants: str, out: Path, assignments: Sequence[s
         common = [key for key in changes if str(key).partition(".")[0] in COMMON]
         if common:
             raise ConfigError(f"{file}: {name} changes {common[0]}, which is the same for all variants: use --set")
-        changed = [*assignments, f"output={json.dumps(str(out / name))}", *_assignments(changes)]
+        changed = [*assignments, _assignment("output", str(out / name)), *_assignments(changes)]
         configs[name] = load_config(config, changed)
         if configs[name].evaluation is None:
             raise ConfigError(f"a sweep compares on held-out text; {config} names none: set evaluation.files")
@@ -76,8 +76,14 @@ def _assignments(changes: Mapping[Any, Any], prefix: str = "") -> list[str]:
         if isinstance(value, dict) and value and path != "bits" and not prefix.startswith("overrides."):
             found += _assignments(value, f"{path}.")
         else:
-            found.append(f"{path}={json.dumps(value)}")
+            found.append(_assignment(path, value))
     return found
+
+
+def _assignment(path: str, value: Any) -> str:
+    """``key=value`` for any value that YAML can hold: dates and sets, too, so that the key's own check refuses them."""
+    written = unparse(value).rstrip().removesuffix("\n...")  # the mark of a document's end
+    return f"{path}={written}"
 
 
 def sweep(
@@ -99,7 +105,7 @@ def sweep(
     """
     progress, prepared = progress or Progress(), Prepared()
     runs = {name: replace(config, evaluation=None) for name, config in configs.items()}
-    for config in runs.values():
+    for config in configs.values():  # with the evaluation: its window must fit the model, too
         make_plan(config, weights=False)
     for name, config in runs.items():
         if not overwrite and _finished(config):

@@ -8,13 +8,43 @@ import yaml
 
 from ptq.errors import ConfigError
 
+# A NUL and halves of surrogate pairs, which double-quoted text can spell.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that ``1e-2`` is a number and a key given twice is an error."""
+    """YAML 1.1 as PyYAML reads it, except that ``1e-2`` is a number and a key given twice is an error.
+
+    Every fault is a MarkedYAMLError, which knows its line: PyYAML lets Python's own errors through.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.deep_construct = True  # values before what holds them: a mapping that holds itself is refused
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.rpartition(":")[2]
+            written = str(node.value)
+            written = written if len(written) <= 60 else f"{written[:57]}..."
+            raise yaml.MarkedYAMLError(
+                problem=f"{written!r} cannot be read as {kind}", problem_mark=node.start_mark
+            ) from error
+        if isinstance(value, str) and _NO_TEXT.search(value):  # no file can be named so, or hold it
+            raise yaml.MarkedYAMLError(
+                problem="an escaped NUL or half of a surrogate pair", problem_mark=node.start_mark
+            )
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem=f"a {key_node.id} as a key of a mapping", problem_mark=key_node.start_mark
+                )
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key_node.value!r} stands twice in one mapping", problem_mark=key_node.start_mark
@@ -52,6 +82,11 @@ def parse(document: str, source: str) -> Any:
         raise ConfigError(f"{source}{place}: valid YAML is required, found: {error.problem}; correct it") from error
     except yaml.YAMLError as error:  # characters YAML forbids
         raise ConfigError(f"{source}: valid YAML is required, found: {error}; remove what it names") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"{source}: YAML of a few levels is required, found lists or mappings nested too deeply to be read; "
+            "flatten them"
+        ) from error
 
 
 def override(tree: dict[str, Any], assignment: str) -> None:

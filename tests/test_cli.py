@@ -91,6 +91,14 @@ def test_dry_run_refuses_what_the_run_would(
     assert "calibration needs" in capsys.readouterr().err
     assert cli.main(["plan", "--config", "demo.yaml", f"--set=output={taken}", "--set=bits={budget: 3.5}"]) == 0
     assert "is spent before the solve, by a pass over all blocks" in capsys.readouterr().out
+    file = tmp_path / "file"
+    file.write_text("x")
+    for output, message in ((file, "found the file"), (file / "x", "Not a directory"), ("z" * 300, "name too long"),
+                            ("/proc/x", "/proc/x cannot be created: No such file")):  # fmt: skip
+        assert quantize(Path(output), "--dry-run") == 2
+        assert message in capsys.readouterr().err
+        assert cli.main(["plan", "--config", "demo.yaml", f"--set=output={output}"]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("verb", "arguments", "message"), [
@@ -138,7 +146,7 @@ USAGE = {
     "missing model": (["model=./no-such-model"], "no-such-model"),
     "group does not divide": (["group_size=96"], "96"),
     "format cannot hold it": (["format=awq", "bits=8"], "compressed-tensors"),
-    "pattern matches nothing": (["exclude=[lm_head, mlp.dawn_proj]"], "down_proj"),
+    "pattern matches nothing": (["exclude=[lm_head, mlp.down_projj]"], "down_proj or model.layers.7.mlp.down_proj?"),
     "everything excluded": (["exclude=[lm_head, model]"], "at least one Linear"),
     "outside blocks": (["exclude=[]", "overrides={lm_head: {group_size: 100}}"], "lm_head"),
     "too long for the model": (["calibration.sequence_length=4096"], "context of 1024"),
@@ -317,6 +325,22 @@ def test_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(verb)
     assert stop.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("verb", "said"), [
+    ("quantize", ["calibration.samples=64; may be repeated"]),
+    ("plan", ["calibration.samples=64; may be repeated"]),
+    ("sweep", ["calibration.samples=64; may be repeated"]),
+    ("eval", [".parquet; may be repeated", "(kl, perplexity, top1, agreement; "]),
+    ("compare", [".parquet; may be repeated"]),
+    ("export", ["on this text; may be repeated", "text, options and device from a configuration"]),
+    ("bench", ["default: four of a Llama-3-8B, and 512x1536"]),
+])  # fmt: skip
+def test_help_says_what_is_taken(verb: str, said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert [words for words in said if words not in printed] == []
 
 
 def test_no_verb_is_a_usage_error() -> None:

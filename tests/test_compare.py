@@ -15,7 +15,7 @@ from ptq import cli, compare_page
 from ptq.calibration.data import evaluation_windows
 from ptq.compare import compare_checkpoints, short_names, show
 from ptq.compare_page import comparison_page
-from ptq.config import EvaluationConfig
+from ptq.config import EvaluationConfig, SchemeOverride
 from ptq.errors import ConfigError
 from ptq.evaluation import evaluate_checkpoint
 from ptq.inspection import packed_bits
@@ -243,6 +243,10 @@ WRONG = {
     "a: {evaluation.tokens: 3}": "changes evaluation.tokens",
     "a: {bitz: 3}": "unknown key bitz",
     "a: {bits: 5}": "bits must be",
+    "a: {bits: 2020-01-01}": r"bits must be a whole number, found datetime.date\(2020, 1, 1\)",
+    "a: {exclude: !!set {lm_head}}": "exclude must be a list, found {'lm_head'}",
+    "a: {2020-01-01: 3}": "unknown key 2020-01-01",
+    "a: &a {gptq: *a}": "recursive",
 }
 
 
@@ -251,6 +255,30 @@ def test_wrong_variants_are_named(text, files, tmp_path) -> None:
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(ConfigError, match=WRONG[text]):
         load_variants(files[0], str(tmp_path / "wrong.yaml"), tmp_path / "out")
+
+
+def test_variants_are_what_a_configuration_would_be(files, tmp_path) -> None:
+    """Values of every kind come through the assignments; so does an output that ASCII cannot hold."""
+    (tmp_path / "kinds.yaml").write_text(
+        "a: {bits: {budget: 3.5}, overrides: {down_proj: {bits: 8, group_size: 64}}, gptq: {damping: 1e-2}, "
+        "exclude: [lm_head, 'a: b'], max_shard_size: '800KB'}"
+    )
+    out = tmp_path / f"\N{PILE OF POO} é {'x y' * 40}"
+    (config,) = load_variants(files[0], str(tmp_path / "kinds.yaml"), out).values()
+    assert config.output == str(out / "a")
+    assert config.bits.budget == 3.5
+    assert config.overrides == {"down_proj": SchemeOverride(8, 64)}
+    assert (config.gptq.damping, config.exclude, config.max_shard_size) == (0.01, ("lm_head", "a: b"), "800KB")
+
+
+def test_a_window_beyond_the_context_is_refused_before_anything_is_made(files, made, tmp_path, monkeypatch) -> None:
+    configs = load_variants(*files, tmp_path / "out", [f"evaluation={{files: [{TEXT}], window: 256, stride: 256}}"])
+    monkeypatch.setattr("ptq.sweep.quantize", None)
+    with pytest.raises(ConfigError, match="evaluation.window must be at most the model's context of 128 tokens"):
+        sweep(configs, progress=Progress(io.StringIO()))
+    settings = EvaluationConfig(files=(str(TEXT),))
+    with pytest.raises(ConfigError, match="--window must be at most the model's context of 128 tokens; found 512"):
+        compare_checkpoints([str(made / "four")], str(made / "parent"), settings, device="cpu")
 
 
 def test_a_sweep_needs_text_and_files(files, tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Configurations. Oracles: the values written in the YAML, exact messages, and dump/load as inverses."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from ptq.config import (
     scheme_for,
     unused_patterns,
 )
+from ptq.config_paths import find_files
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 
@@ -108,6 +110,17 @@ def test_paths_in_a_configuration_of_ones_own_count_from_the_working_directory(l
         load(BASE + "calibration: {dataset: {files: [examples/text/calibration.txt]}}")
 
 
+@pytest.mark.parametrize("name", ["no-such.txt", "/x/no-such.txt"])
+def test_a_place_that_was_looked_at_twice_is_named_once(name, monkeypatch):
+    monkeypatch.chdir(ROOT / "ptq")  # where the paths of shipped configurations count from
+    place = re.escape(str(Path(name).absolute()))
+    with pytest.raises(ConfigError, match=f"found none at {place}; check the path"):
+        find_files([name], "files", [Path(), Path.cwd()])
+    monkeypatch.chdir(ROOT / "ptq/configs")
+    with pytest.raises(ConfigError, match=r"no configuration file at \S+/dmeo.yaml; did you mean"):
+        resolve_config_path("dmeo.yaml")
+
+
 def test_overrides_from_the_command_line(load):
     config = load(
         BASE + "evaluation: null",
@@ -178,6 +191,15 @@ MISTAKES = {
     "syntax": (BASE + "bits: [4", "run.yaml, line 4, column 9: valid YAML is required, found: expected ',' or ']'"),
     "control character": (BASE + "bits: \x01", "run.yaml: valid YAML is required, found: unacceptable character"),
     "twice": (BASE + "bits: 4\nbits: 8\n", "run.yaml, line 5, column 1: valid YAML is required, found: the key 'bits'"),
+    "key of lists": ("? [a]\n: 1\n", "run.yaml, line 1, column 3: valid YAML is required, found: a sequence as a key"),
+    "tag": (BASE + "bits: !!int abc", "line 4, column 7: valid YAML is required, found: 'abc' cannot be read as int"),
+    "date tag": (BASE + "bits: !!timestamp abc", "line 4, column 7: valid YAML is required, found: 'abc' cannot be"),
+    "date": (BASE + "bits: 2020-99-99", "line 4, column 7: valid YAML is required, found: '2020-99-99' cannot be read"),
+    "digits": (BASE + f"bits: {'9' * 5000}", f"found: '{'9' * 57}...' cannot be read as int; correct it"),
+    "depth": ("[" * 3000, "found lists or mappings nested too deeply to be read"),
+    "itself": ("bits: &a {bits: *a}", "line 1, column 7: valid YAML is required, found: found unconstructable rec"),
+    "surrogate": (BASE + 'revision: "\\ud800"', "line 4, column 11: valid YAML is required, found: an escaped NUL or"),
+    "NUL": (BASE + 'revision: "\\0"', "line 4, column 11: valid YAML is required, found: an escaped NUL or half of a"),
     "no source": (BASE + "calibration: {dataset: {}}", "calibration.dataset needs either name (a hub dataset) or"),
     "two sources": (BASE + "calibration: {dataset: {name: a, files: [b.txt]}}", "(local text), found both; give one"),
     "split of files": (

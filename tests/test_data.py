@@ -231,7 +231,7 @@ def test_without_the_datasets_package(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     file = write("a.txt", "abcdefgh")
     assert len(calibration_batches(calibration(file), Characters())) == 1
-    with pytest.raises(DataError, match=r'b.parquet: the package datasets is required, found none; pip install "ptq'):
+    with pytest.raises(DataError, match="b.parquet: the package datasets is required, found none; pip install dat"):
         calibration_batches(calibration(write("b.parquet", "")), Characters())
 
 
@@ -257,6 +257,9 @@ def test_conversations_need_what_they_need(write):
         calibration_batches(config, Characters())
     with pytest.raises(DataError, match=r"needs 2 rows of 16 tokens or more, found 1; use more rows or fewer samples"):
         calibration_batches(config, Characters(template="yes"))
+    file = write("b.jsonl", lines({"text": []}))
+    with pytest.raises(DataError, match=r"b.jsonl, line 1: at least one message is required, found an empty list"):
+        calibration_batches(calibration(file, chat_template=True), Characters(template="yes"))
     for value, kind in ((3, "int"), (["a"], "list")):
         file = write("b.jsonl", lines({"text": value}))
         with pytest.raises(DataError, match=f"line 1: a list of messages .* or a prompt is required, found {kind}"):
@@ -282,7 +285,42 @@ def test_a_template_that_refuses_names_the_row(write):
         calibration_batches(calibration(bad, chat_template=True), tokenizer)
 
 
+@pytest.mark.parametrize("template", ["{{ messages + 1 }}", "{{ 1 // 0 }}", "{{ '%d' % 'a' }}", "{{ {}.a.b }}"])
+def test_a_template_that_fails_names_the_row(template, write):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/tiny-llama")
+    tokenizer.chat_template = template
+    file = write("a.jsonl", lines({"text": MESSAGES}))
+    with pytest.raises(DataError, match=r"a.jsonl, line 1: the chat template refuses this conversation: .*; leave it"):
+        calibration_batches(calibration(file, chat_template=True), tokenizer)
+
+
+def test_half_of_a_surrogate_pair_in_a_conversation_names_the_row(write):
+    file = write("a.jsonl", lines({"text": [{"role": "user", "content": "\ud800"}]}))
+    with pytest.raises(DataError, match=r"a.jsonl, line 1: text that UTF-8 can hold is required, .* U\+D800"):
+        calibration_batches(calibration(file, chat_template=True), Characters(template="yes"))
+
+
+def test_tokens_that_the_model_cannot_embed(write):
+    tokenizer = Characters()
+    file = write("a.txt", "abcdefgh")
+    tokenizer.embedding_rows = ord("h") + 1
+    assert len(calibration_batches(calibration(file), tokenizer)) == 1
+    tokenizer.embedding_rows = ord("h")
+    message = r"must be below the model's vocabulary size of 104, found 104: the tokenizer is another model's"
+    with pytest.raises(DataError, match=message):
+        calibration_batches(calibration(file), tokenizer)
+    with pytest.raises(DataError, match=message):
+        list(evaluation_windows(evaluation(file, window=4, stride=4), tokenizer))
+
+
 FILES = {
+    "surrogate": (
+        "a.jsonl",
+        b'{"text": "ab\\ud800 c"}',
+        "line 1: text that UTF-8 can hold is required, found the lone surrogate U+D800 at character 2; correct the row",
+    ),
     "suffix": ("a.doc", b"", "a .txt, .jsonl or .parquet file is required, found '.doc'; convert it"),
     "text bytes": ("a.txt", b"abc" * 3 + b"\xff", "UTF-8 text is required, found byte 0xff at offset 9; convert"),
     "cut character": ("a.txt", b"abcdef\xe2\x82", "found byte 0xe2 at offset 6"),

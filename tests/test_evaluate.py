@@ -85,3 +85,38 @@ def test_broken_logits_name_the_model() -> None:
     broken = evaluate.in_memory(Toy(0, poison=math.nan))
     with pytest.raises(NumericsError, match="those of broken are NaN"):
         evaluate.compare(evaluate.in_memory(Toy(1)), {"broken": broken}, windows(1, 16))
+
+
+class Masked(Toy):
+    """Some tokens have no probability at all, as after a bias of -1e5 in float16."""
+
+    def __init__(self, seed: int, tokens: list[int]) -> None:
+        super().__init__(seed)
+        self.mask = torch.zeros(VOCABULARY).index_fill_(0, torch.tensor(tokens), -math.inf)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+        logits = super().forward(input_ids, use_cache).logits  # type: ignore[attr-defined]
+        return type("Output", (), {"logits": logits + self.mask})()
+
+
+def test_tokens_without_probability_count_nothing() -> None:
+    """Oracle: the definitions over the tokens that are left, 30 of 37."""
+    masked = list(range(30, 37))
+    text = [Window(tokens % 30, first) for tokens, first in windows(4, 16)]
+    parent, other = Masked(0, masked), Masked(1, masked)
+    found = evaluate.compare(evaluate.in_memory(parent), {"x": evaluate.in_memory(other)}, text)["x"]
+    kl = count = 0.0
+    for tokens, first in text:
+        p, q = (torch.log_softmax(m(tokens[None], use_cache=False).logits[0, :, :30].double(), -1).detach()
+                for m in (parent, other))  # fmt: skip
+        kl += float((p.exp() * (p - q))[first - 1 : -1].sum())
+        count += len(tokens) - first
+    assert found.kl == pytest.approx(kl / count, rel=1e-5)
+    assert evaluate.compare(evaluate.in_memory(parent), {"x": evaluate.in_memory(Toy(1))}, text)["x"].kl > 0
+
+
+def test_an_infinite_divergence_names_the_model() -> None:
+    text = [Window(tokens % 30, first) for tokens, first in windows(1, 16)]
+    lacks = evaluate.in_memory(Masked(1, [36]))
+    with pytest.raises(NumericsError, match="the KL divergence of x to its parent must be finite, found inf"):
+        evaluate.compare(evaluate.in_memory(Toy(0)), {"x": lacks}, text)

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build, run, save, settings
+from tiny_models import TEXT, build, run, save, settings
 
 import ptq
 from ptq.config import EvaluationConfig, SchemeOverride
-from ptq.errors import ConfigError, FormatError, NumericsError, PtqError, UnsupportedModelError
+from ptq.errors import ConfigError, DataError, FormatError, NumericsError, PtqError, UnsupportedModelError
 from ptq.evaluation import evaluate_checkpoint
+from ptq.formats.checkpoint import CheckpointReader
 from ptq.inspection import inspect
-from ptq.models.loading import build_skeleton, load_tokenizer, locate, read_config
-from ptq.plan import make_plan, resolve_device
+from ptq.journal_directory import run_directory
+from ptq.models.loading import build_skeleton, load_module, load_tokenizer, locate, read_config
+from ptq.models.names import SourceNames
+from ptq.plan import check_context, make_plan, resolve_device
+from ptq.runtime import open_checkpoint
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 METHODS = ["rtn", "gptq", "awq"]
@@ -141,6 +145,101 @@ def test_a_context_that_is_too_short(tmp_path):
     refuse(ConfigError, "calibration.sequence_length must be at most .* 32 tokens", settings(parent, tmp_path / "out"))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_a_window_beyond_the_context(name, tmp_path):
+    parent = save(build(name), tmp_path / "parent")
+    with pytest.raises(ConfigError, match="--window must be at most the model's context of 128 tokens; found 512"):
+        evaluate_checkpoint(str(parent), None, EvaluationConfig(files=(str(TEXT),)), device="cpu")
+
+
+def test_the_context_of_mpt():
+    from transformers import MptConfig
+
+    check_context(MptConfig(max_seq_len=64), "--window", 64)
+    with pytest.raises(ConfigError, match="context of 64 tokens; found 65"):
+        check_context(MptConfig(max_seq_len=64), "--window", 65)
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    parent = save(build("llama", vocab_size=64, bos_token_id=1, eos_token_id=2), tmp_path / "parent")
+    pattern = "token ids must be below the model's vocabulary size of 64, found"
+    refuse(DataError, pattern, settings(parent, tmp_path / "out"))
+    text = EvaluationConfig(files=(str(TEXT),), window=64, stride=64)
+    with pytest.raises(DataError, match=pattern):
+        evaluate_checkpoint(str(parent), None, text, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": "64"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, r"hidden size \(64\) is not a multiple"),
+        ({"hidden_act": "nope"}, "there is no 'nope'"),
+        ({"dtype": "nope"}, "module 'torch' has no attribute 'nope'"),
+        ({"dtype": "int8"}, "the dtype in config.json must be one of bfloat16, .* found 'int8'"),
+        ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "there is no 'nope'"),
+        ({"vocab_size": -3}, "negative dimension -3"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_values_in_config_json_that_make_no_model(changes, said, parent, tmp_path):
+    file = parent / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    refuse(FormatError, f"config.json must .*{said}|{said}", settings(parent, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_is_a_list(name, parent):
+    (parent / name).write_text("[]")
+    with pytest.raises(FormatError, match="must be a tokenizer's; transformers found: .*: fetch both again"):
+        load_tokenizer(parent, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(WEIGHT, torch.int8), ("model.embed_tokens.weight", torch.int8), ("model.norm.weight", torch.int32)],
+)
+def test_integers_where_the_model_has_floats(name, dtype, parent, tmp_path):
+    change(parent, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    pattern = f"{name} must hold floating-point numbers; the checkpoint has {dtype}"
+    refuse(FormatError, pattern, settings(parent, tmp_path / "out", "rtn"))
+    with pytest.raises(FormatError, match=pattern):
+        ptq.load(parent, device="cpu")
+
+
+def test_integer_buffers_stay_integers(parent, tmp_path):
+    """Such as BatchNorm's counter of batches."""
+    checkpoint = open_checkpoint(parent)
+    checkpoint.model.model.norm.register_buffer("counted", torch.tensor(0))
+    change(parent, lambda tensors: tensors.update({"model.norm.counted": torch.tensor(7)}))
+    reader = CheckpointReader(parent)
+    names = SourceNames(checkpoint.model, reader.names())
+    load_module(checkpoint.model, "model.norm", reader, names, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert checkpoint.model.model.norm.counted.item() == 7
+    assert checkpoint.model.model.norm.counted.dtype == torch.int64
+
+
+def test_dtypes_by_name_and_as_torch_has_them(parent):
+    assert ptq.load(parent, device="cpu", dtype=torch.float16).dtype == torch.float16
+    assert ptq.load(parent, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+    for dtype in ("nope", torch.int8, "Tensor"):
+        with pytest.raises(ConfigError, match="dtype must be auto, bfloat16, float16, float32, float64 or the torch"):
+            ptq.load(parent, device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("check", [run, make_plan])
+def test_a_loop_of_links_as_output(check, parent, tmp_path):
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / one).symlink_to(tmp_path / other)
+    with pytest.raises(ConfigError, match="`output` must be a path that can be followed, found: Symlink loop"):
+        check(settings(parent, tmp_path / "a"))
+    with (
+        pytest.raises(ConfigError, match="`output` must be a path"),
+        run_directory(tmp_path / "a", overwrite=False, fresh=False),
+    ):
+        pass
+
+
 def test_a_parent_that_is_quantized_already(parent, tmp_path):
     run(settings(parent, tmp_path / "once", "rtn"))
     refuse(ConfigError, "quantized already: name its parent", settings(tmp_path / "once", tmp_path / "twice", "rtn"))
@@ -202,4 +301,8 @@ def test_inspect_tells_what_is_there(parent, tmp_path):
     assert "              12 x 4 bits, groups of 32, symmetric" in lines
     assert "               2 x 8 bits, one group a row, symmetric" in lines
     assert "float       1 Linears: lm_head" in lines
+    run(settings(parent, tmp_path / "less", "rtn", exclude=["lm_head", "model.layers.0"]))
+    (said,) = [line for line in inspect(str(tmp_path / "less")).splitlines() if line.startswith("float")]
+    assert said.startswith("float       8 Linears: model.layers.0.self_attn.q_proj, ")
+    assert said.endswith("model.layers.0.self_attn.o_proj and 4 more")
     assert "  model.layers.0.mlp.down_proj  64 x 128, 8 bits, one group a row, symmetric" in lines

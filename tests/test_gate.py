@@ -61,6 +61,12 @@ def test_what_is_not_a_condition_says_why(text: str) -> None:
         parse_condition(text)
 
 
+@pytest.mark.parametrize("sign", [">", ">=", "<", "<="])
+def test_what_is_not_a_number_fails_every_gate(sign: str) -> None:
+    with pytest.raises(PtqError, match="fails its gate: .* kl is nan"):
+        require_passed([parse_condition(f"kl{sign}0.05")], {**ROW, "kl": float("nan")})
+
+
 def test_distances_need_a_parent() -> None:
     require_parent([Condition("perplexity", ">", 3.0, "perplexity>3")], None)
     with pytest.raises(ConfigError, match="add --parent"):

@@ -8,7 +8,7 @@ import pytest
 
 from ptq.errors import ConfigError, FormatError, PtqError
 from ptq.formats.checkpoint import atomic_write_text, read_json, staged_directory
-from ptq.formats.staging import full_disk_as_error
+from ptq.formats.staging import full_disk_as_error, output_path
 
 
 def contents(directory):
@@ -112,17 +112,54 @@ def enter(final, overwrite):
 
 def test_what_must_not_be_overwritten(tmp_path):
     checkpoint(tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"output directory \S+out exists; choose another `output` or pass --overw"):
+    with pytest.raises(ConfigError, match=r"output directory \S+out exists; choose another --out or pass --overw"):
         enter(tmp_path / "out", False)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match=r"home has files but no config.json; choose another"):
+    with pytest.raises(ConfigError, match=r"home has files but no config.json; choose another --out or"):
         enter(tmp_path / "home", True)
-    with pytest.raises(ConfigError, match=r"output must be a directory, found the file \S+thesis.tex"):
+    with pytest.raises(ConfigError, match=r"must be a directory, found the file \S+thesis.tex; choose another --out"):
         enter(tmp_path / "home" / "thesis.tex", True)
-    with pytest.raises(ConfigError, match=r"thesis.tex/out cannot be created: Not a directory"):
+    with pytest.raises(ConfigError, match=r"thesis.tex/out cannot be created: Not a directory; choose another --out"):
         enter(tmp_path / "home" / "thesis.tex" / "out", True)
     assert contents(tmp_path) == {"out/config.json": "old", "home/thesis.tex": "x"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file", "output must be a directory, found the file .*file; choose another `output`"),
+        ("file/x", "file/x cannot be created: Not a directory; choose another `output`"),
+        ("x" * 300, "cannot be created: File name too long"),
+        ("x" * 250, "cannot be created: File name too long"),  # with the mark of what is unfinished
+        ("x/" + "x" * 250, "cannot be created: File name too long"),
+        ("x" * 300 + "/x", "cannot be created: File name too long"),
+        ("/proc/x", "output /proc/x cannot be created: No such file or directory"),
+        ("/", "`output` must be a directory with a name, found /; choose another"),
+        ("~no-such-user/x", "`output` must be a path that can be followed, found: Could not determine home"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_where_no_directory_can_be(name, message, tmp_path):
+    (tmp_path / "file").write_text("x")
+    path = Path(name) if name.startswith("~") else tmp_path / name
+    with pytest.raises(ConfigError, match=message):
+        output_path(path)
+    with pytest.raises(ConfigError, match=message.replace("`output`", "--out")):
+        enter(path, True)
+    assert contents(tmp_path) == {"file": "x"}
+
+
+def test_where_a_directory_can_be_nothing_is_made(tmp_path, monkeypatch):
+    assert output_path(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list(tmp_path.iterdir()) == []
+
+    def full(dir):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("ptq.formats.staging.TemporaryFile", full)
+    with pytest.raises(OSError, match="full"):
+        output_path(tmp_path / "a")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ptq.calibration.text import Row, documents, parts, pieces, rows, running_text
+from ptq.calibration.text import Row, documents, encodable, parts, pieces, rows, running_text
 from ptq.config import CalibrationConfig, EvaluationConfig
 from ptq.errors import DataError
 
@@ -105,6 +105,12 @@ class _Counted:
 def _tokens(piece: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     # verbose=False: no warning that the text is longer than the model's context, which it is never shown at once.
     ids: list[int] = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = getattr(tokenizer, "embedding_rows", None)  # as load_tokenizer notes them
+    if rows is not None and max(ids, default=0) >= rows:
+        raise DataError(
+            f"token ids must be below the model's vocabulary size of {rows}, found {max(ids)}: the tokenizer is "
+            "another model's; copy the model's own tokenizer.json and tokenizer_config.json beside its config.json"
+        )
     return ids
 
 
@@ -181,10 +187,14 @@ def _render(row: Row, tokenizer: "PreTrainedTokenizerBase") -> str:
             f"{row.place}: a list of messages ({{role, content}}) or a prompt is required, found "
             f"{type(row.value).__name__}; name the column that holds conversations"
         )
+    if not messages:
+        raise DataError(f"{row.place}: at least one message is required, found an empty list; leave the row out")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError as error:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # A template is a program of the model's: it may fail in any way on what it does not expect.
         raise DataError(f"{row.place}: the chat template refuses this conversation: {error}; leave it out") from error
+    return encodable(text, row.place)
 
 
 def _draw(sequences: Iterator[T], config: CalibrationConfig) -> list[T]:

@@ -31,7 +31,19 @@ class Row(NamedTuple):
                 f"{self.place}: the column must hold text, found {type(self.value).__name__}; "
                 "name the column that holds text, or set calibration.chat_template: true for conversations"
             )
-        return self.value
+        return encodable(self.value, self.place)
+
+
+def encodable(text: str, place: str) -> str:
+    """The text itself. Raises DataError for half of a surrogate pair: JSON can spell one, no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: text that UTF-8 can hold is required, found the lone surrogate U+{ord(text[error.start]):04X} "
+            f"at character {error.start}; correct the row"
+        ) from error
+    return text
 
 
 def documents(source: DatasetConfig, seed: int) -> Iterator[Iterator[str]]:
@@ -191,7 +203,7 @@ def _dataset_rows(place: str, column: str, seed: int | None, **options: Any) -> 
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f'{place}: the package datasets is required, found none; pip install datasets') from error
+        raise DataError(f"{place}: the package datasets is required, found none; pip install datasets") from error
     try:
         dataset = datasets.load_dataset(**options)
         if seed is not None:

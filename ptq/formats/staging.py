@@ -7,9 +7,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from ptq.errors import ConfigError, FormatError, PtqError
+
+OUTPUT = "`output`"  # the key of a configuration that names a run's directory
 
 
 @contextmanager
@@ -17,20 +20,20 @@ def staged_directory(final: Path, overwrite: bool) -> Iterator[Path]:
     """A directory beside ``final`` to write into, renamed to ``final`` once the body has succeeded.
 
     After any exception, KeyboardInterrupt included, the partial directory is gone and ``final`` is as it was. What a
-    crashed run left behind is cleaned up first.
+    crashed run left behind is cleaned up first. For verbs whose directory is named by ``--out``.
 
     Raises:
         ConfigError: ``final`` exists and ``overwrite`` is false, or it is not a checkpoint directory, or no directory
             can be created there.
         PtqError: the disk is full.
     """
-    final = final.expanduser().resolve()
+    final = output_path(final, "--out")
     partial, aside = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
     with full_disk_as_error(final, None):
         restore(final, aside)
-        require_writable(final, overwrite)
+        require_writable(final, overwrite, "--out")
         shutil.rmtree(partial, ignore_errors=True)
-        create_directory(partial, final)
+        create_directory(partial, final, "--out")
         try:
             yield partial
             sync_tree(partial)
@@ -39,35 +42,72 @@ def staged_directory(final: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def resolved(path: Path, option: str = OUTPUT) -> Path:
+    """A path without links. Raises ConfigError for a loop of links, an unknown ``~user``, and the root."""
+    try:
+        final = path.expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{option} must be a path that can be followed, found: {error}; choose another") from error
+    if not final.name:
+        raise ConfigError(f"{option} must be a directory with a name, found {final}; choose another")
+    return final
+
+
+def output_path(path: Path, option: str = OUTPUT) -> Path:
+    """Where a directory is to be written, without links; nothing is created.
+
+    Raises:
+        ConfigError: no directory can be there: a file stands there or in the way, or what is there takes no files.
+    """
+    final = resolved(path, option)
+    try:
+        existing = next(parent for parent in final.parents if parent.exists())
+        longest = os.pathconf(existing, "PC_NAME_MAX")
+        for name in (*final.relative_to(existing).parts, f".{final.name}.partial"):  # the longest of those beside it
+            if len(os.fsencode(name)) > longest:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        with TemporaryFile(dir=existing):  # the only way to learn it of /proc; it has no name where that is possible
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _not_created(final, error, option) from error
+    if final.exists() and not final.is_dir():
+        raise ConfigError(f"output must be a directory, found the file {final}; choose another {option}")
+    return final
+
+
+def _not_created(final: Path, error: OSError, option: str) -> ConfigError:
+    return ConfigError(f"output {final} cannot be created: {error.strerror}; choose another {option}")
+
+
 def restore(final: Path, aside: Path) -> None:
     """Give a directory its name back where a run was killed between the two renames of `publish`."""
     if aside.exists() and not final.exists():
         aside.rename(final)
 
 
-def require_writable(final: Path, overwrite: bool) -> None:
-    """Raises ConfigError where ``final`` must not be replaced."""
+def require_writable(final: Path, overwrite: bool, option: str = OUTPUT) -> None:
+    """Raises ConfigError where ``final``, which ``option`` names, must not be replaced."""
     if not final.exists():
         return
-    if not final.is_dir():
-        raise ConfigError(f"output must be a directory, found the file {final}; choose another `output`")
     if not any(final.iterdir()):
         return
     if not overwrite:
-        raise ConfigError(f"output directory {final} exists; choose another `output` or pass --overwrite")
+        raise ConfigError(f"output directory {final} exists; choose another {option} or pass --overwrite")
     if not (final / "config.json").is_file():
         raise ConfigError(
             f"only a checkpoint directory is overwritten, {final} has files but no config.json; choose another "
-            "`output` or empty it yourself"
+            f"{option} or empty it yourself"
         )
 
 
-def create_directory(partial: Path, final: Path) -> None:
+def create_directory(partial: Path, final: Path, option: str = OUTPUT) -> None:
     """Make a directory for ``final``'s content. Raises ConfigError where that cannot be."""
     try:
         partial.mkdir(parents=True)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"output {final} cannot be created: {error.strerror}; choose another `output`") from error
+        raise _not_created(final, error, option) from error
 
 
 def publish(partial: Path, final: Path, aside: Path) -> None:
@@ -98,7 +138,7 @@ def full_disk_as_error(path: Path, needed: int | None) -> Iterator[None]:
         free = shutil.disk_usage(existing).free
         wanted = "" if needed is None else f"{needed} bytes are needed and "
         raise PtqError(
-            f"no space left to write {path}: {wanted}{free} bytes are free; free some space or choose another `output`"
+            f"no space left to write {path}: {wanted}{free} bytes are free; free some space or write elsewhere"
         ) from error
 
 

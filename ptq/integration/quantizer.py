@@ -162,14 +162,19 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         layers = [(name, _packed_at(model, name)) for name in self.packed.schemes]
         stored, tensors = written_tensors(self.packed, layers)
         self.quantization_config.stored = stored
-        experts = tuple(f"{path}." for path in experts_of(model))
         packed = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
         buffers = {f"{name}.{leaf}" for name in packed for leaf in ("qweight", "scales", "zeros", "perm")}
         state = {name: value for name, value in model.state_dict().items() if name not in buffers}
-        by_us = {name: value for name, value in state.items() if name.startswith(experts)}
-        names = self.packed.names
-        tensors |= {names.written_as(name, experts_of(model)) or name: value for name, value in by_us.items()}
-        rest = {name: value for name, value in state.items() if name not in by_us}
+        names, apart = self.packed.names, experts_of(model)
+        # What lies in the file as it is keeps the file's name; what was put together goes back the way it came.
+        experts = tuple(f"{path}." for path in apart)
+        stored_as = {
+            name: names.written_as(name, apart) or (name if name.startswith(experts) else None)
+            for name in state
+            if not names.is_tied(name)
+        }
+        tensors |= {stored: state[name] for name, stored in stored_as.items() if stored is not None}
+        rest = {name: value for name, value in state.items() if stored_as.get(name) is None}
         model._weight_conversions = self._conversions  # type: ignore[assignment]  # an attribute of transformers' own
         rest = revert_weight_conversion(model, rest)
         model._weight_conversions = []  # type: ignore[assignment]  # an attribute of transformers' own
@@ -231,7 +236,7 @@ def _expect_no_more(model: Any, packed: Iterable[str], experts: Iterable[str]) -
 def attach(model: Any, packed: Packed) -> None:
     """Make a model of `ptq.load` one that ``save_pretrained`` can write."""
     quantizer = PtqQuantizer(PtqConfig().of_file(packed.settings))
-    quantizer.packed = packed
+    quantizer.packed, quantizer._conversions = packed, packed.names.conversions
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
 

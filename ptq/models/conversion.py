@@ -28,9 +28,13 @@ class Conversions:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        transforms = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
-        self._renamings = [t for t in transforms if not hasattr(t, "operations")]
-        self._converters = [t for t in transforms if hasattr(t, "operations")]
+        self._all = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
+        self._renamings = [t for t in self._all if not hasattr(t, "operations")]
+        self._converters = [t for t in self._all if hasattr(t, "operations")]
+
+    def used(self) -> list[Any]:
+        """Those that applied to a name so far, in transformers' order."""
+        return [t for t in self._all if t.was_used()]
 
     def rename(self, stored: str) -> str:
         """The name of a stored tensor after renaming."""

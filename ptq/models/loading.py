@@ -14,6 +14,9 @@ from ptq.models.hub import download
 from ptq.models.names import SourceNames, retie
 from ptq.models.structure import find_blocks
 
+# Dtypes that a model can work in.
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
+
 
 class TensorSource(Protocol):
     """Named tensors on disk (`ptq.formats.checkpoint.CheckpointReader`)."""
@@ -45,11 +48,18 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         UnsupportedModelError: transformers does not know the model type.
+        FormatError: a value in it that transformers refuses.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (StrictDataclassError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"{directory / 'config.json'} must describe a model; transformers refuses it: {_sentence(error)}: correct "
+            "the value, or fetch the file again"
+        ) from error
     except (ValueError, OSError, KeyError) as error:
         raise UnsupportedModelError(
             f"{directory / 'config.json'} must describe a model transformers knows: {str(error).splitlines()[0]}"
@@ -57,20 +67,35 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model directory.
+    """The tokenizer of a model directory, with ``embedding_rows``: ids from there on, the model cannot embed.
 
     Raises:
         UnsupportedModelError: the directory holds none.
+        FormatError: its files do not hold what they should.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise UnsupportedModelError(
             f"a model directory must hold its tokenizer; loading the one in {directory} failed: "
             f"{str(error).splitlines()[0]}: copy tokenizer.json and tokenizer_config.json beside config.json"
         ) from error
+    except (TypeError, AttributeError) as error:
+        raise FormatError(
+            f"{directory / 'tokenizer.json'} and tokenizer_config.json must be a tokenizer's; transformers found: "
+            f"{_sentence(error)}: fetch both again"
+        ) from error
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    tokenizer.embedding_rows = getattr(config.get_text_config(), "vocab_size", None)
+    return tokenizer
+
+
+def _sentence(error: Exception) -> str:
+    """What a library said, on one line; a KeyError says the key alone."""
+    said = " ".join(str(error).split()).removesuffix(".")
+    return f"there is no {said}" if isinstance(error, KeyError) else said
 
 
 def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
@@ -81,6 +106,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
     Raises:
         UnsupportedModelError: transformers has no causal language model for the configuration, or it has no decoder
             blocks, or experts in an unknown layout.
+        FormatError: a value of the configuration that no model can be built with.
     """
     from accelerate import init_empty_weights
 
@@ -91,6 +117,12 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
         raise UnsupportedModelError(
             f"the model must be a causal language model of transformers; {type(config).__name__}: "
             f"{str(error).splitlines()[0]}"
+        ) from error
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise FormatError(
+            f"config.json must describe a model that can be built; {type(config).__name__} of "
+            f"{getattr(config, 'name_or_path', '') or 'this model'}: {_sentence(error)}: correct the value, or fetch "
+            "the file again"
         ) from error
     built: nn.Module = model.eval()
     unfuse_experts(built.get_submodule(find_blocks(built)))
@@ -113,13 +145,26 @@ def _model_of(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def model_dtype(config: Any, requested: str) -> torch.dtype:
-    """The dtype a run works in: as asked, or with ``auto`` the checkpoint's own (float32 where it names none)."""
-    if requested != "auto":
-        dtype: torch.dtype = getattr(torch, requested)
-        return dtype
-    own = getattr(config, "dtype", None) or torch.float32
-    return getattr(torch, own) if isinstance(own, str) else own
+def model_dtype(config: Any, requested: str | torch.dtype) -> torch.dtype:
+    """The dtype a run works in: as asked, or with ``auto`` the checkpoint's own (float32 where it names none).
+
+    Raises:
+        ConfigError: something else is asked for.
+        FormatError: the checkpoint names something else.
+    """
+    asked = str(requested).removeprefix("torch.")
+    if asked in DTYPES:
+        return DTYPES[asked]
+    if asked != "auto":
+        raise ConfigError(
+            f"dtype must be auto, {', '.join(DTYPES)} or the torch.dtype of one of these names; found {requested!r}"
+        )
+    own = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    if own not in DTYPES:
+        raise FormatError(
+            f"the dtype in config.json must be one of {', '.join(DTYPES)}; found {own!r}: correct it, or name a dtype"
+        )
+    return DTYPES[own]
 
 
 def working_dtype(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -147,6 +192,19 @@ def check_shape(name: str, expected: Sequence[int], found: Sequence[int]) -> Non
         )
 
 
+def check_floating(name: str, expected: torch.dtype, found: torch.dtype) -> None:
+    """Whether a tensor of a checkpoint holds numbers that can stand for a float parameter as they are.
+
+    Raises:
+        FormatError: integers, which are codes of a quantization that config.json does not describe.
+    """
+    if expected.is_floating_point and not found.is_floating_point:
+        raise FormatError(
+            f"{name} must hold floating-point numbers; the checkpoint has {found}: its config.json lacks the "
+            "quantization_config that says how to read it, or the shards are another checkpoint's"
+        )
+
+
 def load_module(
     model: nn.Module,
     path: str,
@@ -163,7 +221,7 @@ def load_module(
     names those (by full name) that are loaded by other means.
 
     Raises:
-        FormatError: a tensor is missing or has another shape than the model's.
+        FormatError: a tensor is missing, has another shape than the model's, or integers where it has floats.
     """
     from accelerate.utils import set_module_tensor_to_device
 
@@ -180,6 +238,7 @@ def load_module(
             continue
         value = names.read(full, source)
         check_shape(names.of_parameter(full), current.shape, value.shape)
+        check_floating(names.of_parameter(full), current.dtype, value.dtype)
         target = working_dtype(model, full, value, dtype)
         # A copy: the file's memory map must not see a solver's changes.
         set_module_tensor_to_device(module, local, device, value=value.to(device, target, copy=True), dtype=target)

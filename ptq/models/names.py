@@ -60,8 +60,9 @@ class SourceNames:
         self._pieces: dict[str, list[Piece]] = {}
         self._latest: tuple[str, Tensor] | None = None
         conversions = Conversions(model)
-        for stored in source:
+        for stored in sorted(source):  # what a damaged file is told must not depend on the order of a set
             self._place(stored, conversions)
+        self.conversions = conversions.used()  # what transformers itself would remember of reading these names
 
     def _place(self, stored: str, conversions: Conversions) -> None:
         renamed = conversions.rename(stored)

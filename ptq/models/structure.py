@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from ptq.errors import UnsupportedModelError
 
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of weights that are no packed ones
+
 
 def find_blocks(model: nn.Module) -> str:
     """Dotted path of the decoder blocks: the outermost ModuleList that holds the most parameters.
@@ -57,12 +59,48 @@ def is_transposed(module: nn.Module) -> bool:
 def linears(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Dotted path and module of every dense Linear below ``root`` (``nn.Linear`` and ``Conv1D``), in tree order.
 
-    A subclass with a forward of its own is none: what it computes is more than a product.
+    A subclass with a forward of its own is one if that proves to be the product alone (`_is_product`).
     """
     for path, module in root.named_modules():
-        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        plain = isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or _is_product(module))
         if plain or (is_transposed(module) and hasattr(module, "nf")):
             yield path, module
+
+
+@torch.no_grad()
+def _is_product(module: nn.Linear) -> bool:
+    """Whether the forward of a subclass of ``nn.Linear`` gives what ``nn.Linear`` gives, on small random numbers.
+
+    In float64, so that a forward which casts shows it by its dtype. A small copy runs, with the module's plain
+    attributes and nothing else of it: the module may be on ``meta``, and nothing that it holds is changed.
+    """
+    held = {name for name, parameter in module._parameters.items() if parameter is not None}
+    if not {"weight"} <= held <= {"weight", "bias"} or module._buffers or module._modules:
+        return False  # more than a product, or another weight than a matrix of floats
+    if type(module.weight) is not nn.Parameter or module.weight.dtype not in PLAIN_DTYPES:
+        return False
+    n, k, kinds = 6, 8, (bool, int, float, str, type(None))
+    # In a model that is built under torch.device("meta"), or works in another dtype by default.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        generator = torch.Generator("cpu").manual_seed(0)
+        weight, bias, x = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((n, k), (n,), (2, 3, k)))
+        x[0] *= torch.tensor([[1e-6], [1.0], [1e6]], dtype=torch.float64)  # what clips or rounds shows it somewhere
+        small = type(module).__new__(type(module))
+        nn.Module.__init__(small)
+        small.__dict__.update({name: value for name, value in vars(module).items() if type(value) in kinds})
+        small.in_features, small.out_features = k, n
+        small._parameters.update(weight=nn.Parameter(weight), bias=nn.Parameter(bias) if "bias" in held else None)
+        try:
+            found = [type(module).forward(small, rows) for rows in (x, x[0])]
+        except Exception:  # noqa: BLE001  (whatever the forward of a stranger needs, a product needs the input alone)
+            return False
+    expected = [nn.functional.linear(rows, weight, small.bias) for rows in (x, x[0])]
+    return all(
+        isinstance(one, Tensor) and one.dtype == other.dtype and one.shape == other.shape
+        # float64 sums of a few products in another order
+        and torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+        for one, other in zip(found, expected, strict=True)
+    )  # fmt: skip
 
 
 def weight_of(module: nn.Module) -> Tensor:
