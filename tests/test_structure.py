@@ -12,6 +12,7 @@ FORWARDS = {
     "under another name": (lambda self, x: nn.functional.linear(x, self.weight, self.bias) * self.one, True),
     "scaled": (lambda self, x: nn.functional.linear(x, self.weight, self.bias) * self.half, False),
     "clipped": (lambda self, x: nn.functional.linear(x.clamp(-1e4, 1e4), self.weight, self.bias), False),
+    "in place": (lambda self, x: nn.functional.linear(x.mul_(0.5), self.weight, self.bias), False),
     "rounded": (lambda self, x: nn.functional.linear((x * 64).round() / 64, self.weight, self.bias), False),
     "in float32": (lambda self, x: nn.functional.linear(x.float(), self.weight.float()), False),
     "dropout": (lambda self, x: nn.functional.dropout(nn.functional.linear(x, self.weight, self.bias)), False),

@@ -158,6 +158,4 @@ def require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            "GGUF export needs the gguf package, which is not installed: pip install gguf"
-        ) from error
+        raise ConfigError("GGUF export needs the gguf package, which is not installed: pip install gguf") from error

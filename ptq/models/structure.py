@@ -90,11 +90,11 @@ def _is_product(module: nn.Linear) -> bool:
         small.__dict__.update({name: value for name, value in vars(module).items() if type(value) in kinds})
         small.in_features, small.out_features = k, n
         small._parameters.update(weight=nn.Parameter(weight), bias=nn.Parameter(bias) if "bias" in held else None)
+        expected = [nn.functional.linear(rows, weight, small._parameters["bias"]) for rows in (x, x[0])]
         try:
-            found = [type(module).forward(small, rows) for rows in (x, x[0])]
+            found = [type(module).forward(small, rows.clone()) for rows in (x, x[0])]
         except Exception:  # noqa: BLE001  (whatever the forward of a stranger needs, a product needs the input alone)
             return False
-    expected = [nn.functional.linear(rows, weight, small.bias) for rows in (x, x[0])]
     return all(
         isinstance(one, Tensor) and one.dtype == other.dtype and one.shape == other.shape
         # float64 sums of a few products in another order
