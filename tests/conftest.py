@@ -1,7 +1,12 @@
 """One setting for all tests: generated examples are the same in every run, so that a failure is one of the change."""
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # some tests ask torch for determinism, on a GPU too
 
@@ -10,3 +15,11 @@ if find_spec("hypothesis"):  # a machine lent for a GPU check has pytest and lit
 
     settings.register_profile("fixed", derandomize=True)
     settings.load_profile("fixed")
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Every launch of a Triton kernel runs in the emulator (emulated_launches.py)."""
+    from emulated_launches import emulated
+
+    yield from emulated(monkeypatch, tmp_path)

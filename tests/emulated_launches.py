@@ -86,7 +86,10 @@ def _compiled(source: Any, launched: Launched) -> Any:
 
 
 def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Emulator]:
-    """Every launch runs. All go through Triton's own code, which is given tensors and not addresses."""
+    """Every launch runs. All go through Triton's own code, which is given tensors and not addresses.
+
+    Fresh memory holds NaN.
+    """
     from ptq_kernels.triton import enqueue
     from triton.backends.nvidia.compiler import CUDABackend
 
@@ -94,5 +97,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Emulator
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # nor where each line comes from
     emulator = Emulator()
     monkeypatch.setattr(enqueue, "hooked", lambda: True)
-    for _ in recorded(monkeypatch, folder, emulator):
-        yield emulator
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in recorded(monkeypatch, folder, emulator):
+            yield emulator
+    finally:
+        torch.use_deterministic_algorithms(False)

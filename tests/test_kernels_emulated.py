@@ -6,8 +6,6 @@ shared memory and Hopper's products, as late as the hardware may or at once, war
 
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import emulated_launches
@@ -15,7 +13,7 @@ import ptx_machine
 import pytest
 import tile_cases
 import torch
-from emulated_launches import Emulator, emulated
+from emulated_launches import Emulator
 from packed_weights import Case, random_case, random_rows, worst_error
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -82,20 +80,6 @@ def products() -> list[Product]:
 
 
 PRODUCTS = products()
-
-
-@pytest.fixture
-def emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Emulator]:
-    """Every launch runs in it."""
-    yield from emulated(monkeypatch, tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(product: Product) -> tuple[torch.Tensor, Case, torch.Tensor | None]:

@@ -6,7 +6,6 @@ depends on that. Every launch goes through the launcher, to a driver that emulat
 
 import os
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import emulated_launches
@@ -14,7 +13,7 @@ import ptx_machine
 import pytest
 import tile_cases
 import torch
-from emulated_launches import Emulator, emulated
+from emulated_launches import Emulator
 from packed_weights import UNIT, dense_float64, random_case, random_rows, worst_error
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -25,12 +24,6 @@ from ptq_kernels.triton.configs import Plan, Tile
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="compilation needs Triton without its interpreter"
 )
-
-
-@pytest.fixture
-def emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Every launch runs in it."""
-    yield from emulated(monkeypatch, tmp_path)
 
 
 def tile(span: int, name: str) -> Tile:
@@ -89,14 +82,6 @@ def multiply(product: Product, x: torch.Tensor, case: object) -> torch.Tensor:
         y = launch._matmul(x, weight, bias, 0)
     assert not space.counters.any()
     return y
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Fresh memory holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: f"{p.span}-{p.tile}-{p.rows}-{p.shape[0]}x{p.shape[1]}")

@@ -5,8 +5,6 @@ Rows of x beyond M are in no memory that a slim kernel writes: the emulator read
 
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import emulated_launches
@@ -14,7 +12,7 @@ import ptx_machine
 import pytest
 import tile_cases
 import torch
-from emulated_launches import Emulator, emulated
+from emulated_launches import Emulator
 from packed_weights import Case, dense_float64, random_case, random_rows, worst_error
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -55,20 +53,6 @@ PRODUCTS = [
     Product("16x32x512", 11, (40, 2560, 128), BF16, False, False, ahead.BYTES),
     Product("16x64x512", 17, (130, 1536, 1536), FP16, True, True),
 ]
-
-
-@pytest.fixture
-def emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Emulator]:
-    """Every launch runs in it."""
-    yield from emulated(monkeypatch, tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def weight_of(product: Product) -> Case:

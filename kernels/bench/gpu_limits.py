@@ -3,7 +3,7 @@
 Run:    python kernels/bench/gpu_limits.py out.json [--seconds 100] [--tiny]
 First floors: the time of a launch that does nothing, and of one that only reads a packed weight, by some numbers of
 programs, timed as gpu_linear.py times products. Then, where Nsight Compute (ncu) is there and may read the hardware's
-counters, what it says of products by the shipped plan and by the first tile of every other kind.
+counters, what it says of products by the plan that is in force and by the first tile of every other kind.
 """
 
 import argparse
@@ -93,11 +93,12 @@ def floors(gpu: Gpu, device: torch.device, shapes: list[tuple[int, int]]) -> Ite
 
 
 def plans(gpu: Gpu) -> list[tuple[Problem, Plan]]:
-    """The shipped plan of each profiled product, and that of the first tile of each other kind which fills the GPU."""
+    """The plan in force of each profiled product, and one with the first tile of each other kind that fills the GPU."""
     found = []
     for n, k, rows in PROFILED:
         problem = Problem(4, GROUP, rows, n, k, recipes.explicit(gpu, k))
-        chosen = {configs.plan(gpu, problem).tile.kind: configs.plan(gpu, problem)}
+        usual = configs.plan(gpu, problem)
+        chosen = {usual.tile.kind: usual}
         for tile in configs.candidates(gpu, problem):
             programs = -(-n // tile.block_n) * -(-rows // tile.block_m)
             most = gpu.processors * tile.resident

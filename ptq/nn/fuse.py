@@ -13,9 +13,9 @@ class FusedLinear(nn.Module):
     """Stands where one of several linears stood; the first one computes for all, the others hand out their part.
 
     The modules of a group must be called with the same tensor. One that is called with another tensor, or out of turn,
-    or after the tensor has changed in place, computes the whole product again: slower, never wrong. Only of tensors of
-    inference mode, and of changes through ``.data``, torch keeps no count: change such a tensor in place only when all
-    members have read it.
+    or after the tensor has changed in place, computes the whole product again: slower, never wrong. In inference mode,
+    inside torch.compile, and of changes through ``.data``, torch gives no count of changes: there, change the tensor in
+    place only when all members have read it.
     """
 
     group: "_Group"
@@ -52,7 +52,7 @@ class _Group:
         self.open: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        compiling = torch.compiler.is_compiling()  # a trace is one thread's, and sees changes in place as new tensors
+        compiling = torch.compiler.is_compiling()  # a trace is one thread's, and cannot compare versions
         thread = 0 if compiling else threading.get_ident()
         version = 0 if compiling or x.is_inference() else x._version
         found = self.open.get(thread)
