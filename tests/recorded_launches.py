@@ -38,7 +38,7 @@ def recorded(
     monkeypatch: pytest.MonkeyPatch, folder: Path, then: Callable[[Any, Launched], None] | None = None
 ) -> Iterator[list[Launched]]:
     """Every launch, in order; `folder` is for what Triton compiles. `then` is called with Triton's source of each."""
-    from ptq_kernels.triton import launch, pipelined, slim, tiled, wide, workspace
+    from ptq_kernels.triton import dequant, launch, pipelined, slim, tiled, wide, workspace
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
@@ -90,7 +90,8 @@ def recorded(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     monkeypatch.setattr(workspace, "_of_stream", {})
     monkeypatch.setattr(workspace, "_spare", {})
-    kernels = (tiled.tiled_kernel, wide.wide_kernel, pipelined.pipelined_kernel, slim.slim_kernel)
+    of_tiles = (tiled.tiled_kernel, wide.wide_kernel, pipelined.pipelined_kernel, slim.slim_kernel)
+    kernels = (*of_tiles, dequant.dequantize_kernel, dequant.words_kernel)
     for kernel in kernels:
         kernel.device_caches.clear()
     launch.forget()

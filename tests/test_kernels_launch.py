@@ -228,7 +228,7 @@ def test_sizes_of_one_compile(launches: list[Launched], k: int) -> None:
     x = random_rows(1, k, torch.bfloat16)
     run(x, weight)
     assert [name for name in "NK" if launches[0].signature[name] == "constexpr"] == (["N", "K"] if k == 1 else ["N"])
-    assert len(list(launch.layer_of(x, weight, None).chunks(weight.qweight, x.dtype))) == 1
+    assert len(list(launch.layer_of(x, weight, None).dense.chunks(weight.qweight, 1, 0))) == 1
     run(x, PackedWeight(*random_case(1, k, k, bits=3).tensors, 3, k, k))
     assert len(launches) == 3
 

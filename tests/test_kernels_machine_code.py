@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,14 +83,20 @@ def check_machine_code(form):
 
 @needs_compiler
 @pytest.mark.parametrize("capability", [90, 80])
-def test_machine_code_of_the_dequantizer(capability: int) -> None:
-    """16-byte stores, no spills, no conversion of an integer."""
-    kernel = aot.compile_dequantizer(capability, asymmetric=True)
+@pytest.mark.parametrize(
+    ("scheme", "most"),
+    [({}, 4.6), ({"asymmetric": True}, 4.5), ({"dtype": "fp16", "asymmetric": True, "group": 32}, 5.0),
+     ({"asymmetric": True, "out": "fp16"}, 8.0), ({"asymmetric": True, "even": False}, 4.6)],
+)  # fmt: skip
+def test_machine_code_of_the_dequantizer(capability: int, scheme: dict[str, Any], most: float) -> None:
+    """16-byte stores, no spills, no conversion of an integer, few instructions a weight."""
+    kernel, warps = aot.compile_dequantizer(capability, **scheme)
     assert "st.global.v4.b32" in kernel.asm["ptx"]
     if sass.available():
         _, stack, lines = sass.machine_code(kernel)
         assert stack == 0
         assert not [line for _, line in lines if "I2F" in line]
+        assert len(lines) <= most * 64 * 128 / (32 * warps)
 
 
 def test_overwritten_operands_are_found() -> None:

@@ -12,7 +12,7 @@ import tile_cases
 import torch
 from packed_weights import UNIT, Case, dense_float64, random_case, random_rows, worst_error
 from pairwise import pairwise
-from ptq_kernels.triton import configs, dequant, launch
+from ptq_kernels.triton import configs, dense, launch
 
 # N, K, group size of weights by the columns that share a scale
 SHAPES_OF_SPAN = {
@@ -51,14 +51,9 @@ def rows_of_any_kind(layout: str, device: str) -> None:
             assert torch.equal(tile_cases.multiply(rows, weight, None, device), want)
 
 
-def dense(layout: str, device: str) -> None:
+@patch.object(dense, "chunk_rows", lambda *_: 128)  # two chunks
+def dequantized(layout: str, device: str) -> None:
     """Many rows, and float32 rows, through the dequantized weight in several chunks; and the gradient."""
-    monkey = patch.object(dequant, "CHUNK_BYTES", 2 * 128 * 200)  # two chunks of 128 rows
-    with monkey:
-        _dense(layout, device)
-
-
-def _dense(layout: str, device: str) -> None:
     for bits, symmetric in ((4, True), (8, False)):
         case = random_case(150, 200, 200, bits, symmetric, torch.float16)
         weight = tile_cases.on_device(tile_cases.tiled(case, layout), device)
@@ -81,13 +76,15 @@ def dequantizer(layout: str, device: str, every: bool = False) -> None:
     """The dense weight, bit for bit; bfloat16 within one unit, because the interpreter truncates to it."""
     options = ((4, 8), tile_cases.SHAPES, (True, False))
     kinds = [*itertools.product(*options)] if every else pairwise(options)
+    stream = launch.current_stream(torch.empty(0, device=device).get_device())
+    assert stream is not None
     for i, (bits, (n, k, group), symmetric) in enumerate(kinds):
         case = random_case(n, k, group, bits, symmetric, tile_cases.SCALES[i % 3])
         weight = tile_cases.on_device(tile_cases.tiled(case, layout), device)
         want = dense_float64(case).float()  # the product of an integer of 8 bits and a float32 scale, rounded once
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             made = launch.layer_of(torch.empty(1, k, dtype=dtype, device=device), weight, None)
-            found = torch.cat([rows.clone() for _, rows in made.chunks(weight.qweight, dtype)]).cpu()
+            found = torch.cat([rows.clone() for _, rows in made.dense.chunks(weight.qweight, 1, stream)]).cpu()
             if dtype == torch.bfloat16:
                 assert ((found.float() - want).abs() <= 2 * UNIT[dtype] * want.abs()).all(), (bits, n, k, group)
             else:
@@ -147,7 +144,7 @@ def overflow(layout: str, device: str) -> None:
 
 def everything(layout: str, device: str, every: bool = False) -> None:
     """All of them; on a GPU the tiles that are not exact, which must be compiled, have processes of their own."""
-    for path in (boundaries, rows_of_any_kind, dense, overflow):
+    for path in (boundaries, rows_of_any_kind, dequantized, overflow):
         path(layout, device)
     if device == "cpu":
         for kind in ("folded", "raised"):

@@ -2,8 +2,9 @@
 
 Run:    python kernels/bench/gpu_limits.py out.json [--seconds 100] [--tiny]
 First floors: the time of a launch that does nothing, and of one that only reads a packed weight, by some numbers of
-programs, timed as gpu_linear.py times products. Then, where Nsight Compute (ncu) is there and may read the hardware's
-counters, what it says of products by the plan that is in force and by the first tile of every other kind.
+programs, timed as gpu_linear.py times products; and the time to dequantize a weight, as for 2048 rows. Then, where
+Nsight Compute (ncu) is there and may read the hardware's counters, what it says of products by the plan that is in
+force and by the first tile of every other kind.
 """
 
 import argparse
@@ -90,6 +91,22 @@ def floors(gpu: Gpu, device: torch.device, shapes: list[tuple[int, int]]) -> Ite
             times = gpu_timing.timed(calls, 0.1)
             found = {"floor": "read", "n": n, "k": k, "programs": len(out), "microseconds": times.median}
             yield found | {"bytes": 4 * size, "bytes_per_second": 4e6 * size / times.median}
+
+
+def dequantizing(device: torch.device, shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+    """A record for each shape: what products of many rows wait for."""
+    clock = tune.GraphTimer(device, torch.bfloat16, GROUP)
+    for n, k in shapes:
+        weights = clock.weights(4, n, k)
+        layer = launch.layer_of(torch.empty(0, k, dtype=clock.dtype, device=device), weights[0], None)
+
+        def dense(qweight: Tensor, layer: Any = layer) -> Tensor:
+            stream = launch.current_stream(qweight.get_device())
+            return [rows for _, rows in layer.dense.chunks(qweight, 2048, stream)][-1]
+
+        times = gpu_timing.timed([partial(dense, weight.qweight) for weight in weights], 0.1)
+        found = {"floor": "dequantize", "n": n, "k": k, "microseconds": times.median}
+        yield found | {"written_bytes_per_second": 2e6 * n * k / times.median}
 
 
 def plans(gpu: Gpu) -> list[tuple[Problem, Plan]]:
@@ -188,6 +205,7 @@ def main() -> None:
     small = gpu._replace(processors=2) if options.tiny else gpu
     parts: list[Callable[[], Any]] = [
         lambda: floors(small, device, shapes),
+        lambda: dequantizing(device, shapes),
         lambda: counters(gpu, options.seconds, *["--exact"] * options.exact),
     ]
     for part in parts:

@@ -2,8 +2,8 @@
 
 Run:    python kernels/bench/gpu_variants.py out.json [--seconds 200] [--rows 16 64 128] [--tiny]
 Each variant is timed with every number of splits that fits. "early 0" begins after the kernel before has ended, as all
-kernels did before programmatic dependent launch. Then the size of the buffer for dequantized weights. What wins here
-belongs into the table of tiles (ptq_kernels/triton/configs.json), where `ptq tune` chooses.
+kernels did before programmatic dependent launch. First come numbers of chunks in which a weight is dequantized. What
+wins here belongs into the table of tiles (ptq_kernels/triton/configs.json), where `ptq tune` chooses.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -21,8 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_linear import GROUP, SHAPES
 from gpu_tune import only_exact, timer
-from ptq_kernels.triton import ahead, configs, dequant, recipes, tune
+from ptq_kernels import tiles
+from ptq_kernels.triton import ahead, configs, dense, recipes, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem, Tile
+
+MOST_CHUNK_BYTES = 256 * 2**20
 
 
 class Variant(NamedTuple):
@@ -89,12 +93,16 @@ def timings(gpu: Gpu, clock: tune.Timer, problem: Problem) -> Iterator[dict[str,
 
 
 def chunks(clock: tune.Timer, n: int, k: int) -> Iterator[dict[str, Any]]:
-    """A record for each size of the buffer through which a weight is dequantized for many rows."""
+    """A record for each number of chunks in which a weight is dequantized for many rows, and for that of the rule."""
     for rows in (512, 2048):
-        for megabytes in (4, 8, 16, 32, 64):
-            with patch.object(dequant, "CHUNK_BYTES", megabytes * 2**20):
+        for count in (0, 1, 2, 3, 4, 7, 8, 14, 16):
+            size = tiles.padded(-(-n // max(count, 1)))
+            if size * k * 2 > MOST_CHUNK_BYTES:
+                continue
+            with patch.object(dense, "chunk_rows", lambda *_, size=size: size) if count else nullcontext():
                 microseconds = clock(None, Problem(4, GROUP, rows, n, k))
-            yield {"n": n, "k": k, "m": rows, "variant": f"chunks of {megabytes} MiB", "microseconds": microseconds}
+            name = f"dequantized in {count} chunks" if count else "dequantized"
+            yield {"n": n, "k": k, "m": rows, "variant": name, "microseconds": microseconds}
 
 
 def main() -> None:

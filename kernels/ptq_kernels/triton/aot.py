@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ptq_kernels.triton import ahead, clusters, configs, dequant, recipes, sass
+from ptq_kernels.triton import ahead, clusters, configs, dense, dequant, recipes, sass
 from ptq_kernels.triton.configs import Tile
 
 _MOST_SPILLED, _MOST_SPILLED_RARELY = 8, 24  # bytes
@@ -110,21 +110,29 @@ def compile_form(form: Form) -> Any:
     return _compile(recipes.kernel_of(tile), constants, types, form.capability, options)
 
 
-def compile_dequantizer(capability: int, *, asymmetric: bool) -> Any:
-    """The dequantizing kernel for 4 bits, groups of 128 and bfloat16."""
-    constants = {
-        "BITS": 4,
-        "ORDER": order_of(capability),
-        "GROUP": 128,
-        "SCALES": tl.bfloat16,
-        "ASYM": asymmetric,
-        "SPAN": 128,
-        "BN": dequant.BLOCK_N,
-        "BK": dequant.BLOCK_K,
-        "USE_ASM": True,
+def compile_dequantizer(
+    capability: int,
+    dtype: str = "bf16",
+    *,
+    out: str | None = None,
+    asymmetric: bool = False,
+    group: int = 128,
+    even: bool = True,
+) -> tuple[Any, int]:
+    """The kernel that dequantizes 4 bits with scales of `dtype`, for rows of that one or of `out`; and its warps."""
+    scheme = {
+        "bits": 4,
+        "order": order_of(capability),
+        "group": group,
+        "scales": _TYPES[dtype],
+        "asymmetric": asymmetric,
     }
-    pointers = {"w_ptr": "*u8", "out_ptr": "*bf16"}
-    return _compile(dequant.dequantize_kernel, constants, pointers, capability, {"num_warps": dequant.NUM_WARPS})
+    rows = next(name for name, kind in dense.DTYPES.items() if kind == _TYPES[out or dtype])
+    columns = dequant.BLOCK_K if even else dequant.BLOCK_K - 16
+    made = dense.Dense(configs.Gpu(capability, 0), scheme, min(group, 128), (128, columns), rows)
+    pointers = {"w_ptr": "*u8", "out_ptr": "*" + (out or dtype)}
+    kernel = _compile(made.kernel, made.constants, pointers, capability, made.options)
+    return kernel, int(made.options["num_warps"])
 
 
 def _compile(

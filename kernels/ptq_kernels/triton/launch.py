@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ptq_kernels import tiles
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import clusters, configs, dequant, enqueue, recipes, w4a16, workspace
+from ptq_kernels.triton import clusters, configs, dense, enqueue, recipes, w4a16, workspace
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
 ORDERS = {"tile_sm90": 90, "tile_sm80": 80}
-_SCALES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _INTERPRETED_GPU = Gpu(90, 132)  # whose table the interpreter follows
 _MOST_DESCRIBED = 65536  # weights of one shape
 
@@ -30,6 +28,11 @@ def gpu(index: int) -> Gpu:
     """The capability and the number of multiprocessors of a CUDA device."""
     properties = torch.cuda.get_device_properties(index)
     return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """That of a CUDA device; for the interpreter the one whose table it follows."""
+    return gpu(device.index or 0) if device.type == "cuda" else _INTERPRETED_GPU
 
 
 class _Launch:
@@ -122,7 +125,7 @@ class _Layer:
     """All weights of one shape and scheme, with one dtype of rows and one of the bias, on one device."""
 
     def __init__(self, x: Tensor, weight: PackedWeight, has_bias: bool) -> None:
-        self.gpu = gpu(x.device.index) if x.is_cuda else _INTERPRETED_GPU
+        self.gpu = gpu_of(x.device)
         self.order = ORDERS[weight.layout]
         # A layout made for another GPU runs as well, with that one's tiles.
         self.table = self.gpu if self.gpu.order == self.order else Gpu(self.order, self.gpu.processors)
@@ -133,7 +136,7 @@ class _Layer:
         self.scheme = {
             "order": self.order,
             "group": group,
-            "scales": _SCALES[weight.scales.dtype],
+            "scales": dense.DTYPES[weight.scales.dtype],
             "asymmetric": asymmetric,
         }
         self.has_bias = has_bias
@@ -142,6 +145,7 @@ class _Layer:
         self.explicit = same and not w4a16.interpreted() and recipes.explicit(self.gpu, self.shape[1])
         self.most_rows = self._most_rows() if x.dtype != torch.float32 else 0  # and more are dequantized for
         self.launches: dict[int, _Launch] = {}
+        self.dense = dense.Dense(self.gpu, {"bits": self.bits, **self.scheme}, self.span, self.shape, x.dtype)
 
     def _most_rows(self) -> int:
         if _forced:
@@ -172,26 +176,6 @@ class _Layer:
                 found = next(same, None) or _Launch(plan, self)
             self.launches[bucket] = self.launches[rows] = found  # to find the bucket takes longer than to look it up
         return found
-
-    def dequantize(self, qweight: Tensor, out: Tensor, first_row: int) -> None:
-        """Rows ``first_row..`` of the dense weight into out ``[rows, K]``; first_row is a multiple of 128."""
-        rows, columns = out.shape
-        grid = (triton.cdiv(rows, dequant.BLOCK_N), triton.cdiv(columns, dequant.BLOCK_K))
-        constants = (self.bits, *self.scheme.values(), self.span, dequant.BLOCK_N, dequant.BLOCK_K)
-        dequant.dequantize_kernel[grid](
-            qweight, out, first_row, rows, *self.shape, *constants, not w4a16.interpreted(),
-            num_warps=dequant.NUM_WARPS, num_stages=1, enable_fp_fusion=True,
-        )  # fmt: skip
-
-    def chunks(self, qweight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """(first row, dense rows) a chunk at a time, in one buffer."""
-        outputs, columns = self.shape
-        most = max(dequant.CHUNK_BYTES // (columns * dtype.itemsize) // tiles.ALIGNMENT, 1) * tiles.ALIGNMENT
-        buffer = torch.empty(min(most, outputs), columns, dtype=dtype, device=qweight.device)
-        for start in range(0, outputs, most):
-            part = buffer[: min(most, outputs - start)]
-            self.dequantize(qweight, part, start)
-            yield start, part
 
 
 _layers: dict[tuple[Any, ...], _Layer] = {}
@@ -271,24 +255,25 @@ def _matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, stream: int) -
         layer.launch(rows)((rows, *layer.shape), _aligned(x), qweight, bias, y, stream)
         return y
     bias = None if bias is None else bias.to(x.dtype)
-    for start, dense in layer.chunks(qweight, x.dtype):
-        stop = start + dense.shape[0]
+    for start, part in layer.dense.chunks(qweight, rows, stream):
+        stop = start + part.shape[0]
         if bias is None:
-            torch.mm(x, dense.T, out=y[:, start:stop])
+            torch.mm(x, part.T, out=y[:, start:stop])
         else:
-            torch.addmm(bias[start:stop], x, dense.T, out=y[:, start:stop])
+            torch.addmm(bias[start:stop], x, part.T, out=y[:, start:stop])
     return y
 
 
 def grad_input(grad: Tensor, weight: PackedWeight) -> Tensor:
     """``grad [M, N] @ weight``, ``[M, K]`` in ``grad.dtype``: a chunk of the weight is dequantized at a time."""
-    if grad.is_cuda and grad.device.index != torch.cuda.current_device():
+    stream = current_stream(grad.get_device())
+    if stream is None:
         with torch.cuda.device(grad.device.index):
             return grad_input(grad, weight)
     layer = layer_of(grad, weight, None)
     total = torch.zeros(grad.shape[0], weight.in_features, dtype=torch.float32, device=grad.device)
-    for start, dense in layer.chunks(weight.qweight.contiguous(), grad.dtype):
-        total += grad[:, start : start + dense.shape[0]] @ dense
+    for start, part in layer.dense.chunks(_aligned(weight.qweight), grad.shape[0], stream):
+        total += grad[:, start : start + part.shape[0]] @ part
     return total.to(grad.dtype)
 
 

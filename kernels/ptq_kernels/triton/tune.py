@@ -49,7 +49,7 @@ class GraphTimer:
             scales = torch.rand(n, k // self.group_size, device=self.device).to(self.dtype) * 0.01
             zeros = None if self.symmetric else torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
             weight = PackedWeight(words, scales, zeros, bits, self.group_size, k)
-            order = launch.gpu(self.device.index or 0).order
+            order = launch.gpu_of(self.device).order
             tiled = layouts.convert(weight, next(name for name, o in launch.ORDERS.items() if o == order))
             count = max(_L2_BYTES // tiled.qweight.numel() + 1, 2)
             copies = [tiled._replace(qweight=tiled.qweight.clone()) for _ in range(count)]
