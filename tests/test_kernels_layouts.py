@@ -79,6 +79,8 @@ for n in (16, 48, 96, 176):
 @needs_operator
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set_this_machine_has(capability: str) -> None:
+    if capability == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX-512")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr

@@ -204,7 +204,7 @@ def violations(form: Form, report: Report) -> list[str]:
     if tile.kind == "raised":
         placed = tile.block_k // 16  # the ones, of which no register has to be kept
     if tile.kind == "slim":
-        placed = tile.block_k // tile.warps // 32 * (tile.block_m // 8)  # x: eight rows and 32 columns each
+        placed = tile.block_k // tile.warps // 32 * (tile.block_m // 8) + 1  # x: eight rows, 32 columns each; scales
     wide = order_of(form.capability) == 90 and tile.kind != "slim"  # which has mma.sync
     resident = tile.resident if form.capability in _RECORDED else 1  # others have less shared memory
     rules = [

@@ -4,7 +4,8 @@ What a split product of few rows spends its time on is not the weight but what f
 to be added. Here no program waits for another one. Each warp multiplies its own columns, with the tensor cores'
 instruction for one warp (mma.sync), straight from the packed weight in registers: a warp of a "tile_sm90" tile holds 16
 weight rows as that instruction wants them, too. The warps' parts are added at the end, in their order, through shared
-memory. x comes through a ring of stages there; the weight of a step is asked for one step ahead.
+memory. x, the packed weight, its scales and zeros come through a ring of stages there: what came straight to registers
+would be awaited in the step that asks for it, at whose end the compiler moves it to the registers of the next one.
 
 As of raised tiles (tiled.py) nothing is subtracted from a code; what the product has too much, that power of two and
 the zero times the sum of x, a product of ones with x, is subtracted from the float32 product.
@@ -69,6 +70,38 @@ def _word_pointers(w_ptr, first_n, K, BN: gl.constexpr, WIDTH: gl.constexpr, LAY
     first = (first_n // 64).to(gl.int64) * (padded(K) // 64) * _WORDS + first_n % 64 * 8
     within = piece % (BN // 16) * 128 + (piece // (BN // 16) + warp * (WIDTH // 64)) * _WORDS + word
     return w_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + first + within
+
+
+@gluon.jit
+def _group_pointers(base, first_n, BN: gl.constexpr):
+    """Pointers ``[warps, BN]`` to the scales, or the zeros, of the first group, 16 bytes a thread; and the warps."""
+    EACH: gl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, EACH], [1, 32], [gl.num_warps(), 1], [1, 0])
+    n = first_n + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))[None, :]
+    warp = gl.arange(0, gl.num_warps(), gl.SliceLayout(1, LAYOUT))[:, None]
+    return base + (n + warp * 0), warp
+
+
+@gluon.jit
+def _fetch(ring, sources, warps, in_m, slot, step, width, BK: gl.constexpr, GROUP: gl.constexpr, ASYM: gl.constexpr):
+    """Ask for a step of the weight, of x, and of scales and zeros, of which each warp's columns have one a row.
+
+    Rows of x beyond M stay what they are: their products are not stored.
+    """
+    q_ptrs, x_ptrs, scale_ptrs, zero_ptrs = sources
+    qs, xs, scales, zeros = ring
+    warp, warp_of_zeros = warps
+    WIDTH: gl.constexpr = BK // gl.num_warps()
+    _copy(qs.index(slot), q_ptrs + step * (BK // 64 * _WORDS))
+    group, group_of_zeros = warp * 0, warp_of_zeros * 0
+    if GROUP:
+        group = (step * BK + warp * WIDTH) // GROUP * width
+        group_of_zeros = (step * BK + warp_of_zeros * WIDTH) // GROUP * width
+    _copy(scales.index(slot), scale_ptrs + group)
+    if ASYM:
+        _copy(zeros.index(slot), zero_ptrs + group_of_zeros)
+    _copy(xs.index(slot), x_ptrs + step * BK, mask=in_m)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -142,44 +175,40 @@ def slim_kernel(
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    WORDS: gl.constexpr = _words_layout(BN * WIDTH // 1024, WARPS)
+    PIECES: gl.constexpr = BN * WIDTH // 1024  # of 16 rows x 64 columns, of a warp in a step
+    WORDS: gl.constexpr = _words_layout(PIECES, WARPS)
     gl.static_assert(GROUP % WIDTH == 0)
     gl.static_assert(BN <= 64)  # the rows of a program are in one row of tiles
     across = (M + BM - 1) // BM
     first_n, first_m = gl.program_id(0) // across * BN, gl.program_id(0) % across * BM
     steps = K // BK
     _begin(w_ptr, first_n, N, K, BN, AHEAD)
-    xs = gl.allocate_shared_memory(DTYPE, [STAGES, WARPS, BM, WIDTH], gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
     x_ptrs, m = _x_pointers(x_ptr, first_m, K, BM, WIDTH)
     q_ptrs = _word_pointers(w_ptr, first_n, K, BN, WIDTH, WORDS)
-    q = gl.load(q_ptrs)
-    # Rows beyond M stay what they are: their products are not stored. Steps beyond the last are the last one.
-    for s in gl.static_range(STAGES - 1):
-        _copy(xs.index(s), x_ptrs + gl.minimum(s, steps - 1) * BK, mask=m < M)
-        async_copy.commit_group()
-    n = first_n + gl.arange(0, BN, gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :]
-    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None]
+    scale_ptrs, warp = _group_pointers(scales_of(w_ptr, N, K, 4, SCALES), first_n, BN)
+    zero_ptrs, own = _group_pointers(zeros_of(w_ptr, N, K, 4, SCALES, GROUP), first_n, BN)
     width = padded(N)
-    row = warp * 0
-    if GROUP:
-        row = warp * WIDTH
-    scale_ptrs, zero_ptrs = scales_of(w_ptr, N, K, 4, SCALES) + n, zeros_of(w_ptr, N, K, 4, SCALES, GROUP) + n
+    xs = gl.allocate_shared_memory(DTYPE, [STAGES, WARPS, BM, WIDTH], gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
+    qs = gl.allocate_shared_memory(gl.int32, [STAGES, WARPS, PIECES, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    scales = gl.allocate_shared_memory(SCALES, [STAGES, WARPS, BN], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    zeros = scales
+    if ASYM:
+        zeros = gl.allocate_shared_memory(gl.uint8, [STAGES, WARPS, BN], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    ring, sources = (qs, xs, scales, zeros), (q_ptrs, x_ptrs, scale_ptrs, zero_ptrs)
+    for s in gl.static_range(STAGES - 1):  # steps beyond the last are the last one
+        _fetch(ring, sources, (warp, own), m < M, s, gl.minimum(s, steps - 1), width, BK, GROUP, ASYM)
     ones = _ones(WIDTH, DTYPE, OPERAND)
     acc = gl.zeros([WARPS, BN, BM], gl.float32, MMA)
     for i in range(steps):
-        next_q = gl.load(q_ptrs + gl.minimum(i + 1, steps - 1) * (BK // 64 * _WORDS))
-        group = 0
-        if GROUP:
-            group = (i * BK + row) // GROUP * width
-        scale = gl.load(scale_ptrs + group)
+        async_copy.wait_group(STAGES - 2)
+        q = qs.index(i % STAGES).load(WORDS)
+        x = xs.index(i % STAGES).permute((0, 2, 1)).load(gl.DotOperandLayout(1, MMA, 2))
+        scale = scales.index(i % STAGES).load(gl.SliceLayout(2, MMA))
         zero = scale
         if ASYM:
-            zero = gl.load(zero_ptrs + group)
-        async_copy.wait_group(STAGES - 2)
-        x = xs.index(i % STAGES).permute((0, 2, 1)).load(gl.DotOperandLayout(1, MMA, 2))
-        _copy(xs.index((i + STAGES - 1) % STAGES), x_ptrs + gl.minimum(i + STAGES - 1, steps - 1) * BK, mask=m < M)
-        async_copy.commit_group()
+            zero = zeros.index(i % STAGES).load(gl.SliceLayout(2, MMA))
+        slot, step = (i + STAGES - 1) % STAGES, gl.minimum(i + STAGES - 1, steps - 1)
+        _fetch(ring, sources, (warp, own), m < M, slot, step, width, BK, GROUP, ASYM)
         acc += _product(q, x, scale, zero, ones, BN, ASYM, MMA)
-        q = next_q
     async_copy.wait_group(0)  # before the memory serves the sum
     _store(acc, b_ptr, y_ptr, first_m, first_n, M, N, HAS_BIAS)
