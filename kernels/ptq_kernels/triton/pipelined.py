@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ptq_kernels.triton.ahead import ask_for, depend
+from ptq_kernels.triton.ahead import ask_for, ask_for_groups, depend, groups_of
 from ptq_kernels.triton.clusters import own_steps
 from ptq_kernels.triton.fragments import codes4_of_words, raised_zero
 from ptq_kernels.triton.pointers import padded, scales_of, zeros_of
@@ -144,7 +144,8 @@ def _fetch(x_desc, q_desc, full, xs, qs, slot, m, n, step, wanted, BK: gl.conste
 
 
 @gluon.jit
-def _begin(w_ptr, first_n, first_k, steps, N, K, BN: gl.constexpr, BK: gl.constexpr, AHEAD: gl.constexpr):
+def _begin(w_ptr, first_n, first_k, steps, N, K, GROUP: gl.constexpr, SCALES: gl.constexpr, ASYM: gl.constexpr,
+           BN: gl.constexpr, BK: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
     """As `begin` of ahead.py, with layouts."""
     if AHEAD:
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, gl.num_warps()], [1, 0])
@@ -152,9 +153,13 @@ def _begin(w_ptr, first_n, first_k, steps, N, K, BN: gl.constexpr, BK: gl.conste
         down = gl.minimum(down, padded(N) // 64 - 1)
         row = w_ptr + ((down.to(gl.int64) * (padded(K) // 64) + first_k) * (4 * _WORDS))[:, None]
         own = gl.minimum(steps * (BK * 32), AHEAD)
-        line = gl.arange(0, 128, gl.SliceLayout(0, LAYOUT)) * _LINE
+        at = gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
         for start in range(0, own, 128 * _LINE):
-            ask_for(row + gl.minimum(start + line, own - _LINE)[None, :])
+            ask_for(row + gl.minimum(start + at * _LINE, own - _LINE)[None, :])
+        first, count = groups_of(first_k * 64, steps * BK, GROUP)
+        ask_for_groups(scales_of(w_ptr, N, K, 4, SCALES), at, first_n * 64, first, count, padded(N), BN)
+        if ASYM:
+            ask_for_groups(zeros_of(w_ptr, N, K, 4, SCALES, GROUP), at, first_n * 64, first, count, padded(N), BN)
         depend()
 
 
@@ -194,7 +199,7 @@ def pipelined_kernel(
     first_n, first_m = tile // across * BN, tile % across * BM
     first, count = own_steps(K, BK, SIZE)
     xs, qs, full = _ring(x_desc, q_desc, STAGES)
-    _begin(w_ptr, first_n // 64, first * (BK // 64), count, N, K, BN, BK, AHEAD)
+    _begin(w_ptr, first_n // 64, first * (BK // 64), count, N, K, GROUP, SCALES, ASYM, BN, BK, AHEAD)
     for s in gl.static_range(STAGES):
         _fetch(x_desc, q_desc, full, xs, qs, s, first_m, first_n // 64, first + s, s < count, BK)
     width = padded(N)

@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from ptq_kernels.triton.ahead import ask_for, depend
+from ptq_kernels.triton.ahead import ask_for, ask_for_groups, depend, groups_of
 from ptq_kernels.triton.fragments import codes4_of_words, raised_zero
 from ptq_kernels.triton.pointers import padded, scales_of, zeros_of
 
@@ -37,7 +37,8 @@ def _words_layout(pieces, warps):
 
 
 @gluon.jit
-def _begin(w_ptr, first_n, N, K, BN: gl.constexpr, AHEAD: gl.constexpr):
+def _begin(w_ptr, scale_ptr, zero_ptr, first_n, N, K, BN: gl.constexpr, GROUP: gl.constexpr, ASYM: gl.constexpr,
+           AHEAD: gl.constexpr):  # fmt: skip
     """As `begin` of ahead.py, for the first AHEAD bytes of a program's rows."""
     if AHEAD:
         LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -47,6 +48,11 @@ def _begin(w_ptr, first_n, N, K, BN: gl.constexpr, AHEAD: gl.constexpr):
         for start in range(0, lines, 32 * gl.num_warps()):
             line = gl.minimum(start + gl.arange(0, 32 * gl.num_warps(), LAYOUT), lines - 1)
             ask_for(own + (line // PIECE * (4 * _WORDS) + line % PIECE * _LINE))
+        at = gl.arange(0, 128, LAYOUT)
+        first, count = groups_of(0, K, GROUP)
+        ask_for_groups(scale_ptr, at, first_n, first, count, padded(N), BN)
+        if ASYM:
+            ask_for_groups(zero_ptr, at, first_n, first, count, padded(N), BN)
         depend()
 
 
@@ -182,11 +188,12 @@ def slim_kernel(
     across = (M + BM - 1) // BM
     first_n, first_m = gl.program_id(0) // across * BN, gl.program_id(0) % across * BM
     steps = K // BK
-    _begin(w_ptr, first_n, N, K, BN, AHEAD)
+    scale_ptr, zero_ptr = scales_of(w_ptr, N, K, 4, SCALES), zeros_of(w_ptr, N, K, 4, SCALES, GROUP)
+    _begin(w_ptr, scale_ptr, zero_ptr, first_n, N, K, BN, GROUP, ASYM, AHEAD)
     x_ptrs, m = _x_pointers(x_ptr, first_m, K, BM, WIDTH)
     q_ptrs = _word_pointers(w_ptr, first_n, K, BN, WIDTH, WORDS)
-    scale_ptrs, warp = _group_pointers(scales_of(w_ptr, N, K, 4, SCALES), first_n, BN)
-    zero_ptrs, own = _group_pointers(zeros_of(w_ptr, N, K, 4, SCALES, GROUP), first_n, BN)
+    scale_ptrs, warp = _group_pointers(scale_ptr, first_n, BN)
+    zero_ptrs, own = _group_pointers(zero_ptr, first_n, BN)
     width = padded(N)
     xs = gl.allocate_shared_memory(DTYPE, [STAGES, WARPS, BM, WIDTH], gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
     qs = gl.allocate_shared_memory(gl.int32, [STAGES, WARPS, PIECES, 128], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))

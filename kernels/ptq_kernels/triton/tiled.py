@@ -18,7 +18,7 @@ for two weights, where instructions are what the kernel has no time for.
 import triton
 import triton.language as tl
 
-from ptq_kernels.triton.ahead import begin
+from ptq_kernels.triton.ahead import ask, depend
 from ptq_kernels.triton.fragments import centered, half_tiles, raised_codes, raised_zero
 from ptq_kernels.triton.pointers import load_x, padded, scale_and_zero, scale_pointers, tile_pointers
 from ptq_kernels.triton.splits import own_steps, own_tile, store
@@ -118,9 +118,11 @@ def tiled_kernel(
     LOADS: tl.constexpr = 2 if HALVES and (PART == 64 or BITS == 8) else 1  # of the weight, in a step
     pn, m, n = own_tile(M, BM, BN, SIZE)
     first, count = own_steps(K, BK, SPLIT, SIZE)
-    begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, BN, BK, AHEAD)
-    in_m = m < M
-    width = padded(N)
+    ask(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, GROUP, SCALES, ASYM, BN, BK, AHEAD)
+    ones = _ones(PART, x_ptr.dtype.element_ty, USE_ASM) if RAISED else 0.0  # takes long enough to be done meanwhile
+    if AHEAD:
+        depend()
+    in_m, width = m < M, padded(N)
     scale_ptrs, zero_ptrs = scale_pointers(w_ptr, n, first * BK, N, K, BITS, SCALES, GROUP, BN)
     q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), N, K, BITS, BN, BK // LOADS)
     k = first * BK + tl.arange(0, PART)
@@ -135,7 +137,6 @@ def tiled_kernel(
     scale, zero = scale_and_zero(scale_ptrs, zero_ptrs, ASYM)
     if HALVES:
         scale1, zero1 = scale_and_zero(scale_ptrs + second, zero_ptrs + second, ASYM)
-    ones = _ones(PART, x_ptr.dtype.element_ty, USE_ASM) if RAISED else 0.0
     for i in range(count):
         q = tl.load(q_ptrs + q_offset, eviction_policy="evict_first")
         x = load_x(x_ptrs + x_offset, k + x_offset, in_m, K, EVEN_K, MASK_M)

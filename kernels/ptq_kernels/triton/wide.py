@@ -97,7 +97,7 @@ def wide_kernel(
     SHARED: tl.constexpr = GROUP % BK == 0  # the halves have the same scales
     pn, m, n = own_tile(M, BM, BN, SIZE)
     first, count = own_steps(K, BK, SPLIT, SIZE)
-    begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, BN, BK, AHEAD)
+    begin(w_ptr, pn * (BN // 64), first * (BK // 64), count, N, K, BITS, GROUP, SCALES, ASYM, BN, BK, AHEAD)
     q_ptrs = tile_pointers(w_ptr, pn * (BN // 64), first * (BK // 64), N, K, BITS, BN, HALF)
     k = first * BK + tl.arange(0, HALF)
     x_ptrs = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * K + k[:, None]  # rows beyond M are not stored
