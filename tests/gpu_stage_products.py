@@ -6,13 +6,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import gpu_plans
 import order_cases
 import ptq_kernels
 import tile_cases
 import tile_paths
 import torch
 from gpu_place import DEVICE, ON_GPU, captured, moved, native, on_device
-from packed_weights import random_case, random_rows, worst_error
+from packed_weights import error_of, product_float64, random_case, random_rows, worst_error
 from ptq_kernels import layouts, tiles
 from ptq_kernels.layouts import PackedWeight
 from ptq_kernels.triton import ahead, configs, launch
@@ -70,10 +71,12 @@ def every() -> None:
     forms = [(t, s, early) for t in chosen for s in splits_of[t] for early in (0, ahead.BYTES)][part::parts]
     for tile, splits, early in forms if ON_GPU else forms[:1]:
         x = random_rows(min(tile.block_m, 64), k, torch.bfloat16)
-        with launch.forced(configs.Plan(tile, splits, early)):
-            y = launch.matmul(x.to(DEVICE), weight, None)
-        rounding = tile_cases.tile_rounding(tile.kind, torch.bfloat16)
-        assert worst_error(y.cpu(), x, case, None, rounding) <= 1, (tile, splits, early)
+        plan = configs.Plan(tile, splits, early)
+        with gpu_plans.naming(plan):
+            with launch.forced(plan):
+                y = launch.matmul(x.to(DEVICE), weight, None)
+            error = worst_error(y.cpu(), x, case, None, tile_cases.tile_rounding(tile.kind, x.dtype))
+            assert error <= 1, error
 
 
 CLUSTER_SHAPES = {128: (200, 1152, 128), 64: (136, 1088, 64), 32: (200, 1056, 96)}  # eight steps and more, by the span
@@ -91,25 +94,36 @@ def clusters() -> None:
         case = random_case(n, k, group, tile.bits, i // 2 % 2 == 0, dtype)
         x, bias = random_rows(tile.block_m + 6 * (i % 3), k, dtype), torch.linspace(-1, 1, n).to(dtype)
         bias = bias if i % 5 else None
-        with launch.forced(configs.Plan(tile, size, (0, ahead.BYTES)[i // 3 % 2])):
-            y = tile_cases.multiply(x, tile_cases.tiled(case, native()), bias, DEVICE)
-        assert worst_error(y, x, case, bias, tile_cases.tile_rounding(tile.kind, dtype)) <= 1, (tile, size, i)
+        plan = configs.Plan(tile, size, (0, ahead.BYTES)[i // 3 % 2])
+        with gpu_plans.naming(plan):
+            with launch.forced(plan):
+                y = tile_cases.multiply(x, tile_cases.tiled(case, native()), bias, DEVICE)
+            error = worst_error(y, x, case, bias, tile_cases.tile_rounding(tile.kind, dtype))
+            assert error <= 1, (i, error)
 
 
 def large() -> None:
-    """A weight of more than 2**31 bytes: its last rows are as its first."""
-    times, n, k = (33, 4096, 32768) if ON_GPU else (3, 128, 256)
+    """A weight of more than 2**31 bytes: its last rows are as its first, by the usual plan and by every other kind."""
+    (outputs, k, rows), times = (gpu_plans.LARGE, 33) if ON_GPU else ((384, 256, 3), 3)
+    n = outputs // times
     case, weight = on_device(native(), n, k, 128, symmetric=False)
-    x = random_rows(3, k, torch.bfloat16)
+    x = random_rows(rows, k, torch.bfloat16)
     sizes = [tiles.tile_bytes(weight), 2 * n * tiles.groups(weight), n * tiles.groups(weight)]
     codes, *per_group = weight.qweight.split(sizes)  # then [G', N] scales, of two bytes, and zeros
     repeated = [part.view(tiles.groups(weight), -1).repeat(1, times).view(-1) for part in per_group]
     qweight = torch.cat([codes.repeat(times), *repeated])
     assert not ON_GPU or qweight.numel() > 2**31
     whole = weight._replace(qweight=qweight, scales=weight.scales.repeat(times, 1), zeros=weight.zeros.repeat(times, 1))
-    y = launch.matmul(x.to(DEVICE), whole, None).cpu().view(3, times, n)
-    assert worst_error(y[:, -1], x, case, None, 0.0) <= 1
-    assert torch.equal(y, y[:, :1].expand_as(y))
+    layer = launch.layer_of(torch.empty(0, dtype=x.dtype, device=DEVICE), whole, None)
+    problem = configs.Problem(4, layer.span, rows, outputs, k, layer.explicit)
+    product = product_float64(x, case)
+    for plan in (layer.plan(rows), *gpu_plans.one_of_each(layer.table, problem)):
+        with gpu_plans.naming(plan):
+            with launch.forced(plan):
+                y = launch.matmul(x.to(DEVICE), whole, None).cpu().view(rows, times, n)
+            error = error_of(y[:, -1], product, None, tile_cases.tile_rounding(plan.tile.kind, x.dtype))
+            assert error <= 1, error
+            assert torch.equal(y, y[:, :1].expand_as(y))
 
 
 def generate() -> None:
@@ -139,7 +153,7 @@ def permuted() -> None:
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     for spec in order_cases.SPECS[: None if ON_GPU else 2]:
         for bits in (2, 4, 8) if ON_GPU else (4,):
-            error = order_cases.worst(spec._replace(bits=bits), "triton", 0.0, DEVICE)
+            error = order_cases.worst(spec._replace(bits=bits), "triton", device=DEVICE)
             assert error <= 1, (spec, bits, error)
     case, _ = on_device(native(), 256, 512, 128, symmetric=False)
     tensors = [moved(t) for t in case.tensors]
@@ -201,10 +215,11 @@ def memcheck() -> None:
     ]
     for spec in specs if ON_GPU else specs[::3]:
         assert tile_cases.check(spec, DEVICE) <= 1, spec.name
-    for group in (128, 64, 32) if ON_GPU else (64,):
+    for group in (128, 64, 32) if ON_GPU else (128,):
         case, weight = on_device(native(), 200, 2048, group, symmetric=False)
         x = random_rows(3, 2048, torch.bfloat16)
-        assert worst_error(launch.matmul(x.to(DEVICE), weight, None).cpu(), x, case, None, 0.0) <= 1, group
+        rounding = tile_cases.weight_rounding(weight, len(x), x.dtype, DEVICE)
+        assert worst_error(launch.matmul(x.to(DEVICE), weight, None).cpu(), x, case, None, rounding) <= 1, group
     for kind in ("raised", "folded") if ON_GPU and native() == "tile_sm90" else ():
         tile = next(t for t in configs.tiles(90) if (t.kind, t.bits, t.span) == (kind, 4, 128))
         case, weight = on_device(native(), 200, 1152, 128, symmetric=False)

@@ -4,44 +4,40 @@ import contextlib
 from functools import partial
 from unittest.mock import patch
 
+import gpu_plans
 import ptq_kernels
 import tile_cases
 import torch
 from gpu_place import DEVICE, ON_GPU, captured, native, on_device
-from packed_weights import UNIT, random_rows, worst_error
+from packed_weights import Product, error_of, product_float64, random_rows, worst_error
 from ptq_kernels import torch_op
 from ptq_kernels.layouts import PackedWeight
-from ptq_kernels.triton import ahead, configs, launch, recipes, workspace
+from ptq_kernels.triton import configs, launch, recipes, workspace
 from torch import Tensor
-
-REPEATED = [(4096, 4096, 5, 1000), (1024, 4096, 16, 1000), (4096, 14336, 64, 1000), (4096, 4096, 200, 1000)]
 
 
 def repeat() -> None:
     """Split over K, a poisoned workspace, the same bits every time, counters back at 0."""
-    for n, k, rows, times in REPEATED if ON_GPU else [(256, 1024, 5, 3)]:
+    for n, k, rows, times in gpu_plans.REPEATED if ON_GPU else [(256, 1024, 5, 3)]:
         case, weight = on_device(native(), n, k, 128, symmetric=True)
         x = random_rows(rows, k, torch.bfloat16)
         gpu = launch.gpu(0) if ON_GPU else configs.Gpu(90, 132)
         problem = configs.Problem(4, 128, rows, n, k, ON_GPU and recipes.explicit(gpu, k))
-        plan = configs.plan(gpu, problem)
-        usual = plan._replace(splits=max(plan.splits, 2))
-        _repeated(usual, x, weight, case, times)
-        more = configs.candidates(gpu, problem._replace(rows=max(rows, configs.FEW + 1)))
-        tiles = dict.fromkeys([*configs.candidates(gpu, problem), *more])
-        for i, tile in enumerate(tile for tile in tiles if tile.kind != "exact"):
-            splits = next(s for s in (configs.CLUSTERS[(rows + i) % 3], 2, 1) if configs.fits(tile, problem, s))
-            _repeated(configs.Plan(tile, splits, (0, ahead.BYTES)[i % 2]), x, weight, case, times)
+        product = product_float64(x, case)  # seconds of a processor, for all plans
+        for plan in gpu_plans.repeated(gpu, problem):
+            with gpu_plans.naming(plan):
+                _repeated(plan, x, weight, product, times)
 
 
-def _repeated(plan: configs.Plan, x: Tensor, weight: PackedWeight, case: tile_cases.Case, times: int) -> None:
+def _repeated(plan: configs.Plan, x: Tensor, weight: PackedWeight, product: Product, times: int) -> None:
     there, rows = x.to(DEVICE), x.shape[0]
     stream = torch.cuda.current_stream().cuda_stream if ON_GPU else 0
     space = workspace.get(there.device, stream)
     with launch.forced(plan):
         first = launch.matmul(there, weight, None)
         rounding = tile_cases.weight_rounding(weight, rows, x.dtype, DEVICE)
-        assert worst_error(first.cpu(), x, case, None, rounding) <= 1
+        error = error_of(first.cpu(), product, None, rounding)
+        assert error <= 1, error
         differing = torch.zeros((), dtype=torch.long, device=DEVICE)
         for _ in range(times):
             space.parts.fill_(float("nan"))
@@ -210,4 +206,5 @@ def compiled() -> None:
             y = reduced(x).clone()
         assert torch.equal(y, forward(x))
     y = ptq_kernels.matmul(x := x.to(DEVICE), *weight[:3], bits=4, group_size=128, layout=weight.layout, impl="triton")
-    assert worst_error(y.cpu(), x.cpu(), case, None, UNIT[torch.bfloat16]) <= 1
+    rounding = tile_cases.weight_rounding(weight, len(x), x.dtype, DEVICE)
+    assert worst_error(y.cpu(), x.cpu(), case, None, rounding) <= 1

@@ -6,8 +6,10 @@ As a program it runs the Triton kernels on them, in the interpreter where TRITON
 from typing import NamedTuple
 
 import ptq_kernels
+import tile_cases
 import torch
 from packed_weights import Case, random_case, random_rows, worst_error
+from ptq_kernels.layouts import PackedWeight
 from torch import Tensor
 
 
@@ -43,10 +45,11 @@ def dense(case: Case, g_idx: Tensor) -> Tensor:
     return case.scales[:, g_idx].double() * (case.codes.double() - zeros)
 
 
-def worst(spec: Spec, impl: str, rounded: float, device: str = "cpu") -> float:
+def worst(spec: Spec, impl: str, rounded: float = 0.0, device: str = "cpu") -> float:
     """The error, of what rounding allows, of a prepared weight and of the canonical one; at most 1 is right.
 
     A sum over columns does not depend on their order, so the bound is that of the weight with its columns sorted.
+    `rounded` is what a weight may be rounded by, relative; of Triton's kernels the plan in force says it.
     """
     case = random_case(spec.n, spec.k, spec.group, spec.bits, spec.symmetric, torch.bfloat16)
     g_idx = scattered(spec.k, spec.group)
@@ -60,6 +63,9 @@ def worst(spec: Spec, impl: str, rounded: float, device: str = "cpu") -> float:
     assert torch.allclose(want, x[:, perm].double() @ dense(ordered, g_idx[perm]).T)
     errors = []
     for qweight, layout in ((prepared.qweight, prepared.layout), (words, "canonical")):
+        if impl == "triton":
+            weight = PackedWeight(qweight, *prepared[1:3], spec.bits, spec.group, spec.k, layout)
+            rounded = tile_cases.weight_rounding(weight, spec.rows, spec.dtype, device)
         y = ptq_kernels.matmul(
             x.to(device), qweight, *prepared[1:3], bias.to(device),
             layout=layout, impl=impl, perm=prepared.perm, **case.scheme,
@@ -70,12 +76,20 @@ def worst(spec: Spec, impl: str, rounded: float, device: str = "cpu") -> float:
 
 
 def main() -> None:
+    from ptq_kernels.triton import configs, launch
+
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     device = "cuda" if torch.cuda.is_available() else "cpu"
     every = [spec._replace(dtype=dtype) for spec in SPECS for dtype in (torch.bfloat16, torch.float16)]
     for spec in [*every, *(SPECS[2]._replace(bits=bits) for bits in (2, 3, 8))]:
-        error = worst(spec, "triton", 0.0, device)
+        error = worst(spec, "triton", device=device)
         assert error <= 1, (spec, error)  # NaN fails too
+    tiles = configs.tiles(launch.gpu_of(torch.device(device)).order)
+    folded = next(t for t in tiles if (t.kind, t.bits, t.span) == ("folded", 4, 128))
+    for plan in (configs.Plan(folded, 1), None):  # a tile, and the dequantized weight, that round weights
+        with launch.forced(plan):
+            error = worst(SPECS[1], "triton", device=device)
+            assert error <= 1, (plan, error)
 
 
 if __name__ == "__main__":

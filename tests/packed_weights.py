@@ -54,21 +54,41 @@ def dense_float64(case: Case) -> Tensor:
     return case.scales[:, k].double() * (case.codes.double() - zeros)
 
 
-def worst_error(y: Tensor, x: Tensor, case: Case, bias: Tensor | None, weight_unit: float) -> float:
-    """The largest error of ``y`` in units of what rounding allows; NaN stays NaN. At most 1 passes.
+class Product(NamedTuple):
+    """What a product must be, and what its rounding is relative to; both float64 ``[M, N]``."""
 
-    Allowed: K float32 additions in any order (K 2**-24 of the sum of magnitudes), weights rounded to ``weight_unit``
-    before the product, and two roundings to the dtype of y (the product, then the sum with the bias). An implementation
-    may form the weight as ``s (q - 8) + s (8 - z)``, so its magnitude counts as the sum of the parts.
+    want: Tensor
+    magnitude: Tensor  # the sum of the magnitudes of what is added
+    columns: int  # K
+
+
+def product_float64(x: Tensor, case: Case) -> Product:
+    """The product of rows with a weight.
+
+    An implementation may form the weight as ``s (q - 8) + s (8 - z)``, so its magnitude counts as the sum of the parts.
     """
-    want = x.double() @ dense_float64(case).T
     k = torch.arange(case.codes.shape[1]) // case.group_size
     middle = 2 ** (case.bits - 1)
     zeros = torch.full_like(case.scales, middle) if case.zeros is None else case.zeros
     codes, zero = case.codes.double(), zeros[:, k].double()
     parts = case.scales[:, k].double().abs() * ((codes - middle).abs() + (zero - middle).abs() + (codes - zero).abs())
+    return Product(x.double() @ dense_float64(case).T, x.double().abs() @ parts.T, x.shape[1])
+
+
+def error_of(y: Tensor, product: Product, bias: Tensor | None, weight_unit: float) -> float:
+    """The largest error of ``y`` in units of what rounding allows; NaN stays NaN. At most 1 passes.
+
+    Allowed: K float32 additions in any order (K 2**-24 of the sum of magnitudes), weights rounded to ``weight_unit``
+    before the product, and two roundings to the dtype of y (the product, then the sum with the bias).
+    """
+    want = product.want
     offset = torch.zeros(want.shape[1], dtype=torch.float64) if bias is None else bias.double()
-    allowed = (weight_unit + (x.shape[1] + 3) * 2.0**-24) * (x.double().abs() @ parts.T)
+    allowed = (weight_unit + (product.columns + 3) * 2.0**-24) * product.magnitude
     allowed += 2 * UNIT[y.dtype] * (want.abs() + offset.abs()) + allowed * 2 * UNIT[y.dtype]
     ratio = (y.double() - (want + offset)).abs() / allowed.clamp_min(1e-30)
     return float(ratio.max())
+
+
+def worst_error(y: Tensor, x: Tensor, case: Case, bias: Tensor | None, weight_unit: float) -> float:
+    """`error_of` one product of these rows; it computes the float64 product, which takes longest, each time."""
+    return error_of(y, product_float64(x, case), bias, weight_unit)

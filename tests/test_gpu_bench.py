@@ -2,11 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from importlib import util
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,33 +133,50 @@ def test_what_the_attention_of_the_decoding_bench_cannot_do(monkeypatch: pytest.
         Between(cache(128), early=False).attend(rows, cache(128), torch.zeros(1), torch.zeros(1), torch.zeros(1))
 
 
-def test_exact_tiles_alone_are_timed(tmp_path: Path) -> None:
-    """And of all tiles the made-up clock likes others best."""
+@pytest.mark.parametrize(
+    ("without", "rows", "others"),
+    [
+        ([], ["16", "128"], {"raised", "slim", "folded", "pipelined", "early"}),
+        (["folded", "early"], ["16", "128"], {"raised", "slim", "pipelined"}),
+        (["raised", "folded", "pipelined", "slim", "early"], ["8", "128"], set()),
+    ],
+)
+def test_kinds_whose_checks_failed_are_no_variants(without, rows, others, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     own = f"PTQ_KERNELS_CONFIGS={tmp_path / 'configs.json'}"
     command = ["env", "TRITON_INTERPRET=1", own, sys.executable, BENCHES / "gpu_variants.py", tmp_path / "out.json"]
-    for more, others in (([], True), (["--exact"], False)):
-        run(*command, "--tiny", "--rows", "16", *more)
-        names = {record["variant"] for record in json.loads((tmp_path / "out.json").read_text())["records"]}
-        assert any("raised" in name for name in names) == others
+    run(*command, "--tiny", "--rows", *rows, *(["--without", *without] if without else []))
+    names = {record["variant"] for record in json.loads((tmp_path / "out.json").read_text())["records"]}
+    found = {kind for kind in ("raised", "folded", "pipelined", "slim") if any(f" {kind} " in name for name in names)}
+    found |= {"early"} if any(re.search("early [1-9]", name) for name in names) else set()
+    assert found == others
 
 
-def test_tiles_that_are_not_exact_are_timed_only_if_their_checks_passed() -> None:
-    loader = SourceFileLoader("gpu_check", str(ROOT / "scripts" / "gpu_check"))
-    module = util.module_from_spec(util.spec_from_loader("gpu_check", loader))
-    loader.exec_module(module)
-    right = module.others_are_right
-    passed = {"graph": "failed (1)", "every 0": "passed", "raised": "passed", "pipelined chain": "passed"}
-    cases = [
-        ({}, True), ({"raised": "failed (1)"}, False), ({"pipelined chain": "out of time"}, False),
-        ({"every 0": "out of time"}, True), ({"pipelined memcheck": "out of time"}, True),
-        ({"pipelined memcheck": "failed (9)"}, False), ({"early chain": "skipped: no time was left"}, False),
-        ({"every 0": "failed (1)"}, False), ({"folded": "passed"}, True), ({"clusters 1": "failed (1)"}, False),
-    ]  # fmt: skip
-    for changed, expected in cases:
-        outcomes = {name: {"status": status} for name, status in {**passed, **changed}.items()}
-        assert right(outcomes) == expected, changed
-    assert not right({"graph": {"status": "passed"}})
+def test_kinds_whose_checks_failed_are_not_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a clock that likes best what is left out. Nor does a plan begin early that some table has."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(str(BENCHES))
+    monkeypatch.setenv("PTQ_KERNELS_CONFIGS", str(tmp_path / "configs.json"))
+    import gpu_tune
+    from ptq_kernels.triton import configs, launch, recipes, tune
+
+    monkeypatch.setattr(configs, "tiles", configs.tiles)
+    monkeypatch.setattr(recipes, "begins_early", recipes.begins_early)
+    launch.forget()
+    gpu_tune.leave_out(["slim", "early"])
+    timed = []
+
+    def clock(plan: Any, problem: Any) -> float:
+        timed.append(plan)
+        return 1.0 if plan is None else 3.0 - (plan.tile.kind == "slim") - (plan.early > 0)
+
+    problems = [configs.Problem(4, 128, rows, 4096, 4096, True) for rows in (8, 16, 128)]
+    best = tune.tune(gpu_tune.H200, problems, clock, "a test")
+    assert len(best) == 3
+    assert {plan.tile.kind for plan in timed if plan} == {"exact", "raised", "folded", "pipelined"}
+    assert not any(plan.early for plan in timed if plan)
+    assert not recipes.begins_early(gpu_tune.H200)  # which a launch asks, whatever its plan says
+    launch.forget()
 
 
 def test_gpu_check_runs_the_stages_it_is_asked_for(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tile_cases
@@ -231,6 +232,26 @@ def test_a_forced_plan_serves_any_rows_and_none_dequantizes() -> None:
         with launch.forced(forced):
             assert launch.layer_of(x, weight, None).most_rows == most
     assert launch.layer_of(x, weight, None).most_rows == 512
+
+
+def test_few_rows_are_timed_as_one_row_and_as_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: a clock that says 100 us and one for each row; and every launch takes the plan that is timed."""
+    timed = []
+
+    def clock(calls: list[Any]) -> list[float]:
+        x, weight, _ = calls[0].args
+        timed.append((len(x), launch.layer_of(x, weight, None).plan(configs.bucket(len(x)))))
+        return [1.0, 100.0 + len(x), 999.0]
+
+    monkeypatch.setattr(tune, "graph_times", clock)
+    monkeypatch.setattr(tune, "_L2_BYTES", 0)
+    timer = tune.GraphTimer(torch.device("cpu"), torch.bfloat16, 128)
+    plan = Plan(configs.tiles(90)[0], 1)
+    for rows, sizes in ((8, [1, 8]), (3, [1, 8]), (9, [9]), (64, [64])):
+        found = timer(plan, Problem(4, 128, rows, 64, 128))
+        assert found == 100.0 + sum(sizes) / len(sizes)
+        assert timed == [(size, plan) for size in sizes]
+        timed.clear()
 
 
 def test_plans_to_tune_all_fit() -> None:

@@ -3,18 +3,18 @@
 Run:    python tests/tiles_on_gpu.py STAGE [early] [pipelined]
 STAGE is a name in STAGES; "cases", "clusters" and "every" are followed by the number of a part and that of parts.
 With "early" every kernel begins before the one before it has ended, whatever the table says (ptq_kernels.triton.ahead);
-with "pipelined" every product that can has a pipelined or a slim tile. Every stage asserts. Without a GPU each runs on
-the CPU in Triton's interpreter, in little, to try the program itself.
+with "pipelined" every product that can has a pipelined or a slim tile (gpu_plans.py). Every stage asserts. Without a
+GPU each runs on the CPU in Triton's interpreter, in little, to try the program itself.
 """
 
 import sys
 
 import gpu_place
+import gpu_plans
 import gpu_stage_decode as decode
 import gpu_stage_products as products
 import gpu_stage_runs as runs
 import torch
-from ptq_kernels.triton import ahead, configs
 
 STAGES = {
     "between": decode.between,
@@ -41,25 +41,7 @@ STAGES = {
 }
 
 
-def plan_otherwise(early: bool, pipelined: bool) -> None:
-    """From now on every plan."""
-    usual = configs.plan
-
-    def other(gpu: configs.Gpu, problem: configs.Problem) -> configs.Plan:
-        found = usual(gpu, problem)
-        problem = problem._replace(rows=configs.bucket(problem.rows))
-        more = problem._replace(rows=max(problem.rows, configs.FEW + 1))  # pipelined tiles serve fewer as well
-        tiles = dict.fromkeys([*configs.candidates(gpu, problem), *configs.candidates(gpu, more)])
-        chosen = [tile for tile in tiles if tile.explicit] if pipelined else []
-        if chosen:
-            tile = chosen[problem.n // 64 % len(chosen)]  # one or another
-            found = configs.Plan(tile, configs.splits_by_rule(gpu, tile, problem))
-        return found._replace(early=ahead.BYTES) if early else found
-
-    configs.plan = other
-
-
 if __name__ == "__main__":
-    plan_otherwise("early" in sys.argv[2:], "pipelined" in sys.argv[2:])
+    gpu_plans.plan_otherwise("early" in sys.argv[2:], "pipelined" in sys.argv[2:])
     STAGES[sys.argv[1]]()
     print(sys.argv[1], "passed on", torch.cuda.get_device_name() if gpu_place.ON_GPU else "the interpreter")

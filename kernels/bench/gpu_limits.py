@@ -1,6 +1,6 @@
 """What a GPU allows, and what keeps the kernels from it; writes JSON.
 
-Run:    python kernels/bench/gpu_limits.py out.json [--seconds 100] [--tiny]
+Run:    python kernels/bench/gpu_limits.py out.json [--seconds 100] [--without KIND ...] [--tiny]
 First floors: the time of a launch that does nothing, and of one that only reads a packed weight, by some numbers of
 programs, timed as gpu_linear.py times products; and the time to dequantize a weight, as for 2048 rows. Then, where
 Nsight Compute (ncu) is there and may read the hardware's counters, what it says of products by the plan that is in
@@ -8,11 +8,14 @@ force and by the first tile of every other kind.
 """
 
 import argparse
+import contextlib
 import csv
 import glob
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,11 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_timing
 from gpu_linear import GROUP, SHAPES
-from gpu_tune import only_exact, timer
+from gpu_tune import leave_out, option_without, timer
 from ptq_kernels.triton import configs, launch, recipes, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem
 
 PROGRAMS = (1, 2, 4, 8)  # on a multiprocessor
+KILL_SECONDS = 10  # for a process that was killed to end
 BLOCK = 2048  # words that a program reads at a time
 PROFILED = [(4096, 4096, 8), (28672, 4096, 8), (4096, 4096, 16), (28672, 4096, 16), (4096, 4096, 64),
             (28672, 4096, 64), (28672, 4096, 128), (28672, 4096, 256)]  # fmt: skip
@@ -168,10 +172,15 @@ def counters(gpu: Gpu, seconds: float, *same: str) -> list[dict[str, Any]]:
         # clocks stay as they are; by default caches are emptied before each of a kernel's runs
         command = [tool, "--profile-from-start", "off", "--clock-control", "none", *sections, "--page", "raw", "--csv"]
         command += ["--print-units", "base", "--log-file", str(log), sys.executable, __file__, "-", "--launch", *same]
+        # A group of its own, as what it profiles would go on using the GPU; in this session, all of which ends with us.
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, process_group=0, **pipes)
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-            said = done.stdout + done.stderr
+            said, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=KILL_SECONDS)
             said = f"not done after {seconds:.0f} s"
         found = parsed(log.read_text(encoding="utf-8")) if log.exists() else []
         said += log.read_text(encoding="utf-8")[-500:] if log.exists() and not found else ""
@@ -189,12 +198,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=100.0, help="for the profiler")
-    parser.add_argument("--exact", action="store_true", help="exact tiles alone, where checks of others failed")
+    option_without(parser)
     parser.add_argument("--launch", action="store_true", help="only launch what is to be profiled")
     parser.add_argument("--tiny", action="store_true", help="a small shape, on any machine, to try the bench itself")
     options = parser.parse_args()
-    if options.exact:
-        only_exact()
+    leave_out(options.without)
     gpu, clock = timer(options.tiny)
     if options.launch:
         launch_all(clock, plans(gpu))
@@ -206,7 +214,7 @@ def main() -> None:
     parts: list[Callable[[], Any]] = [
         lambda: floors(small, device, shapes),
         lambda: dequantizing(device, shapes),
-        lambda: counters(gpu, options.seconds, *["--exact"] * options.exact),
+        lambda: counters(gpu, options.seconds, *(["--without", *options.without] if options.without else [])),
     ]
     for part in parts:
         start = time.monotonic()

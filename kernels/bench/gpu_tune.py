@@ -1,6 +1,6 @@
 """Times every tile and number of splits on this GPU, beside what the shipped table chooses, and writes JSON.
 
-Run:    python kernels/bench/gpu_tune.py out.json [--seconds 100] [--exact] [--tiny]
+Run:    python kernels/bench/gpu_tune.py out.json [--seconds 100] [--without KIND ...] [--tiny]
 The best ones go into the user's table (`ptq_kernels.triton.configs.user_file`), whose text is in the result too.
 """
 
@@ -22,6 +22,7 @@ from ptq_kernels.triton.configs import Gpu, Plan, Problem
 ROWS = ((16, 8), (128, 256), (64,), (512, 1024, 2048))  # the most telling first
 LARGEST_SMALL = 64  # rows for which a weight is never dequantized
 H200 = Gpu(90, 132)
+KINDS = ("raised", "folded", "pipelined", "slim", "early")  # of tiles that are not exact; and to begin early
 
 
 def timer(tiny: bool) -> tuple[Gpu, tune.Timer]:
@@ -31,10 +32,17 @@ def timer(tiny: bool) -> tuple[Gpu, tune.Timer]:
     return launch.gpu(0), tune.GraphTimer(torch.device("cuda:0"), torch.bfloat16, GROUP)
 
 
-def only_exact() -> None:
-    """From now on no other tiles are there to be chosen."""
-    usual = configs.candidates
-    configs.candidates = lambda gpu, problem: [tile for tile in usual(gpu, problem) if tile.kind == "exact"]
+def option_without(parser: argparse.ArgumentParser) -> None:
+    """``--without KIND ...``, for `leave_out`."""
+    parser.add_argument("--without", nargs="+", choices=KINDS, default=[], help="whose checks failed, to be left out")
+
+
+def leave_out(kinds: list[str]) -> None:
+    """From now on no such tiles are there to be chosen, and without "early" no kernel begins early."""
+    usual = configs.tiles
+    configs.tiles = lambda order: [tile for tile in usual(order) if tile.kind not in kinds]
+    if "early" in kinds:
+        recipes.begins_early = lambda gpu: False
 
 
 def described(plan: Plan) -> dict[str, Any]:
@@ -47,11 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=100.0, help="nothing further is begun after that")
-    parser.add_argument("--exact", action="store_true", help="exact tiles alone, where checks of others failed")
+    option_without(parser)
     parser.add_argument("--tiny", action="store_true", help="a made-up clock, on any machine, to try the bench itself")
     options = parser.parse_args()
-    if options.exact:
-        only_exact()
+    leave_out(options.without)
     end = time.monotonic() + options.seconds
     gpu, clock = timer(options.tiny)
     name = "a made-up clock" if options.tiny else f"timed on {torch.cuda.get_device_name(0)}, torch {torch.__version__}"

@@ -1,6 +1,6 @@
 """Times forms of the kernels that no table has, one thing changed at a time, to learn what a GPU likes; writes JSON.
 
-Run:    python kernels/bench/gpu_variants.py out.json [--seconds 200] [--rows 16 64 128] [--tiny]
+Run:    python kernels/bench/gpu_variants.py out.json [--seconds 200] [--rows 16 64 128] [--without KIND ...] [--tiny]
 Each variant is timed with every number of splits that fits. "early 0" begins after the kernel before has ended, as all
 kernels did before programmatic dependent launch. First come numbers of chunks in which a weight is dequantized. What
 wins here belongs into the table of tiles (ptq_kernels/triton/configs.json), where `ptq tune` chooses.
@@ -21,7 +21,7 @@ from triton.errors import TritonError
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_linear import GROUP, SHAPES
-from gpu_tune import only_exact, timer
+from gpu_tune import leave_out, option_without, timer
 from ptq_kernels import tiles
 from ptq_kernels.triton import ahead, configs, dense, recipes, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem, Tile
@@ -45,7 +45,7 @@ class Variant(NamedTuple):
 def variants(gpu: Gpu, problem: Problem) -> list[Variant]:
     """The tiles of the table; of the first, other stages and beginnings; tiles that the table lacks."""
     rows = problem.rows
-    usual = ahead.BYTES if gpu.capability >= ahead.LEAST_CAPABILITY else 0
+    usual = ahead.BYTES if recipes.begins_early(gpu) else 0
     tiles = configs.candidates(gpu, problem)
     found = [Variant(tile, usual) for tile in tiles]
     found += [Variant(tile, 0) for tile in tiles]
@@ -77,9 +77,9 @@ def variants(gpu: Gpu, problem: Problem) -> list[Variant]:
     return list(dict.fromkeys([*found, *(Variant(tile, usual) for tile in others)]))
 
 
-def timings(gpu: Gpu, clock: tune.Timer, problem: Problem) -> Iterator[dict[str, Any]]:
-    """A record for each variant and number of splits."""
-    for variant in variants(gpu, problem):
+def timings(gpu: Gpu, clock: tune.Timer, problem: Problem, without: list[str]) -> Iterator[dict[str, Any]]:
+    """A record for each variant, but of some kinds of tiles, and number of splits."""
+    for variant in [each for each in variants(gpu, problem) if each.tile.kind not in without]:
         record = {"n": problem.n, "k": problem.k, "m": problem.rows, "variant": variant.name}
         for splits in tune.SPLITS:
             if not configs.fits(variant.tile, problem, splits):
@@ -111,11 +111,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--seconds", type=float, default=200.0, help="nothing further is begun after that")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 8, 128, 64, 256, 512])
-    parser.add_argument("--exact", action="store_true", help="exact tiles alone, where checks of others failed")
+    option_without(parser)
     parser.add_argument("--tiny", action="store_true", help="a made-up clock, on any machine, to try the bench itself")
     options = parser.parse_args()
-    if options.exact:
-        only_exact()
+    leave_out(options.without)
     end = time.monotonic() + options.seconds
     gpu, clock = timer(options.tiny)
     records: list[dict[str, Any]] = []
@@ -127,7 +126,7 @@ def main() -> None:
         for n, k in shapes:
             if time.monotonic() > end:
                 break
-            records += timings(gpu, clock, Problem(4, GROUP, rows, n, k, recipes.explicit(gpu, k)))
+            records += timings(gpu, clock, Problem(4, GROUP, rows, n, k, recipes.explicit(gpu, k)), options.without)
             options.output.write_text(json.dumps({"records": records}, indent=1))
             timed = [r for r in records if (r["n"], r["k"], r["m"]) == (n, k, rows) and "microseconds" in r]
             for record in sorted(timed, key=lambda r: r["microseconds"])[:6]:

@@ -35,7 +35,11 @@ class NothingToTuneError(ValueError):
 
 
 class GraphTimer:
-    """Microseconds of a launch: a CUDA graph of launches over rotated copies of a random weight, the median replay."""
+    """Microseconds of a launch: a CUDA graph of launches over rotated copies of a random weight, the median replay.
+
+    For `configs.FEW` rows it is the mean of that and of one row: the bucket serves one row most of all, in decoding,
+    and a plan must be good at both.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, group_size: int, symmetric: bool = True) -> None:
         self.device, self.dtype, self.group_size, self.symmetric = device, dtype, group_size, symmetric
@@ -59,9 +63,13 @@ class GraphTimer:
     def __call__(self, plan: Plan | None, problem: Problem) -> float:
         """Raise what Triton raises for a plan that does not fit the GPU."""
         weights = self.weights(problem.bits, problem.n, problem.k)
-        x = torch.randn(problem.rows, problem.k, dtype=self.dtype, device=self.device)
+        found = []
         with launch.forced(plan):
-            return statistics.median(graph_times([partial(launch.matmul, x, weight, None) for weight in weights]))
+            for rows in (1, configs.FEW) if configs.bucket(problem.rows) == configs.FEW else (problem.rows,):
+                x = torch.randn(rows, problem.k, dtype=self.dtype, device=self.device)
+                times = graph_times([partial(launch.matmul, x, weight, None) for weight in weights])
+                found.append(statistics.median(times))
+        return statistics.fmean(found)
 
 
 def graph_times(calls: Sequence[Callable[[], Tensor]], replays: int = 20) -> list[float]:
