@@ -19,12 +19,10 @@ from ptq.errors import ConfigError, GateError, PtqError
 if TYPE_CHECKING:
     from ptq.config import RunConfig
     from ptq.plan import Plan
+    from ptq.predict import Prediction
 
 SAMPLES, LENGTH = 128, 512  # of the text that an export is solved on
-INTERRUPTED = (
-    "interrupted: nothing was written under the output's name; a quantization is continued by the same command, from "
-    "the last finished block"
-)
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,13 +53,17 @@ def main_of_method(method: str, arguments: Sequence[str] | None = None) -> int:
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Parse, run, and turn every error into a sentence and an exit code: 2 usage, 3 a gate, 1 any other failure."""
+    """Parse, run, and turn every error into a sentence and an exit code.
+
+    2 is for usage, 3 for a gate, 130 for an interruption, 1 for any other failure.
+    """
     options = parser.parse_args(arguments)
     action: Callable[[argparse.Namespace], int] = options.action
     try:
         return action(options)
-    except KeyboardInterrupt:
-        return _fail(options, INTERRUPTED, 1)
+    except KeyboardInterrupt as interruption:
+        left = f": {interruption}" if str(interruption) else ""  # said by what has something on the disk
+        return _fail(options, f"interrupted{left}", INTERRUPTED)
     except BrokenPipeError:
         return 1
     except PtqError as error:
@@ -153,24 +155,28 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     from ptq.config import load_config
+    from ptq.predict import require_disk
 
-    _print_plan(load_config(options.config, options.overrides))
+    plan, found = _print_plan(load_config(options.config, options.overrides))
+    require_disk(found, plan.config)
     return 0
 
 
 def _try(config: "RunConfig", overwrite: bool) -> int:
-    """What a run does before it reads a weight: output, plan, calibration text."""
+    """What a run does before it reads a weight: output, plan, calibration text; and whether the disk has room."""
     from ptq.formats.staging import output_path, require_writable
+    from ptq.predict import require_disk
     from ptq.prepared import Prepared
 
     require_writable(output_path(Path(config.output)), overwrite)
-    plan = _print_plan(config)
+    plan, found = _print_plan(config)
     if config.calibrates:
         Prepared().batches(plan)
+    require_disk(found, config)
     return 0
 
 
-def _print_plan(config: "RunConfig") -> "Plan":
+def _print_plan(config: "RunConfig") -> "tuple[Plan, Prediction]":
     from ptq.formats.staging import output_path
     from ptq.plan import describe, make_plan
     from ptq.predict import describe_prediction, home_of, predict
@@ -183,7 +189,7 @@ def _print_plan(config: "RunConfig") -> "Plan":
     print(describe(plan))
     found = predict(plan, measure_rates(plan.device, existing, plan.dtype), anonymous_bytes(), home_of(plan))
     print(describe_prediction(found))
-    return plan
+    return plan, found
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:

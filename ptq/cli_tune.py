@@ -2,13 +2,12 @@
 
 import argparse
 from collections.abc import Callable, Iterable
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ptq.errors import ConfigError
-from ptq.formats.gptq import FUSED_LINEARS
-from ptq.nn.linear import QuantLinear
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Kinds = dict[tuple[int, int], set[tuple[int, int]]]  # (N, K) by bits and group size
 
@@ -22,6 +21,7 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_tune(options: argparse.Namespace) -> int:
     """Tune, and print what was found."""
+    import torch
     from ptq_kernels.triton.tune import NothingToTuneError, tune_device
 
     from ptq.nn.head import GROUPS, check_head
@@ -41,7 +41,7 @@ def run_tune(options: argparse.Namespace) -> int:
     head = ask()
     if options.head_bits:
         check_head(head, options.head_bits)
-        assert isinstance(head, nn.Linear)
+        assert isinstance(head, torch.nn.Linear)
         group = next((size for size in GROUPS if head.in_features % size == 0), head.in_features)
         kinds.setdefault((options.head_bits, group), set()).add((head.out_features, head.in_features))
     for (bits, group_size), shapes in kinds.items():
@@ -59,8 +59,11 @@ def run_tune(options: argparse.Namespace) -> int:
     return 0
 
 
-def shapes_of(model: nn.Module) -> Kinds:
+def shapes_of(model: "nn.Module") -> Kinds:
     """Of every packed Linear, and of those that ``ptq.load(fuse=True)`` makes one product of."""
+    from ptq.formats.gptq import FUSED_LINEARS
+    from ptq.nn.linear import QuantLinear
+
     kinds: Kinds = {}
 
     def add(linears: Iterable[QuantLinear]) -> None:

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from ptq.config_paths import find_directory, find_files, resolve_config_path, search_roots
+from ptq.config_paths import find_directory, find_files, resolve_config_path, search_roots, with_variables
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.schema import at_least, build, check_rules, checked
@@ -340,10 +340,11 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
 
 
 def _locate(config: RunConfig, roots: Sequence[Path]) -> RunConfig:
-    """``config`` with the model directory and the data files found below ``roots``."""
-    model = find_directory(config.model, roots)
-    if model is None and config.model.startswith(("/", "./", "../", "~")):
-        raise ConfigError(f"model must be a hub name or a directory that exists, found {config.model!r}; check it")
+    """``config`` with the model directory and the data files found below ``roots``, and no variables in paths."""
+    named, output = with_variables(config.model, "model"), with_variables(config.output, "output")
+    model = find_directory(named, roots)
+    if model is None and named.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"model must be a hub name or a directory that exists, found {named!r}; check it")
     dataset, evaluation = config.calibration.dataset, config.evaluation
     dataset = replace(dataset, files=find_files(dataset.files, "calibration.dataset.files", roots))
     if evaluation is not None:
@@ -352,4 +353,4 @@ def _locate(config: RunConfig, roots: Sequence[Path]) -> RunConfig:
             files = find_files(evaluation.dataset.files, "evaluation.dataset.files", roots)
             evaluation = replace(evaluation, dataset=replace(evaluation.dataset, files=files))
     calibration = replace(config.calibration, dataset=dataset)
-    return replace(config, model=model or config.model, calibration=calibration, evaluation=evaluation)
+    return replace(config, model=model or named, output=output, calibration=calibration, evaluation=evaluation)

@@ -1,5 +1,7 @@
 """Where configurations are, and where the files they name are."""
 
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -31,6 +33,17 @@ def search_roots(config_file: Path) -> list[Path]:
     return [Path(), shipped.parent] if config_file.resolve().parent == shipped else [Path()]
 
 
+def with_variables(name: str, key: str) -> str:
+    """A path with the values of ``$NAME`` and ``${NAME}`` in it, as a shell has them; ``key`` is for the error."""
+    for found in re.finditer(r"\$(?:(\w+)|\{(\w+)\})", name, re.ASCII):
+        if (variable := found[1] or found[2]) not in os.environ:
+            raise ConfigError(
+                f"{key} must name environment variables that are set; {name!r} has {found[0]}, which is not: set "
+                f"{variable}, or write the path itself"
+            )
+    return os.path.expandvars(name)
+
+
 def find_directory(name: str, roots: Sequence[Path]) -> str | None:
     """The directory ``name`` below the first of ``roots`` that has it."""
     return next((str(path) for root in roots if (path := root / Path(name).expanduser()).is_dir()), None)
@@ -39,7 +52,7 @@ def find_directory(name: str, roots: Sequence[Path]) -> str | None:
 def find_files(names: Sequence[str], key: str, roots: Sequence[Path]) -> tuple[str, ...]:
     """Each file of ``names`` below the first of ``roots`` that has it; ``key`` is for the error."""
     located = []
-    for name in names:
+    for name in (with_variables(name, key) for name in names):
         tried = [root / Path(name).expanduser() for root in roots]
         found = next((path for path in tried if path.is_file()), None)
         if found is None:

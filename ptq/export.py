@@ -67,7 +67,7 @@ def export_gguf(
     Args:
         checkpoint: directory or hub name, float or quantized. If codes of a quantized one do not fit the type, the
             float model it was made from is solved instead, where its ptq_config.yaml names one and `run` is given.
-        type_name: key of `ptq.gguf.mix.FILE_TYPES`.
+        type_name: key of `ptq.gguf.mix.FILE_TYPES`, in capitals or not.
         out: file, or directory to put ``NAME-TYPE.gguf`` in; default the working directory.
         run: text and options to solve with: its ``calibration``, ``gptq``, ``device``, ``dtype`` and ``strict``.
             Needed for a float model unless the type is F16; with a quantized one it covers the Linears left in float,
@@ -83,6 +83,7 @@ def export_gguf(
     """
     require_gguf()
     file, progress = file_type(type_name), progress or Progress()
+    type_name = type_name.upper()  # as files of this type are called
     path = _output(out, checkpoint, type_name)
     refuse_existing(path, overwrite)
     dtype = "auto" if run is None else run.dtype
@@ -147,7 +148,7 @@ def _output(out: str | None, checkpoint: str, type_name: str) -> Path:
     if out is None:
         return Path(name)
     path = Path(out).expanduser()
-    return path if path.suffix == ".gguf" and not path.is_dir() else path / name
+    return path if path.suffix.lower() == ".gguf" and not path.is_dir() else path / name
 
 
 def _notes(model: Model, found: Sequence[Target]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from ptq.formats.assembly import Part, Piece, assemble, damage, read_tensor, wri
 from ptq.formats.sealed import seal, unseal
 from ptq.formats.staging import sync_directory
 from ptq.hidden import Batch, HiddenFile, described
-from ptq.journal_directory import RUN
+from ptq.journal_directory import RUN, signature_in
 
 # A commit of hidden states that would take longer than both is put off to a later block.
 SHARE = 0.04  # of the time since the last one
@@ -187,7 +187,7 @@ class Journal:
     def _begin(self, signature: Mapping[str, str]) -> None:
         path = self._directory / RUN
         if path.exists():
-            before, checksum = unseal(path)
+            before, checksum = signature_in(self._directory)
             _check_same(before, signature, self._directory)
             self._seals.append(checksum)
         elif self._last_record() >= 0:
@@ -207,7 +207,8 @@ class Journal:
             while unit > 0 and (lost := self._lost_hidden(unit)) is not None:
                 problem = problem or lost
                 unit -= 1
-            if unit == 0 and problem is not None:
+            # One block is soon computed again; more of them are given up only when asked.
+            if unit == 0 and problem is not None and self._last_record() > 0:
                 raise FormatError(f"{problem}; the run cannot go on without it: start over with --fresh")
             if problem is not None:
                 self.notes.append(f"{problem}; the run goes on from block {unit + 1}, before the damage")

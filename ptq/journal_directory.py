@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ptq.errors import ConfigError, NumericsError, UnsupportedModelError
+from ptq.errors import ConfigError, FormatError, NumericsError, UnsupportedModelError
 from ptq.formats.sealed import unseal
 from ptq.formats.staging import (
     atomic_write_text,
@@ -50,7 +50,7 @@ class RunDirectory(NamedTuple):
 
     def began_as(self, signature: Mapping[str, str]) -> bool:
         """Whether the run here was begun with all of ``signature``."""
-        before = unseal(self.path / RUN)[0] if (self.path / RUN).exists() else {}
+        before = signature_in(self.path)[0] if (self.path / RUN).exists() else {}
         return signature.items() <= before.items()
 
     def restart(self, overwrite: bool) -> None:
@@ -67,12 +67,25 @@ class RunDirectory(NamedTuple):
                 entry.unlink()
 
 
+def place_of(final: Path) -> RunDirectory:
+    """Where the run of an output works, whether there is one or not."""
+    return RunDirectory(final.with_name(f".{final.name}.run"), final)
+
+
+def signature_in(directory: Path) -> tuple[dict[str, Any], str]:
+    """What the run in a directory depends on, and its checksum. Raises FormatError when that is damaged."""
+    try:
+        return unseal(directory / RUN)
+    except FormatError as error:
+        raise FormatError(f"{error}; start over with --fresh") from error
+
+
 @contextmanager
 def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[RunDirectory]:
     """The run directory of an output, as an earlier run left it unless ``fresh``; removed after success.
 
     After an exception it is kept if blocks have been committed, so that the same run can go on; not if the numbers or
-    the model are at fault, because the same run would end the same way.
+    the model are at fault, because the same run would end the same way. A KeyboardInterrupt says what is left.
 
     Raises:
         ConfigError: the output exists and ``overwrite`` is false, or it is not a checkpoint directory, or no directory
@@ -80,7 +93,7 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
         PtqError: the disk is full.
     """
     final = output_path(output)
-    place = RunDirectory(final.with_name(f".{final.name}.run"), final)
+    place = place_of(final)
     with full_disk_as_error(final, None):
         restore(final, _aside(final))
         if not place.published:
@@ -91,8 +104,11 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
             try:
                 yield place
             except BaseException as error:
+                left = _left(place)
                 if not _worth_keeping(place, error):
                     shutil.rmtree(place.path, ignore_errors=True)
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(f"{left}{', without --fresh' if fresh else ''}") from error
                 raise
             shutil.rmtree(_aside(final), ignore_errors=True)
             (place.path / RUN).unlink(missing_ok=True)  # first, so that no half of a finished run looks unfinished
@@ -102,8 +118,22 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
 def _worth_keeping(place: RunDirectory, error: BaseException) -> bool:
     if place.published:  # the codes are safe; an evaluation that failed would fail again
         return not isinstance(error, Exception)
-    committed = any(place.path.glob("blocks/*.json"))
-    return committed and not isinstance(error, NumericsError | UnsupportedModelError)
+    return _committed(place) and not isinstance(error, NumericsError | UnsupportedModelError)
+
+
+def _committed(place: RunDirectory) -> bool:
+    return any(place.path.glob("blocks/*.json"))
+
+
+def _left(place: RunDirectory) -> str:
+    """What a run that is interrupted leaves, and how it goes on."""
+    if place.published:
+        whole = f"the checkpoint in {place.final} is complete"
+        return f"{whole}; where its evaluation is missing, the same command evaluates it"
+    nothing = f"nothing was written to {place.final}"
+    if _committed(place):
+        return f"{nothing}; the run is continued by the same command, from the last finished block"
+    return f"{nothing}, no block was finished; the run is begun again by the same command"
 
 
 def _aside(final: Path) -> Path:

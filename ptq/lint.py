@@ -14,7 +14,7 @@ from ptq.formats.checkpoint import CheckpointReader, read_json
 from ptq.formats.checks import FLOATS
 from ptq.formats.codec import Codec, Config, Scheme
 from ptq.models.loading import build_skeleton, model_dtype, read_config
-from ptq.models.names import SourceNames, tied_names
+from ptq.models.names import SourceNames, unplaced
 from ptq.models.structure import is_transposed, linears, weight_shape
 from ptq.readers import REFUSES, Facts, Verdict, split_problems, unknown_roles, verdicts
 
@@ -152,28 +152,31 @@ def _tensors(
         used |= _packed_tensors(problems, codec, names.of_module(name), weight_shape(model.get_submodule(name)), scheme,
                                 reader)  # fmt: skip
     packed_weights = {f"{name}.weight" for name in schemes}
-    persistent = set(model.state_dict())
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in packed_weights:
             continue
         sources = names.sources(name)
-        used |= set(sources)
         if not sources:
             problems.append(f"{name} is missing")
         elif names.find(name) is not None:
             _compare(problems, reader, sources[0], FLOATS, tuple(parameter.shape))
-    for name, _ in model.named_buffers():
-        kept = names.find(name) if name in persistent else None
-        used |= {kept} if kept else set()
-    tied, notes = set(tied_names(model)), []
-    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
-    for tensor in sorted(stored - used - tied):
-        module = tensor.removesuffix(".bias")
-        if module != tensor and any(names.of_module(name) == module for name in schemes):
+    notes: list[str] = []
+    packed = _packed_leaves(codec, schemes)
+    for tensor in unplaced(model, names, stored - used):
+        module, _, leaf = tensor.rpartition(".")
+        if leaf in packed:  # of a weight that no configuration describes
+            problems.append(f"{tensor} is extra: the model has no packed Linear there")
+        elif leaf == "bias" and any(names.of_module(name) == module for name in schemes):
             notes.append(f"{tensor} is a bias that the model has no place for; readers leave it out")
-        elif not any(re.search(pattern, tensor) for pattern in ignored):
-            problems.append(f"{tensor} is extra: the model has no place for it")
+        else:  # parents come with such tensors, and a run copies them
+            notes.append(f"{tensor} is extra: the model has no place for it; transformers leaves it out")
     return problems, notes
+
+
+def _packed_leaves(codec: Codec, schemes: Mapping[str, Scheme]) -> set[str]:
+    """How names of packed tensors end."""
+    asymmetric = next(iter(schemes.values()))._replace(symmetric=False)
+    return {name.rpartition(".")[2] for name in codec.tensor_names("", asymmetric)}
 
 
 def _packed_tensors(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptq.errors import FormatError
+from ptq.errors import ConfigError, FormatError
 from ptq.formats import CODECS, codec_for_config, readable_config
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Config, QuantizedWeight, Scheme
@@ -16,6 +16,7 @@ from ptq.nn.linear import QuantLinear
 from ptq.nn.swap import exact_dtype, replace_module, to_quant_linear
 
 RUNNABLE = (2, 3, 4, 8)  # bits that the kernels know
+MULTIPLIED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of rows that they know
 Placeholder = Callable[[nn.Module, Scheme], nn.Module]  # what stands in a Linear's place until its weight is read
 
 
@@ -85,6 +86,16 @@ def _require_orders(config: Config, stored: set[str]) -> None:
                 f"actorder {order!r} in {label} of config_groups needs weight_g_idx tensors, the file has none; use "
                 "actorder 'weight', which needs none"
             )
+
+
+def require_multiplied(dtype: torch.dtype) -> None:
+    """Raise ConfigError for a dtype that packed layers cannot compute in, which the first forward would be refused."""
+    if dtype not in MULTIPLIED:
+        names = [str(known).removeprefix("torch.") for known in MULTIPLIED]
+        raise ConfigError(
+            f"packed layers compute in {', '.join(names)}; the dtype asked for, or that config.json names, is "
+            f"{str(dtype).removeprefix('torch.')}: set dtype to one of the three"
+        )
 
 
 def empty_linear(linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> QuantLinear:

@@ -25,7 +25,16 @@ from ptq.models.experts import routers
 from ptq.nn.linear import kernels_in_use
 from ptq.page_report import report_page
 from ptq.parent import parent_of
-from ptq.plan import Plan, block_count, check_output, estimate_size, head_targets, make_plan
+from ptq.plan import (
+    Plan,
+    block_count,
+    check_output,
+    describe_extra,
+    estimate_size,
+    extra_tensors,
+    head_targets,
+    make_plan,
+)
 from ptq.predict import compared, home_of, predict
 from ptq.predict_time import measure_rates
 from ptq.prepared import Prepared
@@ -182,10 +191,13 @@ def _solve_and_write(
     resumed = len(journal.records)
     if resumed:
         progress.say(f"continuing a run that was cut short: {min(resumed, block_count(plan))} blocks are finished")
+    if resumed or journal.notes:
         document["resumed"] = {"blocks": min(resumed, block_count(plan)), "notes": journal.notes,
                                "seconds_before": round(sum(r.seconds for r in journal.records), 2)}  # fmt: skip
     for note in journal.notes:
         progress.say(note)
+    if extra := extra_tensors(plan):
+        progress.say(describe_extra(extra))
     before = resident_bytes()
     home = home_of(plan)
     prediction = predict(plan, measure_rates(plan.device, place.path, plan.dtype), anonymous_bytes(), home)
@@ -215,6 +227,7 @@ def _solve_and_write(
             rows[name]["predicted_relative_loss"] = loss  # beside the measured one
     document["modules"] = rows
     document["kept_in_float"] = [name for name, scheme in plan.schemes.items() if scheme is None]
+    document["extra_tensors"] = extra_tensors(plan)
 
 
 def _write_description(plan: Plan, staged: Path) -> None:

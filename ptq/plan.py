@@ -29,9 +29,10 @@ from ptq.models.loading import (
     unload_module,
     working_dtype,
 )
-from ptq.models.names import SourceNames
+from ptq.models.names import SourceNames, unplaced
 from ptq.models.streamed import StreamedModel
 from ptq.models.structure import find_blocks, linears, weight_shape
+from ptq.packed import require_multiplied
 
 
 class Plan(NamedTuple):
@@ -81,6 +82,8 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
     if getattr(hf_config, "quantization_config", None):
         raise ConfigError(f"model must be a float checkpoint; {directory} is quantized already: name its parent")
     dtype = model_dtype(hf_config, config.dtype)
+    if config.evaluation is not None:
+        require_multiplied(dtype)  # the result is run
     skeleton = build_skeleton(hf_config, dtype, trust_remote_code=config.trust_remote_code)
     blocks = find_blocks(skeleton)
     found = dict(linears(skeleton))
@@ -256,6 +259,17 @@ def taken_apart(plan: Plan) -> list[str]:
     return [path for path in experts_of(plan.skeleton) if any(name.startswith(f"{path}.") for name in plan.targets)]
 
 
+def extra_tensors(plan: Plan) -> list[str]:
+    """Tensors of the parent that its model has no place for; a result holds them as they are, for other programs."""
+    return unplaced(plan.skeleton, plan.names, plan.reader.names())
+
+
+def describe_extra(names: Sequence[str]) -> str:
+    """What becomes of them, in a line."""
+    shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
+    return f"tensors of the parent that its model has no place for are copied as they are: {shown}"
+
+
 def block_count(plan: Plan) -> int:
     """Blocks of the model."""
     return len(plan.skeleton.get_submodule(plan.blocks)._modules)
@@ -286,6 +300,8 @@ def describe(plan: Plan) -> str:
         lines.append(f"quantize   {count:4d} x {n} x {k}: {_bits(plan, scheme)}, {groups} a row, {kind}")
     left = [path for path, scheme in plan.schemes.items() if scheme is None]
     lines.append(f"keep       {len(left)} Linears in float{': ' + ', '.join(left[:4]) if left else ''}")
+    if extra := extra_tensors(plan):
+        lines.append(f"extra      {describe_extra(extra)}")
     lines.append(
         f"size       {size.before / 1e6:.1f} MB -> {size.after / 1e6:.1f} MB, "
         f"{size.bits_per_weight:.3f} bits a quantized weight"

@@ -4,13 +4,19 @@ Memory is anonymous memory (maps of files do not count: the system takes them ba
 is in `ptq.predict_memory`, how time is in `ptq.predict_time`.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from ptq.config import RunConfig
+from ptq.errors import ConfigError
+from ptq.formats.staging import output_path
 from ptq.journal import KEPT
+from ptq.journal_directory import place_of
 from ptq.plan import Plan, estimate_size
 from ptq.predict_memory import block_work, evaluation_work, largest_block, model_work, outer_bytes, tokens_of, width
 from ptq.predict_time import Rates, seconds_of
@@ -110,6 +116,24 @@ def describe_prediction(prediction: Prediction) -> str:
     stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in prediction.seconds.items())
     lines.append(f"time       about {_duration(sum(prediction.seconds.values()))} for the solve: {stages}")
     return "\n".join(lines)
+
+
+def free_disk(output: Path) -> int:
+    """Bytes that a run may have on the disk: what is free there, and what an unfinished run has already."""
+    existing = next(parent for parent in output.parents if parent.is_dir())
+    begun = sum(file.stat().st_size for file in place_of(output).path.rglob("*") if file.is_file())
+    return shutil.disk_usage(existing).free + begun
+
+
+def require_disk(prediction: Prediction, config: RunConfig) -> None:
+    """Raise ConfigError where a run cannot fit on the disk of its output."""
+    output = output_path(Path(config.output))
+    needed, free = sum(prediction.disk.values()), free_disk(output)
+    if needed > free:
+        raise ConfigError(
+            f"the run needs {_gigabytes(needed)} on the disk of {output} at its peak, {_gigabytes(free)} are free: "
+            "free some space, or choose another `output`"
+        )
 
 
 def compared(prediction: Prediction, memory: int, seconds: float) -> dict[str, dict[str, float]]:

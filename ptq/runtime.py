@@ -18,7 +18,7 @@ from ptq.nn.fuse import fuse_linears
 from ptq.nn.head import check_head, pack_head
 from ptq.nn.linear import QuantLinear
 from ptq.nn.swap import replace_module
-from ptq.packed import Packed, empty_linear, place_packed, read_packed, with_bias
+from ptq.packed import Packed, empty_linear, place_packed, read_packed, require_multiplied, with_bias
 
 
 class Checkpoint(NamedTuple):
@@ -109,7 +109,9 @@ def unload_weights(module: nn.Module) -> None:
 
 
 def open_stream(checkpoint: Checkpoint, device: torch.device) -> StreamedModel:
-    """The checkpoint as a model that runs one block at a time."""
+    """The checkpoint as a model that runs one block at a time. Raises ConfigError for packed layers in float64."""
+    if checkpoint.packed is not None:
+        require_multiplied(checkpoint.dtype)
     model = checkpoint.model
 
     def load(_model: nn.Module, path: str) -> None:
@@ -142,12 +144,13 @@ def load(
         impl: kernel to use (``auto``, ``reference``, ``triton``, ``cpu``); an explicit one that cannot run raises.
         activation: "int8" rounds the inputs of packed Linears to 8 bits, row by row, which is faster on CPUs with
             AVX512-VNNI or AMX and costs about 1 % of their outputs; RuntimeError where that cannot run.
-        dtype: of everything that is not packed, by name or as a torch.dtype; ``auto`` as stored.
+        dtype: of everything that is not packed, by name or as a torch.dtype; ``auto`` as stored. Beside packed weights
+            bfloat16, float16 or float32.
         fuse: run q, k, v and gate, up as one product each; for inference only.
         head_bits: 4 or 8 rounds a float output head to that many bits as it is loaded, in groups of 128 with searched
             scales (see `ptq.nn.head.pack_head`): not calibrated, so measure what it costs. It is read once a token,
             and with a large vocabulary it is most of what a float head leaves to read. An embedding that shares its
-            weight stays in float, beside the packed copy.
+            weight stays in float, beside the packed copy. Such a model cannot be saved.
         compile: let ``generate`` run its decoding step through torch.compile where it is given
             ``cache_implementation="static"``, whatever the architecture. On a CPU most of a step of a small model is
             Python otherwise; a C++ compiler is needed there. The first call for a length of the cache compiles, for a
@@ -160,10 +163,11 @@ def load(
 
     Returns:
         A ``PreTrainedModel`` in eval mode, as ``from_pretrained`` of transformers gives it after ``import ptq``;
-        ``save_pretrained`` writes the format that was read.
+        ``save_pretrained`` writes the format that was read; with `fuse` or `head_bits` it raises PtqError.
 
     Raises:
-        ConfigError: no such model, an unknown implementation or dtype, or a head that `head_bits` cannot be for.
+        ConfigError: no such model, an unknown implementation or dtype, one that packed layers cannot compute in, or a
+            head that `head_bits` cannot be for.
         FormatError: a damaged or unreadable checkpoint.
     """
     from ptq.plan import resolve_device
@@ -173,6 +177,8 @@ def load(
     model = checkpoint.model
     if head_bits is not None:
         check_head(_head(model), head_bits)
+    if head_bits is not None or checkpoint.packed is not None:
+        require_multiplied(checkpoint.dtype)
     load_weights(checkpoint, "", target)
     if head_bits is not None:
         _replace_head(model, head_bits)
@@ -186,7 +192,7 @@ def load(
     _add_generation_config(model, checkpoint.directory)
     if compile:
         _compile_decoding(model, target)
-    if checkpoint.packed is not None:
+    if head_bits is not None or checkpoint.packed is not None:
         from ptq.integration.quantizer import attach
 
         attach(model, checkpoint.packed)

@@ -49,8 +49,8 @@ def test_the_run_ends_with_a_table_and_a_report(tmp_path: Path, capsys: pytest.C
         assert word in printed
     report = json.loads((output / "report.json").read_text())
     assert set(report) == {"versions", "hardware", "configuration", "parent", "calibration", "memory", "size",
-                           "modules", "kept_in_float", "kernels", "evaluation", "seconds", "peak_bytes",
-                           "prediction", "journal"}  # fmt: skip
+                           "modules", "kept_in_float", "extra_tensors", "kernels", "evaluation", "seconds",
+                           "peak_bytes", "prediction", "journal"}  # fmt: skip
     assert len(report["modules"]) == 56
     assert report["calibration"]["tokens"] == 64
     assert report["configuration"]["calibration"]["samples"] == 2
@@ -187,6 +187,25 @@ def test_existing_output_is_refused_and_replaced_on_request(
     assert (checkpoint / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("begun", [0, 10**9], ids=["", "begun"])
+@pytest.mark.parametrize("verb", ["plan", "quantize"])
+def test_a_run_that_the_disk_has_no_room_for(
+    verb: str, begun: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a made-up disk of 1 MB, and what an unfinished run has on it."""
+    usage = type("Usage", (), {"free": 10**6})()
+    monkeypatch.setattr("ptq.predict.shutil.disk_usage", lambda place: usage)
+    if begun:
+        (tmp_path / ".out.run").mkdir()
+        with open(tmp_path / ".out.run" / "sparse", "wb") as file:
+            file.truncate(begun)
+    settings = [f"--set={item}" for item in [f"output={tmp_path / 'out'}", *SMALL]]
+    dry = ["--dry-run"] if verb == "quantize" else []
+    assert cli.main([verb, "--config", "demo.yaml", *settings, *dry]) == (0 if begun else 2)
+    sentence = f"GB on the disk of {tmp_path / 'out'} at its peak, 0.00 GB are free: free some space, or choose another"
+    assert (sentence in capsys.readouterr().err) is (begun == 0)
+
+
 def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert quantize(tmp_path / "out", "--debug", settings=["bits=5"]) == 2
     assert "Traceback" in capsys.readouterr().err
@@ -195,14 +214,14 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture
 FAILURES = {
     "full disk": (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
     "unreadable file": (PermissionError(errno.EACCES, "Permission denied"), "could not be read or written"),
-    "interrupt": (KeyboardInterrupt(), "interrupted"),
+    "interrupt": (KeyboardInterrupt(), "out, no block was finished; the run is begun again by the same command"),
     "memory": (MemoryError("8 GiB"), "out of memory"),
     "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_failures_are_a_sentence_exit_1_and_leave_nothing(
+def test_failures_are_a_sentence_an_exit_code_and_leave_nothing(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error, expected = FAILURES[case]
@@ -211,11 +230,53 @@ def test_failures_are_a_sentence_exit_1_and_leave_nothing(
         raise error
 
     monkeypatch.setattr(walk, "quantize_block", fail)
-    assert quantize(tmp_path / "out") == 1
+    assert quantize(tmp_path / "out") == (130 if case == "interrupt" else 1)
     printed = capsys.readouterr().err
     assert expected in printed
     assert "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [[], ["--fresh"]], ids=["", "fresh"])
+def test_control_c_while_the_result_is_evaluated(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the checkpoint is there and loads, and the same command adds its evaluation without solving."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr("ptq.pipeline.evaluate_run", interrupt)
+        assert quantize(tmp_path / "out", *options) == 130
+    printed = capsys.readouterr().err
+    assert f"interrupted: the checkpoint in {tmp_path / 'out'} is complete; where its evaluation is missing" in printed
+    assert printed.endswith("the same command evaluates it, without --fresh\n" if options else "evaluates it\n")
+    ptq.load(tmp_path / "out", device="cpu")
+    monkeypatch.setattr(walk, "quantize_block", None)
+    assert quantize(tmp_path / "out") == 0
+    assert "evaluation" in json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "inner"),
+    [
+        (["eval", str(MODEL), "--text", str(TEXT / "eval-novel.txt")], "ptq.evaluation.evaluate_checkpoint"),
+        (["compare", str(MODEL), "--parent", str(MODEL), "--text", "x"], "ptq.compare.compare_checkpoints"),
+        (["inspect", str(MODEL)], "ptq.inspection.inspect"),
+        (["bench"], "ptq_kernels.bench_cpu.main"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_control_c_where_there_is_no_output(
+    arguments: list[str], inner: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inner, interrupt)
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err == "ptq: interrupted\n"
 
 
 def test_an_unforeseen_error_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,8 +301,8 @@ def test_control_c_in_a_real_process(tmp_path: Path) -> None:
             break
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
-    assert process.wait(60) == 1
-    assert "interrupted" in rest
+    assert process.wait(60) == 130
+    assert f"interrupted: nothing was written to {tmp_path / 'out'}" in rest
     assert "continued by the same command" in rest
     assert "Traceback" not in rest
     assert [path.name for path in tmp_path.iterdir()] == [".out.run"]

@@ -1,5 +1,6 @@
 """Configurations. Oracles: the values written in the YAML, exact messages, and dump/load as inverses."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -108,6 +109,36 @@ def test_paths_in_a_configuration_of_ones_own_count_from_the_working_directory(l
     assert config.evaluation.source.files == ("a.txt",)
     with pytest.raises(ConfigError, match="found none at .*calibration.txt; check the path"):
         load(BASE + "calibration: {dataset: {files: [examples/text/calibration.txt]}}")
+
+
+PATHS = {
+    "model": ("model: ", lambda config: config.model),
+    "output": ("output: ", lambda config: config.output),
+    "calibration.dataset.files": ("files: [", lambda config: config.calibration.dataset.files[0]),
+    "evaluation.files": ("evaluation: {files: [", lambda config: config.evaluation.source.files[0]),
+}
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("written", ["$PLACE/x", "${PLACE}/x"])
+def test_variables_in_paths(key, written, load, tmp_path, monkeypatch):
+    """As a shell has them. Oracle: the path written out; a variable that is not set is named."""
+    (tmp_path / "x").mkdir() if key == "model" else (tmp_path / "x").write_text("a")
+    Path("model").mkdir()
+    Path("a.txt").write_text("a")
+    text = (
+        "model: model\noutput: out\nmethod: rtn\ncalibration: {dataset: {files: [a.txt]}}\nevaluation: {files: [a.txt]}"
+    )
+    before, of = PATHS[key]
+    text = re.sub(re.escape(before) + r"[\w.]+", lambda found: f"{before}{json.dumps(written)}", text, count=1)
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    assert of(load(text)) == str(tmp_path / "x")
+    monkeypatch.delenv("PLACE")
+    sentence = (
+        f"{key} must name environment variables that are set; {written!r} has {written[:-2]}, which is not: set P"
+    )
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load(text)
 
 
 @pytest.mark.parametrize("name", ["no-such.txt", "/x/no-such.txt"])
@@ -288,8 +319,8 @@ SCHEMES = st.builds(
 )
 CONFIGS = st.builds(
     RunConfig,
-    model=TEXT.filter(lambda text: not text.startswith(("/", ".", "~"))),
-    output=TEXT,
+    model=TEXT.filter(lambda text: not text.startswith(("/", ".", "~")) and "$" not in text),
+    output=TEXT.filter(lambda text: "$" not in text),
     method=st.sampled_from(["gptq", "awq", "rtn"]),
     revision=st.none() | TEXT,
     exclude=st.lists(TEXT).map(tuple),

@@ -80,6 +80,16 @@ def test_documents_are_packed_with_the_tokenizers_own_mark_between_them(write, t
     assert "".join(strings(batches)) == expected[:8], "two windows are all there are, in order"
 
 
+@pytest.mark.parametrize("name", ["A.TXT", "A.Jsonl", "A.JSONL"])
+def test_endings_in_capitals(write, name):
+    """Oracle: the same file with its ending in small letters."""
+    content = "abcdefgh" if name.endswith("TXT") else lines({"text": "abcdefgh"})
+    found, expected = (
+        strings(calibration_batches(calibration(write(each, content)), Characters())) for each in (name, name.lower())
+    )
+    assert found == expected
+
+
 def test_several_files_of_several_kinds(write):
     files = [write("a.txt", "ab\ncd"), write("b.jsonl", lines({"body": "efg"}))]
     batches = calibration_batches(calibration(*files, column="body", sequence_length=5), Characters())

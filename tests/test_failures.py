@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import TEXT, build, run, save, settings
+from tiny_models import TEXT, build, run, save, settings, tokens
 
 import ptq
 from ptq.config import EvaluationConfig, SchemeOverride
@@ -225,6 +225,28 @@ def test_dtypes_by_name_and_as_torch_has_them(parent):
     for dtype in ("nope", torch.int8, "Tensor"):
         with pytest.raises(ConfigError, match="dtype must be auto, bfloat16, float16, float32, float64 or the torch"):
             ptq.load(parent, device="cpu", dtype=dtype)
+
+
+def test_packed_layers_in_float64(tmp_path):
+    """Refused before a weight is read. Oracle: the float model runs in float64, and the packed one in float32."""
+    from transformers import AutoModelForCausalLM
+
+    source = save(build("llama", torch.float64), tmp_path / "parent")
+    assert ptq.load(source, device="cpu")(tokens(1, 4)).logits.dtype == torch.float64
+    run(settings(source, tmp_path / "out", "rtn"))
+    text = EvaluationConfig(files=(str(TEXT),), tokens=64, window=32, stride=32)
+    refused = [
+        lambda: ptq.load(tmp_path / "out", device="cpu"),  # what config.json says
+        lambda: ptq.load(tmp_path / "out", device="cpu", dtype=torch.float64),
+        lambda: ptq.load(source, device="cpu", dtype="float64", head_bits=8),
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64),
+        lambda: evaluate_checkpoint(str(tmp_path / "out"), None, text, device="cpu"),
+        lambda: make_plan(settings(source, tmp_path / "other", "rtn", evaluation=text)),
+    ]
+    for call in refused:
+        with pytest.raises(ConfigError, match=r"compute in bfloat16, float16, float32; the dtype .* is float64: set"):
+            call()
+    assert ptq.load(tmp_path / "out", device="cpu", dtype="float32")(tokens(1, 4)).logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize("check", [run, make_plan])

@@ -65,6 +65,11 @@ def test_values_shared_by_eight_heads_get_more_bits():
     assert kind_of(file_type("Q4_K_M"), place("attn_v", 11, blocks=80, shares_values=True)) == "Q5_K"
 
 
+@pytest.mark.parametrize("name", ["q4_0", "Q4_0", "q4_k_m", "f16"])
+def test_a_type_may_be_in_small_letters(name):
+    assert file_type(name) is FILE_TYPES[name.upper()]
+
+
 def test_an_unknown_type_is_refused():
     with pytest.raises(ConfigError, match=r"--type must be one of F16, Q4_0, .*; found 'Q3_K'"):
         file_type("Q3_K")

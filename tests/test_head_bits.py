@@ -9,7 +9,7 @@ from tiny_models import build, logits, run, save, settings, tokens
 from torch import nn
 
 import ptq
-from ptq.errors import ConfigError
+from ptq.errors import ConfigError, PtqError
 from ptq.grid import min_max_grid, nearest_codes, values
 from ptq.nn import QuantLinear
 from ptq.nn.head import pack_head
@@ -90,6 +90,30 @@ def test_beside_packed_and_fused_linears(parent, tmp_path) -> None:
     assert isinstance(head, QuantLinear)
     assert head.layout != "canonical"  # prepared as the others are
     assert fused.generate(BATCH, max_new_tokens=2, do_sample=False).shape == (2, 14)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "float"])
+@pytest.mark.parametrize("fuse", [False, True], ids=["", "fused"])
+def test_a_copy_that_would_lose_the_head_is_refused(packed: bool, fuse: bool, parent, tmp_path) -> None:
+    """Oracle: without head_bits the same checkpoint is saved, and its copy has the same logits."""
+    source = parent
+    if packed:
+        source = tmp_path / "out"
+        run(settings(parent, source, "rtn"))
+    model = ptq.load(source, device="cpu", head_bits=8, fuse=fuse)
+    with pytest.raises(PtqError, match="can be saved as it was loaded; .*: load the checkpoint again without"):
+        model.save_pretrained(tmp_path / "refused")
+    assert not list((tmp_path / "refused").glob("*.safetensors"))
+    plain = ptq.load(source, device="cpu")
+    plain.save_pretrained(tmp_path / "copy")
+    assert torch.equal(logits(ptq.load(tmp_path / "copy", device="cpu"), BATCH), logits(plain, BATCH))
+
+
+def test_a_float_model_whose_head_is_float_again_is_saved(parent, tmp_path) -> None:
+    model, plain = ptq.load(parent, device="cpu", head_bits=8), ptq.load(parent, device="cpu")
+    model.set_output_embeddings(plain.get_output_embeddings())
+    model.save_pretrained(tmp_path / "copy")
+    assert torch.equal(logits(ptq.load(tmp_path / "copy", device="cpu"), BATCH), logits(plain, BATCH))
 
 
 def test_what_head_bits_cannot_be_for_is_refused(parent, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

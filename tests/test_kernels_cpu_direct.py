@@ -293,6 +293,18 @@ def test_the_operator_wants_what_was_checked() -> None:
     assert torch_op.strips(x[:0], *rest).shape == (0, 48)
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (0, 3, 64), (2, 0, 3, 64), (2, 3, 0, 64)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_rows(shape: tuple[int, ...], stride: int) -> None:
+    """Oracle: shape and strides of the empty tensor that torch makes; it calls every such x contiguous."""
+    layer = Layer(bias=torch.ones(48))
+    x = torch.empty(*shape[:-1], 64 * stride)[..., ::stride]
+    operands = (layer.tensors[0], layer.tensors[3], 48, 32, 4, 0, True, 0)
+    want = torch.empty(*shape[:-1], 48)
+    for found in (layer(x), layer(x.bfloat16()), torch_op.strips(x, *operands)):
+        assert (found.shape, found.stride()) == (want.shape, want.stride())
+
+
 def test_torch_may_refuse_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     class Core:
         def aoti_torch_library_init_impl(self, *arguments: Any) -> int:

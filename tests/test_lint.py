@@ -104,10 +104,10 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "missing packed": (drop(f"{Q}.qweight"), f"{Q}.qweight is missing"),
     "missing zeros": (drop(f"{DOWN}.qzeros"), f"{DOWN}.qzeros is missing"),
     "missing float": (drop("model.norm.weight"), "model.norm.weight is missing"),
-    "extra": (put("model.norm.weight", Tensor.clone, "model.norm.w2"), "model.norm.w2 is extra"),
-    "extra layer": (
-        put("model.norm.weight", Tensor.clone, "model.layers.7.input_layernorm.weight"),
-        "model.layers.7.input_layernorm.weight is extra",
+    "extra packed": (put(f"{Q}.qweight", Tensor.clone, "model.norm.qweight"), "model.norm.qweight is extra"),
+    "extra packed layer": (
+        put(f"{Q}.scales", Tensor.clone, "model.layers.7.mlp.up_proj.scales"),
+        "model.layers.7.mlp.up_proj.scales is extra",
     ),
     "codes of another dtype": (put(f"{Q}.qweight", Tensor.long), f"{Q}.qweight must be int32, found int64"),
     "integer scales": (put(f"{Q}.scales", Tensor.int), f"{Q}.scales must be float16 or bfloat16 or float32"),
@@ -150,6 +150,20 @@ def test_a_bias_without_a_place_is_no_damage(made: Callable[..., Path], tmp_path
     result = lint(damaged(made(), tmp_path / "x", put(f"{Q}.scales", lambda t: t[0].clone(), f"{Q}.bias")))
     assert result.failure is None
     assert result.notes == [f"{Q}.bias is a bias that the model has no place for; readers leave it out"]
+
+
+@pytest.mark.parametrize("name", ["model.norm.w2", "model.layers.7.input_layernorm.weight", "mtp.fc.weight"])
+def test_a_float_tensor_without_a_place_is_a_note(made: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    """Parents come with such, and transformers reads past them. Oracle: the logits that it computes without it."""
+    from transformers import AutoModelForCausalLM
+
+    other = damaged(made(), tmp_path / "x", put("model.norm.weight", Tensor.clone, name))
+    result = lint(other)
+    assert result.failure is None
+    assert result.notes == [f"{name} is extra: the model has no place for it; transformers leaves it out"]
+    found, expected = (AutoModelForCausalLM.from_pretrained(path) for path in (other, made()))
+    ids = torch.arange(8)[None]
+    assert torch.equal(found(ids).logits, expected(ids).logits)
 
 
 def test_columns_out_of_order_cannot_be_split_by_rows(made: Callable[..., Path], tmp_path: Path) -> None:

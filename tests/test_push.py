@@ -1,5 +1,6 @@
 """Pushing. Oracle: a hub on this machine (`hub_server`), whose commits are compared byte for byte with the dry run."""
 
+import io
 import json
 import os
 import re
@@ -18,6 +19,9 @@ from tiny_models import build, run, save, settings
 
 from ptq import cli
 from ptq.errors import ConfigError, FormatError, PtqError
+from ptq.pipeline import quantize
+from ptq.plan import describe, make_plan
+from ptq.progress import Progress
 from ptq.push import Target, folder, push, write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +74,24 @@ def test_a_push_is_the_folder_of_the_dry_run(made: Path, hub: hub_server.Hub, tm
     kept = {"README.md", "report.json", "report.html", "ptq_config.yaml"}
     for path in made.iterdir():
         assert path.name in kept or hub.files(REPO)[path.name] == path.read_bytes()
+
+
+def test_a_tensor_that_the_parent_has_no_place_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said by plan, run and report, copied as it is, and no reason to refuse a push."""
+    parent = save(build("llama", torch.bfloat16), tmp_path / "parent")
+    tensors = {**load_file(parent / "model.safetensors"), "value_head.weight": torch.arange(8.0).bfloat16()}
+    save_file(tensors, parent / "model.safetensors", {"format": "pt"})
+    config = settings(parent, tmp_path / "small", "rtn")
+    line = "tensors of the parent that its model has no place for are copied as they are: value_head.weight"
+    assert f"extra      {line}" in describe(make_plan(config))
+    said = io.StringIO()
+    report = quantize(config, progress=Progress(said))
+    assert line in said.getvalue()
+    assert report.document["extra_tensors"] == ["value_head.weight"]
+    (written,) = (tmp_path / "small").glob("*.safetensors")
+    assert torch.equal(load_file(written)["value_head.weight"], tensors["value_head.weight"])
+    assert cli.main(["push", str(tmp_path / "small"), "--repo", REPO, "--dry-run"]) == 0
+    assert "nothing was pushed" in capsys.readouterr().out
 
 
 def test_no_path_of_this_machine_is_in_it(made: Path) -> None:

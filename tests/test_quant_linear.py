@@ -71,6 +71,19 @@ def test_moving_a_prepared_layer_makes_it_canonical() -> None:
     assert {t.device.type for t in (moved.qweight, moved.scales, moved.zeros, moved.bias)} == {"meta"}
 
 
+@pytest.mark.parametrize("chosen", [{}, {"impl": "cpu"}, {"activation": "int8"}], ids=str)
+def test_a_layer_on_another_device_is_prepared_there(chosen: dict[str, str]) -> None:
+    """A made-up move that says "elsewhere" when asked, and copies. Oracle: a layer prepared there."""
+    layer = layer_of(CASE, BIAS).prepare_()
+    for name, value in chosen.items():
+        setattr(layer, name, value)
+    layer._apply(lambda tensor: tensor.clone() if tensor.numel() else tensor.to("meta"))
+    assert (layer.layout == "canonical") is bool(chosen)
+    layer.impl, layer.activation = "auto", None
+    x, want = random_rows(3, 64, torch.float32), layer_of(CASE, BIAS)
+    assert torch.equal(layer(x), (want if chosen else want.prepare_())(x))
+
+
 def test_prepare_is_idempotent_and_keeps_one_copy() -> None:
     layer = layer_of(CASE)
     once = layer.prepare_().qweight
@@ -92,10 +105,11 @@ def test_state_dict_is_canonical_and_loads(from_prepared: bool, into_prepared: b
     assert list(state) == ["bias", "qweight", "scales", "zeros"]
     assert all(torch.equal(state[name], plain[name]) for name in plain)
     target.load_state_dict(state, assign=assign)
-    assert target.layout == "canonical"
+    assert (target.layout == "canonical") is not into_prepared  # what was fast stays fast
     x = random_rows(3, 64, torch.float32)
-    assert torch.equal(target(x), layer_of(CASE, BIAS)(x))
-    assert torch.equal(target.prepare_()(x), source(x) if from_prepared else target(x))
+    want = layer_of(CASE, BIAS)
+    assert torch.equal(target(x), (want.prepare_() if into_prepared else want)(x))
+    assert all(torch.equal(target.state_dict()[name], plain[name]) for name in plain)
 
 
 def test_empty_layer_is_filled_from_a_state_dict() -> None:

@@ -7,6 +7,7 @@ the bytes are the same or the run is refused with the damaged file named.
 import fcntl
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -263,6 +264,57 @@ def test_two_damages_are_refused(two_done, tmp_path):
         DAMAGES["flipped"](copy / name)
     with pytest.raises(FormatError, match="0002-float is damaged: its bytes are not .* cannot go on without it"):
         run(mine)
+
+
+DAMAGED_FIRST = ["blocks/0000.json", "blocks/0000.safetensors", "hidden/0001-quantized", "hidden/0001-float"]
+
+
+@pytest.fixture(scope="module")
+def one_done(parent, tmp_path_factory):
+    """A run with one of three blocks finished, and the bytes it must end with."""
+    config = small_run(parent, tmp_path_factory.mktemp("first") / "out")
+    expected = whole(config)
+    return config, expected, stop(config, 1)
+
+
+@pytest.mark.parametrize("file", DAMAGED_FIRST)
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_to_the_only_finished_block_begins_the_run_again(kind, file, one_done, tmp_path):
+    """Oracle: the bytes of the run left alone; the report names the damage."""
+    config, expected, place = one_done
+    mine = replace(config, output=str(tmp_path / "out"))
+    copy = shutil.copytree(place, unfinished(mine))
+    DAMAGES[kind](copy / file)
+    resumed = run(mine).document.get("resumed")
+    if (kind, file) == ("deleted", "blocks/0000.json"):  # looks like a run that was cut short before it
+        assert resumed is None
+    else:
+        (note,) = resumed["notes"]
+        assert note.startswith(str(copy / file))
+        assert note.endswith("; the run goes on from block 1, before the damage")
+        assert resumed["blocks"] == 0
+    found = checksums(tmp_path / "out")
+    assert {name for name in found if found[name] != expected[name]} <= {"ptq_config.yaml"}
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated"])
+@pytest.mark.parametrize("file", ["run.json", "blocks/0000.json"])
+def test_a_damaged_journal_says_the_way_out_alone(file, kind, two_done, tmp_path):
+    """Nobody can fetch these files. Oracle: the sentence in full, and a run with --fresh."""
+    config, expected, place = two_done
+    mine = replace(config, output=str(tmp_path / "out"))
+    copy = shutil.copytree(place, unfinished(mine))
+    DAMAGES[kind](copy / file)
+    without = "" if file == "run.json" else "the run cannot go on without it: "
+    sentence = (
+        f"{copy / file} is damaged: its content does not have the checksum it was written with; {without}start over "
+        "with --fresh"
+    )
+    with pytest.raises(FormatError, match=f"^{re.escape(sentence)}$"):
+        run(mine)
+    run(mine, fresh=True)
+    found = checksums(tmp_path / "out")
+    assert {name for name in found if found[name] != expected[name]} <= {"ptq_config.yaml"}
 
 
 def test_a_record_of_another_run_is_refused(two_done, tmp_path):

@@ -233,8 +233,9 @@ def test_importing_is_light(name):
     assert fresh(code) == "[]"
 
 
-def test_importing_ptq_is_instant():
-    assert fresh("import sys, ptq; print('torch' in sys.modules)") == "False"
+@pytest.mark.parametrize("name", ["ptq", "ptq.cli"])
+def test_importing_is_instant(name):
+    assert fresh(f"import sys, {name}; print('torch' in sys.modules)") == "False"
 
 
 @pytest.mark.parametrize("tool", [["ruff", "check", "--quiet", "."], ["mypy"]], ids=["ruff", "mypy"])

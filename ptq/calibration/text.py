@@ -86,11 +86,12 @@ def rows(source: DatasetConfig, seed: int | None) -> Iterator[Row]:
         yield from _hub_rows(source, seed)
     for name in source.files:
         path = Path(name)
-        if path.suffix == ".jsonl":
+        suffix = path.suffix.lower()
+        if suffix == ".jsonl":
             yield from _json_rows(path, source.column)
-        elif path.suffix == ".parquet":
+        elif suffix == ".parquet":
             yield from _parquet_rows(path, source.column)
-        elif path.suffix == ".txt":
+        elif suffix == ".txt":
             raise DataError(f"{path}: chat_template: true needs rows, found a .txt file; use .jsonl or .parquet")
         else:
             _open(path).close()  # a file that is not there has no other fault
@@ -122,7 +123,7 @@ def _boundary(text: str, start: int) -> int:
 
 
 def _is_plain(source: DatasetConfig) -> bool:
-    return source.name is None and Path(source.files[0]).suffix == ".txt"
+    return source.name is None and Path(source.files[0]).suffix.lower() == ".txt"
 
 
 def _open(path: Path) -> io.BufferedReader:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ptq.errors import FormatError
 from ptq.formats.digest import digest
-from ptq.formats.staging import atomic_write_text, read_json
+from ptq.formats.staging import atomic_write_text
 
 
 def seal(path: Path, content: Mapping[str, Any]) -> str:
@@ -19,9 +19,13 @@ def seal(path: Path, content: Mapping[str, Any]) -> str:
 
 
 def unseal(path: Path) -> tuple[dict[str, Any], str]:
-    """Content and checksum of a file that `seal` wrote. Raises FormatError when it is missing or damaged."""
-    document = read_json(path)
-    content, checksum = document.get("content"), document.get("checksum")
-    if not isinstance(content, dict) or digest(json.dumps(content).encode()) != checksum:
-        raise FormatError(f"{path} is damaged: its content does not have the checksum it was written with")
-    return content, str(checksum)
+    """Content and checksum of a file that `seal` wrote. Raises FormatError when it is damaged."""
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError:  # not JSON any more
+        document = None
+    if isinstance(document, dict):
+        content, checksum = document.get("content"), document.get("checksum")
+        if isinstance(content, dict) and digest(json.dumps(content).encode()) == checksum:
+            return content, str(checksum)
+    raise FormatError(f"{path} is damaged: its content does not have the checksum it was written with")

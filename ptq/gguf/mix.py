@@ -44,10 +44,10 @@ class Place(NamedTuple):
 
 
 def file_type(name: str) -> FileType:
-    """The file type of a name. Raises ConfigError for an unknown one."""
-    if name not in FILE_TYPES:
+    """The file type of a name, in capitals or not. Raises ConfigError for an unknown one."""
+    if name.upper() not in FILE_TYPES:
         raise ConfigError(f"--type must be one of {', '.join(FILE_TYPES)}; found {name!r}")
-    return FILE_TYPES[name]
+    return FILE_TYPES[name.upper()]
 
 
 def wanted_kind(file: FileType, place: Place) -> str:

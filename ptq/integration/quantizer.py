@@ -21,7 +21,7 @@ from ptq.models.loading import load_module
 from ptq.models.structure import find_blocks
 from ptq.nn.linear import QuantLinear
 from ptq.nn.swap import replace_module
-from ptq.packed import Packed, place_packed, read_packed, with_bias, written_tensors
+from ptq.packed import Packed, place_packed, read_packed, require_multiplied, with_bias, written_tensors
 from ptq.runtime import warm_up
 
 METHOD = "ptq"
@@ -89,6 +89,7 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         if any(PACKED_EXPERT.search(name) for name in self.reader.names()):
             _unfuse(model, blocks)
         dtype: torch.dtype = getattr(model, "dtype")  # noqa: B009  (mypy sees a module)
+        require_multiplied(dtype)
         slot = partial(PackedSlot, dtype=dtype)
         self.packed = place_packed(model, self.reader, self.quantization_config.stored, slot)
         self._require(model, blocks)
@@ -155,11 +156,12 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         """The tensors of a file like the one that was read.
 
         Raises:
-            PtqError: packed layers were fused or replaced after loading.
+            PtqError: packed layers were fused or replaced after loading, or there are more than the file had.
         """
         from transformers.core_model_loading import revert_weight_conversion
 
         layers = [(name, _packed_at(model, name)) for name in self.packed.schemes]
+        _refuse_more(model, self.packed.schemes)
         stored, tensors = written_tensors(self.packed, layers)
         self.quantization_config.stored = stored
         packed = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
@@ -211,6 +213,16 @@ def _packed_at(model: nn.Module, name: str) -> QuantLinear:
     return layer
 
 
+def _refuse_more(model: nn.Module, packed: Iterable[str]) -> None:
+    """Raise PtqError for a packed layer that the file held in float: its configuration does not describe it."""
+    layers = (name for name, layer in model.named_modules() if isinstance(layer, QuantLinear))
+    for name in sorted({name.removesuffix(".base_layer") for name in layers} - {*packed}):
+        raise PtqError(
+            f"a model can be saved as it was loaded; {name} is packed now, in the checkpoint it is in float: load the "
+            "checkpoint again without head_bits or other packing, and save that"
+        )
+
+
 def _unfuse(model: nn.Module, blocks: str) -> None:
     """Take experts apart on ``meta`` while transformers builds everything there, in the dtype of the model."""
     default = torch.get_default_dtype()
@@ -233,8 +245,20 @@ def _expect_no_more(model: Any, packed: Iterable[str], experts: Iterable[str]) -
         model.all_tied_weights_keys.pop(f"{name}.weight", None)
 
 
-def attach(model: Any, packed: Packed) -> None:
-    """Make a model of `ptq.load` one that ``save_pretrained`` can write."""
+class FloatQuantizer(PtqQuantizer):
+    """Of a model from a float checkpoint whose head was packed: no format that is written describes such a file."""
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model's own tensors. Raises PtqError while a layer is packed."""
+        _refuse_more(model, ())
+        return model.state_dict(), {}
+
+
+def attach(model: Any, packed: Packed | None) -> None:
+    """Make ``save_pretrained`` of a model of `ptq.load` write what was read, or refuse; None: a float checkpoint."""
+    if packed is None:
+        model.hf_quantizer = FloatQuantizer(PtqConfig())
+        return
     quantizer = PtqQuantizer(PtqConfig().of_file(packed.settings))
     quantizer.packed, quantizer._conversions = packed, packed.names.conversions
     model.hf_quantizer = quantizer

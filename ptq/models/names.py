@@ -1,5 +1,6 @@
 """Which tensor of a checkpoint holds which parameter of a model."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Protocol
@@ -30,6 +31,17 @@ def retie(model: nn.Module) -> None:
         module = model.get_submodule(owner)
         if leaf in module._parameters:  # a packed head has no weight to share
             module._parameters[leaf] = model.get_parameter(origin)
+
+
+def unplaced(model: nn.Module, names: "SourceNames", stored: Iterable[str]) -> list[str]:
+    """Tensors of a checkpoint that nothing of a model is read from, but for those its class leaves out anyway."""
+    persistent = set(model.state_dict())
+    used = {found for name, _ in model.named_buffers() if name in persistent and (found := names.find(name))}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        used.update(names.sources(name))
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
+    left = sorted(set(stored) - used - set(tied_names(model)))
+    return [name for name in left if not any(re.search(pattern, name) for pattern in ignored)]
 
 
 class SourceNames:

@@ -25,8 +25,9 @@ class QuantLinear(nn.Module):
     ``scales`` ``[N, G]``, ``zeros`` uint8 ``[N, G]`` or None when symmetric. ``bias`` is a parameter ``[N]`` or None.
     ``perm`` int32 ``[K]`` or None: of a weight whose groups were not contiguous (act-order), the columns are sorted by
     group, and column j is for ``x[..., perm[j]]``.
-    After `prepare_` the packed weight lies in a faster layout; a state dict always holds the canonical tensors above,
-    and loading one, or a move to another device, makes the layer canonical again.
+    After `prepare_` the packed weight lies in a faster layout; a state dict always holds the canonical tensors above.
+    Loading one, or a move to another device, prepares such a layer anew; after a move it stays canonical where `impl`
+    or `activation` was chosen, which the new device may not have.
 
     The faster layout holds copies of scales and zeros. All of these buffers are constants: to change one, load a state
     dict; a change in place reaches what is dequantized, but not the product of a prepared layer.
@@ -247,12 +248,15 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         """Every move and conversion of a module passes here: `fn` may move the scales but not convert them."""
         device = self.qweight.device
-        if self.layout != "canonical" and fn(torch.empty(0, dtype=torch.uint8, device=device)).device != device:
+        moves = self.layout != "canonical" and fn(torch.empty(0, dtype=torch.uint8, device=device)).device != device
+        if moves:
             self._canonicalize_()  # another device may not read, or even invert, this layout
         dtype = self.scales.dtype
         self.scales = self.scales.view(_SAME_WIDTH_INT[dtype])  # conversions of a module leave integers alone
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.scales = self.scales.view(dtype)
+        if moves and self.impl == "auto" and self.activation is None and not self.qweight.is_meta:
+            self.prepare_()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -261,15 +265,19 @@ class QuantLinear(nn.Module):
             destination[prefix + "qweight"] = self._canonical_qweight()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if self.layout != "canonical" and any(name.startswith(prefix) for name in state_dict):
-            self._canonicalize_()  # a state dict of an adapter has nothing for this layer, and leaves it prepared
         loaded = state_dict.get(prefix + "scales")
         if isinstance(loaded, Tensor) and not loaded.is_meta and (count := _inexact(loaded, self.scales.dtype)):
             raise FormatError(
                 f"{prefix}scales must be exact in {self.scales.dtype}, {count} of {loaded.numel()} values of the "
                 f"{loaded.dtype} tensor are not; create the layer with scales_dtype={loaded.dtype}"
             )
+        # A state dict of an adapter has nothing for this layer, and leaves it as it is.
+        prepared = self.layout != "canonical" and any(name.startswith(prefix) for name in state_dict)
+        if prepared:
+            self._canonicalize_()
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if prepared and not self.qweight.is_meta:
+            self.prepare_()
 
 
 def _inexact(scales: Tensor, dtype: torch.dtype) -> int:

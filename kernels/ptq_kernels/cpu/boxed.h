@@ -1,6 +1,7 @@
 // The product as a kernel of torch's dispatcher. Nothing of torch is included or linked: Python hands in the functions of
 // torch's C interface (torch/csrc/stable/c/shim.h), and registers `boxed` through it.
 #pragma once
+#include <algorithm>
 #include <stdexcept>
 
 #include "kernel.h"
@@ -61,16 +62,17 @@ class Argument {
   Tensor handle_;
 };
 
-// The distances of a contiguous tensor; false where `x` has others.
+// The distances of a contiguous tensor; false where `x` has others. As torch counts: a dimension of no entries counts as
+// one, and a tensor without entries is contiguous whatever its distances.
 inline bool contiguous(const Argument& x, int64_t* distances) {
   const int64_t *sizes = x.sizes(), *strides = x.strides();
   bool as_is = true;
   int64_t step = 1;
-  for (int64_t d = x.dim() - 1; d >= 0; step *= sizes[d--]) {
+  for (int64_t d = x.dim() - 1; d >= 0; step *= std::max<int64_t>(sizes[d--], 1)) {
     distances[d] = step;
     as_is = as_is && (sizes[d] == 1 || strides[d] == step);
   }
-  return as_is;
+  return as_is || x.numel() == 0;
 }
 
 }  // namespace
