@@ -118,6 +118,42 @@ def test_counters_of_a_profiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "0 kernels of 24: no permission" in gpu_limits.counters(Gpu(90, 132), 20)[0]["counters"]
 
 
+def test_a_preference_for_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: what a stand-in for the driver is told, for the one kernel that is compiled; and its refusal."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("compilation needs Triton without its interpreter")
+    monkeypatch.syspath_prepend(str(BENCHES))
+    import gpu_variants
+    import tile_cases
+    from packed_weights import random_case, random_rows
+    from ptq_kernels.triton import launch
+    from recorded_launches import recorded
+
+    told: list[tuple[int, int, int]] = []
+
+    class Library:
+        answer = 0
+
+        def __init__(self, name: str) -> None:
+            assert name == "libcuda.so.1"
+
+        def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:  # noqa: N802  (its name)
+            told.append((function.value, attribute, value))
+            return self.answer
+
+    monkeypatch.setattr(gpu_variants.ctypes, "CDLL", Library)
+    weight = tile_cases.tiled(random_case(64, 256, 128, dtype=torch.bfloat16), "tile_sm90")
+    for launches in recorded(monkeypatch, tmp_path):
+        with gpu_variants.most_shared():
+            for rows in (1, 2):
+                launch._matmul(random_rows(rows, 256, torch.bfloat16), weight, None, 0)
+            assert told == [(launches[0].handed[0], 9, 100)]
+            Library.answer = 1
+            with pytest.raises(RuntimeError, match="must take a preferred part of shared memory, it returned 1"):
+                launch._matmul(random_rows(40, 256, torch.bfloat16), weight, None, 0)
+
+
 def test_what_the_attention_of_the_decoding_bench_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(BENCHES))

@@ -2,16 +2,18 @@
 
 Run:    python kernels/bench/gpu_variants.py out.json [--seconds 200] [--rows 16 64 128] [--without KIND ...] [--tiny]
 Each variant is timed with every number of splits that fits. "early 0" begins after the kernel before has ended, as all
-kernels did before programmatic dependent launch. First come numbers of chunks in which a weight is dequantized. What
-wins here belongs into the table of tiles (ptq_kernels/triton/configs.json), where `ptq tune` chooses.
+kernels did before programmatic dependent launch. First come numbers of chunks in which a weight is dequantized, and
+preferences for shared memory. What wins here belongs into the table of tiles (ptq_kernels/triton/configs.json), where
+`ptq tune` chooses.
 """
 
 import argparse
+import ctypes
 import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -23,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_linear import GROUP, SHAPES
 from gpu_tune import leave_out, option_without, timer
 from ptq_kernels import tiles
-from ptq_kernels.triton import ahead, configs, dense, recipes, tune
+from ptq_kernels.triton import ahead, configs, dense, enqueue, recipes, tune
 from ptq_kernels.triton.configs import Gpu, Plan, Problem, Tile
 
 MOST_CHUNK_BYTES = 256 * 2**20
+CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 
 
 class Variant(NamedTuple):
@@ -95,7 +98,7 @@ def timings(gpu: Gpu, clock: tune.Timer, problem: Problem, without: list[str]) -
 def chunks(clock: tune.Timer, n: int, k: int) -> Iterator[dict[str, Any]]:
     """A record for each number of chunks in which a weight is dequantized for many rows, and for that of the rule."""
     for rows in (512, 2048):
-        for count in (0, 1, 2, 3, 4, 7, 8, 14, 16):
+        for count in (0, 1, 2, 4, 7, 8):
             size = tiles.padded(-(-n // max(count, 1)))
             if size * k * 2 > MOST_CHUNK_BYTES:
                 continue
@@ -103,6 +106,40 @@ def chunks(clock: tune.Timer, n: int, k: int) -> Iterator[dict[str, Any]]:
                 microseconds = clock(None, Problem(4, GROUP, rows, n, k))
             name = f"dequantized in {count} chunks" if count else "dequantized"
             yield {"n": n, "k": k, "m": rows, "variant": name, "microseconds": microseconds}
+
+
+@contextmanager
+def most_shared() -> Iterator[None]:
+    """Every kernel that is compiled inside asks for as much shared memory as a multiprocessor has, whatever it needs.
+
+    Those that ask for different amounts may have to wait for each other, and one that begins early should not.
+    """
+    usual = enqueue.Compiled.__init__
+
+    def asking(made: enqueue.Compiled, kernel: Any, constants: tuple[Any, ...]) -> None:
+        usual(made, kernel, constants)
+        kernel._init_handles()
+        code = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(kernel.function), CARVEOUT, 100)
+        if code:
+            raise RuntimeError(f"the driver must take a preferred part of shared memory, it returned {code}")
+
+    with patch.object(enqueue.Compiled, "__init__", asking):
+        yield
+
+
+def preferences(gpu: Gpu, clock: tune.Timer, n: int, k: int) -> Iterator[dict[str, Any]]:
+    """Two records for each first tile of a kind for few rows, early where it can be: as it is, with `most_shared`."""
+    problem = Problem(4, GROUP, configs.FEW, n, k, recipes.explicit(gpu, k))
+    more = configs.candidates(gpu, problem._replace(rows=configs.FEW + 1))
+    first = {tile.kind: tile for tile in reversed([*configs.candidates(gpu, problem), *more])}
+    early = ahead.BYTES if recipes.begins_early(gpu) else 0
+    for tile in first.values():
+        plan = Plan(tile, configs.splits_by_rule(gpu, tile, problem), early)
+        for name, asking in (("", nullcontext), (", most shared memory", most_shared)):
+            with asking():
+                microseconds = clock(plan, problem)
+            found = {"n": n, "k": k, "m": configs.FEW, "variant": Variant(tile, early).name + name}
+            yield found | {"splits": plan.splits, "microseconds": microseconds}
 
 
 def main() -> None:
@@ -121,6 +158,7 @@ def main() -> None:
     shapes = SHAPES[:1] if options.tiny else [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)]
     for n, k in shapes:
         records += chunks(clock, n, k)
+        records += preferences(gpu, clock, n, k)
         options.output.write_text(json.dumps({"records": records}, indent=1))
     for rows in options.rows[:2] if options.tiny else options.rows:
         for n, k in shapes:
