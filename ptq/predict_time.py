@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ptq.awq.solver import CONFIRMED, CONFIRMED_ROWS, SCREENED_ROWS
 from ptq.grid_search import COARSE, REFITS, SHRINKS
@@ -55,8 +56,9 @@ def measure_rates(device: torch.device, directory: Path, dtype: torch.dtype = to
     a = torch.randn(1024, 1024, device=device)
     b, row = a.to(dtype), torch.randn(1 << (14 if device.type == "cpu" else 22), device=device)
     products = 2 * 1024**3 * _a_second(lambda: a @ a)
-    native = products if dtype == torch.float32 else 2 * 1024**3 * _a_second(lambda: b @ b)
-    # On a CPU so few that one thread does it alone and they stay in its cache.
+    native = products if dtype == torch.float32 else 2 * 1024**3 * _a_second(lambda: linear(b, b))
+    # The native product is that of a Linear: of two plain matrices torch makes one twenty times as slow where a CPU has
+    # no units for the dtype. Elements, on a CPU, are so few that one thread does it alone and they stay in its cache.
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     elements = threads * REPEATS * len(row) * _a_second(lambda: [row.mul_(1.0) for _ in range(REPEATS)][-1])
     data = bytes(max(1, min(8 * 1024**2, shutil.disk_usage(directory).free // 2)))
@@ -131,7 +133,8 @@ def _hessians(plan: Plan, block: Block, rates: Rates) -> float:
     moments = [(s.features, _streams(plan) if s.inputs == 1 else 1) for s in block.stages]
     operations = sum(2 * tokens * k**2 * count for k, count in moments)
     elements = INPUT * sum(tokens * k * count for k, count in moments)
-    return operations / (HESSIAN * rates.native) + elements / rates.elements
+    # float32 products, for which the units of the model's dtype are used where they are there (capture.exact_products)
+    return operations / (HESSIAN * max(rates.native, rates.products)) + elements / rates.elements
 
 
 def _factors(plan: Plan, block: Block, rates: Rates) -> float:

@@ -162,6 +162,9 @@ def test_time_by_hand():
     elements = predict(plan, Rates(1e30, 1e30, 1e10, 1e30)).seconds
     assert elements["codes"] == pytest.approx(depth * (weights * (22 * 26 + 0.86 * 8 * 64 + 800) / 1e10 + 7 * 0.012))
     assert elements["factorizations"] < 1e-6
+    # float32 products of a processor that has no units for the model's dtype are not as slow as those in that dtype
+    slow, even = (predict(plan, Rates(1e12, native, 1e30, 1e30)).seconds["Hessians"] for native in (1e9, 1e12))
+    assert slow == pytest.approx(even)
     rounding = predict(plan._replace(config=RunConfig(model="m", output="o", method="rtn")), RATES).seconds
     assert {name for name, seconds in rounding.items() if seconds} == {"codes", "disk"}
     refined = predict(plan._replace(config=dataclasses.replace(plan.config, refine=RefineConfig(steps=9))), RATES)
