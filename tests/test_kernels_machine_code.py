@@ -51,6 +51,10 @@ def test_a_pattern_that_fits_no_form_is_refused(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr()
     assert re.search(r"--match must fit one of \d+ forms, as sm80-4bit.*; 'nothing-like-it' fits none", printed.err)
     assert printed.out == ""
+    with pytest.raises(SystemExit) as ended:
+        aot.main(["--match", "("])
+    assert ended.value.code == 2
+    assert "--match must be a regular expression, '(' is none: missing )" in capsys.readouterr().err
 
 
 @needs_compiler

@@ -303,7 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--match", default="", help="a regular expression that the name of a form must contain")
     chosen = parser.parse_args(arguments)
     known = forms(chosen.capabilities)
-    wanted = [form for form in known if re.search(chosen.match, form.name)]
+    try:
+        wanted = [form for form in known if re.search(chosen.match, form.name)]
+    except re.error as error:
+        parser.error(f"--match must be a regular expression, {chosen.match!r} is none: {error}")
     if not wanted:
         parser.error(f"--match must fit one of {len(known)} forms, as {known[0].name}; {chosen.match!r} fits none")
     failed = 0
