@@ -44,6 +44,16 @@ def test_machine_code_of_a_kernel_that_begins_early(name: str) -> None:
     check_machine_code(aot.Form(found, 90, early=True))
 
 
+@needs_compiler
+@pytest.mark.skipif(not sass.available(), reason="this triton wheel brings no cuobjdump")
+def test_the_dequantizer_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the limit of `test_machine_code_of_the_dequantizer`."""
+    assert aot.main(["--capabilities", "90", "--match", "dequantizer"]) == 0
+    found = re.search(r"sm90-4bit-g128-dequantizer-bf16-symmetric +(\d\.\d\d)", capsys.readouterr().out)
+    assert found is not None
+    assert 2 < float(found[1]) <= 4.6
+
+
 def test_a_pattern_that_fits_no_form_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         aot.main(["--capabilities", "80", "--match", "nothing-like-it"])

@@ -303,11 +303,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--match", default="", help="a regular expression that the name of a form must contain")
     chosen = parser.parse_args(arguments)
     known = forms(chosen.capabilities)
+    dequantizers = {f"sm{each}-4bit-g128-dequantizer-bf16-symmetric": each for each in chosen.capabilities}
     try:
         wanted = [form for form in known if re.search(chosen.match, form.name)]
+        dequantizers = {name: each for name, each in dequantizers.items() if re.search(chosen.match, name)}
     except re.error as error:
         parser.error(f"--match must be a regular expression, {chosen.match!r} is none: {error}")
-    if not wanted:
+    if not wanted and not dequantizers:
         parser.error(f"--match must fit one of {len(known)} forms, as {known[0].name}; {chosen.match!r} fits none")
     failed = 0
     print(f"triton {triton.__version__}: instructions a weight, registers, shared memory, resident programs")
@@ -317,6 +319,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed += bool(wrong)
         figures = f"{report.per_weight:5.2f} {report.registers:4d} {report.shared:7d} {report.resident:2d}"
         print(f"{form.name:52s} {figures}  {'; '.join(wrong) or 'ok'}", flush=True)
+    for name, capability in dequantizers.items():  # which has no loop: of all of it
+        kernel, warps = compile_dequantizer(capability)
+        registers, _, lines = sass.machine_code(kernel)
+        per_weight = len(lines) * 32 * warps / (dequant.BLOCK_N * dequant.BLOCK_K)
+        print(f"{name:52s} {per_weight:5.2f} {registers:4d} {kernel.metadata.shared:7d}", flush=True)
     print(f"{failed} forms are not fit to ship")
     return int(failed > 0)
 

@@ -5,7 +5,7 @@ traffic to memory.
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from math import ceil
 from typing import Any
 
@@ -29,7 +29,7 @@ def cache_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
-@cache
+@lru_cache(4096)
 def chunk_rows(processors: int, l2_bytes: int, rows: int, n: int, row_bytes: int) -> int:
     """Weight rows of a chunk, a multiple of 128: of those that fit the cache, what `rows` rows multiply soonest.
 
