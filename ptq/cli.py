@@ -241,7 +241,7 @@ def _eval_text(options: argparse.Namespace) -> dict[str, Any]:
         files=tuple(options.text), tokens=options.tokens, window=options.window,
         stride=options.window if options.stride is None else options.stride,
     )  # fmt: skip
-    check_evaluation(settings)
+    check_evaluation(settings, "--")
     document = evaluate_checkpoint(
         options.checkpoint, options.parent, settings, device=options.device, dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
@@ -311,7 +311,7 @@ def _export(options: argparse.Namespace) -> int:
             model=options.checkpoint, output="", method="gptq", device=options.device or "auto", calibration=calibration
         )  # fmt: skip
         check_rules(run, "")
-        check_rules(calibration, "calibration")
+        check_rules(calibration, "calibration.")
     done = export_gguf(
         options.checkpoint, options.type, options.out, run,
         overwrite=options.overwrite, trust_remote_code=options.trust_remote_code,

@@ -28,7 +28,7 @@ def _compare(options: argparse.Namespace) -> int:
     settings = EvaluationConfig(
         files=tuple(options.text), tokens=options.tokens, window=options.window, stride=options.window
     )
-    check_evaluation(settings)
+    check_evaluation(settings, "--")
     document = compare_checkpoints(
         options.checkpoints, options.parent, settings, device=options.device, dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,

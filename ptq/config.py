@@ -317,9 +317,12 @@ def _check_source(source: DatasetConfig, path: str) -> None:
         raise ConfigError(f"{path}.config and {path}.split belong to a hub dataset, found them with files; remove them")
 
 
-def check_evaluation(evaluation: EvaluationConfig) -> None:
-    """Raises ConfigError for values out of range or at odds, also of an evaluation that was not read from YAML."""
-    check_rules(evaluation, "evaluation")
+def check_evaluation(evaluation: EvaluationConfig, prefix: str = "evaluation.") -> None:
+    """Raises ConfigError for values out of range or at odds, also of an evaluation that was not read from YAML.
+
+    ``prefix``: what stands before a name where the values came from; ``--`` on a command line.
+    """
+    check_rules(evaluation, prefix)
     if (evaluation.dataset is None) == (not evaluation.files):
         found = "neither" if evaluation.dataset is None else "both"
         raise ConfigError(
@@ -328,14 +331,14 @@ def check_evaluation(evaluation: EvaluationConfig) -> None:
     _check_source(evaluation.source, "evaluation.dataset")
     if evaluation.stride > evaluation.window:
         raise ConfigError(
-            f"evaluation.stride must be at most evaluation.window ({evaluation.window}), found {evaluation.stride}; "
+            f"{prefix}stride must be at most {prefix}window ({evaluation.window}), found {evaluation.stride}; "
             "a larger stride would skip text"
         )
     files = max(1, len(evaluation.source.files))
     if evaluation.tokens < evaluation.window * files:
         raise ConfigError(
-            f"evaluation.tokens must hold a window of {evaluation.window} for each of {files} file(s), that is "
-            f"{evaluation.window * files} or more, found {evaluation.tokens}; raise it or shorten evaluation.window"
+            f"{prefix}tokens must hold a window of {evaluation.window} for each of {files} file(s), that is "
+            f"{evaluation.window * files} or more, found {evaluation.tokens}; raise it or shorten {prefix}window"
         )
 
 

@@ -45,13 +45,15 @@ def build(cls: type[T], value: object) -> T:
     return _dataclass(cls, value, "", known_keys(cls))
 
 
-def check_rules(config: Any, path: str) -> None:
-    """Raises ConfigError for the first field of the dataclass ``config``, found at ``path``, that breaks its rule."""
+def check_rules(config: Any, prefix: str) -> None:
+    """Raises ConfigError for the first field of the dataclass ``config`` that breaks its rule.
+
+    ``prefix``: what stands before the field's name, as in ``calibration.`` or ``--``.
+    """
     for item in fields(config):
         rule, value = item.metadata.get("rule"), getattr(config, item.name)
         if rule is not None and value is not None and not rule.accepts(value):
-            full = f"{path}.{item.name}" if path else item.name
-            raise ConfigError(f"{full} must be {rule.required}, found {value!r}")
+            raise ConfigError(f"{prefix}{item.name} must be {rule.required}, found {value!r}")
 
 
 def known_keys(cls: type, prefix: str = "") -> list[str]:
@@ -95,7 +97,7 @@ def _dataclass(cls: type[T], value: object, path: str, known: Sequence[str]) -> 
             continue
         values[item.name] = _value(hints[item.name], value[item.name], full, known)
     built = cls(**values)
-    check_rules(built, path)
+    check_rules(built, prefix)
     return built
 
 

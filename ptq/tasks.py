@@ -1,12 +1,15 @@
 """Benchmarks of lm-evaluation-harness on packed and float checkpoints."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor, nn
+
+from ptq.calibration.data import require_embeddable
 from ptq.errors import ConfigError
 from ptq.models.loading import load_tokenizer, locate
 from ptq.plan import resolve_device
@@ -59,7 +62,7 @@ def evaluate_tasks(
 
     Raises:
         ConfigError: the harness is not installed, an unknown task, no such model or device.
-        PtqError: a checkpoint that cannot be read.
+        PtqError: a checkpoint that cannot be read, a tokenizer with tokens the model cannot embed.
     """
     _require_harness()
     _check(settings)
@@ -151,6 +154,8 @@ def _run(
     tokenizer = load_tokenizer(locate(path), trust_remote_code)
     if settings.chat_template and not tokenizer.chat_template:
         raise ConfigError(f"a chat template needs one in the tokenizer; that of {path} has none: leave it out")
+    if tokenizer.embedding_rows is not None:
+        model.get_input_embeddings().register_forward_pre_hook(_embeddable(tokenizer.embedding_rows))
     names: Sequence[str] = manager.match_tasks(list(settings.names))
     with _without_launcher_advice():
         harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, backend="causal")
@@ -159,6 +164,15 @@ def _run(
         apply_chat_template=settings.chat_template, log_samples=False, bootstrap_iters=BOOTSTRAPS,
     )  # fmt: skip
     return result
+
+
+def _embeddable(rows: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook for the embedding: the harness tokenizes by itself, and an id out of range would end as a CUDA assert."""
+
+    def check(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        require_embeddable(int(inputs[0].max()), rows)
+
+    return check
 
 
 @contextmanager

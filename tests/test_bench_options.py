@@ -13,15 +13,17 @@ from benchmarks.quality import __main__ as quality
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize(("bench", "arguments", "said"), [
-    (foreign, [], "--only must fit one of 75 cells, as 'GPTQModel | 4-bit g128 sym v1'; 'nonsense' fits none"),
-    (foreign, ["--write"], "'nonsense' fits none"),
-    (quality, ["--quick"], "names, as 'tiny-llama | 4-bit g128 sym | ptq RTN | seed 0'; 'nonsense' fits none"),
-    (quality, [], "'nonsense' fits none"),
+@pytest.mark.parametrize(("bench", "pattern", "arguments", "said"), [
+    (foreign, "nonsense", [], "--only must fit one of 75 cells, as 'GPTQModel | 4-bit g128 sym v1'; 'nonsense' fits none"),
+    (foreign, "nonsense", ["--write"], "'nonsense' fits none"),
+    (quality, "nonsense", ["--quick"], "names, as 'tiny-llama | 4-bit g128 sym | ptq RTN | seed 0'; 'nonsense' fits none"),
+    (quality, "nonsense", [], "'nonsense' fits none"),
+    (foreign, "(", [], "argument --only: must be a regular expression, '(' is none: missing ), unterminated"),
+    (quality, "(", ["--quick"], "argument --only: must be a regular expression, '(' is none: missing ), unterminated"),
 ])  # fmt: skip
-def test_a_pattern_that_fits_nothing_is_refused(bench, arguments, said, monkeypatch, capsys):
+def test_a_pattern_that_fits_nothing_is_refused(bench, pattern, arguments, said, monkeypatch, capsys):
     """Before anything is run or written."""
-    monkeypatch.setattr(sys, "argv", ["bench", "--only", "nonsense", *arguments])
+    monkeypatch.setattr(sys, "argv", ["bench", "--only", pattern, *arguments])
     monkeypatch.setattr(foreign, "_store", None)
     monkeypatch.setattr(quality, "_parent", None)
     with pytest.raises(SystemExit) as ended:

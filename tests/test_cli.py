@@ -104,6 +104,9 @@ def test_dry_run_refuses_what_the_run_would(
 @pytest.mark.parametrize(("verb", "arguments", "message"), [
     ("eval", ["--text", "a.txt", "--device", "nonsense"], "device must be auto, cpu, cuda or cuda:N; found 'nonsense'"),
     ("eval", ["--text", "a.txt", "--json", "no-such/x.json"], "in a directory that exists; no-such does not"),
+    ("eval", ["--text", "a.txt", "--window", "64", "--stride", "65"], "--stride must be at most --window (64), found 65"),
+    ("eval", ["--text", "a.txt", "--tokens", "511"], "--tokens must hold a window of 512 for each of 1 file(s), that is"),
+    ("compare", ["--text", "a.txt", "--parent", "x", "--window", "1"], "--window must be 2 or more, found 1"),
     ("export", ["--type", "F16", "--device", "cpu"], "--device need --text FILE to solve on; found none"),
     ("export", ["--type", "Q4_0", "--config", "demo.yaml", "--samples", "3"], "found --config, which has its own"),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ from tiny_models import run, settings
 
 import ptq
 from ptq import cli, tasks
-from ptq.errors import ConfigError
+from ptq.errors import ConfigError, DataError
 from ptq.models.loading import load_tokenizer
 from ptq.progress import Progress
 from ptq.tasks import TaskSettings, evaluate_tasks
@@ -126,6 +126,19 @@ def test_what_cannot_be_run_is_a_sentence(changes, message):
     wanted = TaskSettings(("capitals",), OWN)._replace(**changes)
     with pytest.raises(ConfigError, match=message):
         evaluate_tasks({"result": str(PARENT)}, wanted, progress=Progress())
+
+
+def test_a_tokenizer_of_another_model_is_named(monkeypatch):
+    """One whose tokens the model cannot embed, which would otherwise end in an index error, on a GPU in an assert."""
+
+    def another(directory, trust_remote_code):
+        tokenizer = load_tokenizer(directory, trust_remote_code)
+        tokenizer.embedding_rows = 5
+        return tokenizer
+
+    monkeypatch.setattr(tasks, "load_tokenizer", another)
+    with pytest.raises(DataError, match=r"must be below the model's vocabulary size of 5, found \d+: the tokenizer is"):
+        evaluate_tasks({"result": str(PARENT)}, TaskSettings(("capitals",), OWN, limit=1), progress=Progress())
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

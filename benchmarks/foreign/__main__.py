@@ -18,6 +18,7 @@ import torch
 from benchmarks.foreign.cells import READ, WRITTEN, Cell
 from benchmarks.foreign.reading import compare_ours, compare_theirs
 from benchmarks.foreign.tools import HERE, FailedError, drive
+from benchmarks.patterns import pattern
 from benchmarks.quality.environments import ROOT
 
 PARENT = ROOT / "examples/tiny-llama"
@@ -28,7 +29,7 @@ SAMPLES, LENGTH = 16, 128
 def main() -> None:
     """Run what is asked for and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.foreign", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", default="", metavar="REGEX", help="only cells whose tool and label have a match")
+    parser.add_argument("--only", type=pattern, default="", metavar="REGEX", help="only cells whose tool and label have a match")
     parser.add_argument("--write", action="store_true", help="only write the peers' checkpoints")
     options = parser.parse_args()
     written = {f"{cell.tool} | {cell.label}": cell for cell in WRITTEN}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.patterns import pattern
 from benchmarks.quality.calibration import write_ids
 from benchmarks.quality.cells import CELLS, OURS, QUICK_CELLS, ROWS, SEEDS, Cell, Row
 from benchmarks.quality.decode import Dense, read_dense, read_tensors
@@ -49,7 +50,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="one seed; 4-bit and 3-bit g128 symmetric")
     names = "only checkpoints whose name (as in the results) has a match, as in '3-bit.*ptq GPTQ'"
-    parser.add_argument("--only", default="", metavar="REGEX", help=names)
+    parser.add_argument("--only", type=pattern, default="", metavar="REGEX", help=names)
     parser.add_argument("--again", action="store_true", help="make checkpoints again that have a result")
     parser.add_argument("--table", action="store_true", help="only write the tables anew")
     cores = len(os.sched_getaffinity(0))

@@ -84,9 +84,18 @@ def evaluation_windows(config: EvaluationConfig, tokenizer: "PreTrainedTokenizer
         if count == 0:
             raise DataError(
                 f"{source.name or source.files[0]}: a window of {config.window} tokens is required, "
-                f"found {counted.total} tokens; use more text or a smaller evaluation.window"
+                f"found {counted.total} tokens; use more text or a shorter window"
             )
         remaining -= config.window + (count - 1) * config.stride
+
+
+def require_embeddable(token: int, rows: int) -> None:
+    """Raise DataError for a token that a model of ``rows`` embeddings has no row for."""
+    if token >= rows:
+        raise DataError(
+            f"token ids must be below the model's vocabulary size of {rows}, found {token}: the tokenizer is "
+            "another model's; copy the model's own tokenizer.json and tokenizer_config.json beside its config.json"
+        )
 
 
 class _Counted:
@@ -106,11 +115,8 @@ def _tokens(piece: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     # verbose=False: no warning that the text is longer than the model's context, which it is never shown at once.
     ids: list[int] = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
     rows = getattr(tokenizer, "embedding_rows", None)  # as load_tokenizer notes them
-    if rows is not None and max(ids, default=0) >= rows:
-        raise DataError(
-            f"token ids must be below the model's vocabulary size of {rows}, found {max(ids)}: the tokenizer is "
-            "another model's; copy the model's own tokenizer.json and tokenizer_config.json beside its config.json"
-        )
+    if rows is not None:
+        require_embeddable(max(ids, default=0), rows)
     return ids
 
 
@@ -124,8 +130,8 @@ def _marks(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
 def _document_tokens(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
     before, after = _marks(tokenizer)
     for document in documents(config.dataset, config.seed):
-        first = next(document, None)
-        if first is None:  # an empty row
+        first = next((piece for piece in document if not piece.isspace()), None)
+        if first is None:  # a row that is empty or all blanks, from which there is nothing to learn
             continue
         yield before
         for piece in chain([first], document):
