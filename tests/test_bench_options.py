@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(("bench", "pattern", "arguments", "said"), [
-    (foreign, "nonsense", [], "--only must fit one of 75 cells, as 'GPTQModel | 4-bit g128 sym v1'; 'nonsense' fits none"),
+    (foreign, "nonsense", [], "must fit one of 75 cells, as 'GPTQModel | 4-bit g128 sym v1'; 'nonsense' fits none"),
     (foreign, "nonsense", ["--write"], "'nonsense' fits none"),
-    (quality, "nonsense", ["--quick"], "names, as 'tiny-llama | 4-bit g128 sym | ptq RTN | seed 0'; 'nonsense' fits none"),
+    (quality, "nonsense", ["--quick"], "as 'tiny-llama | 4-bit g128 sym | ptq RTN | seed 0'; 'nonsense' fits none"),
     (quality, "nonsense", [], "'nonsense' fits none"),
     (foreign, "(", [], "argument --only: must be a regular expression, '(' is none: missing ), unterminated"),
     (quality, "(", ["--quick"], "argument --only: must be a regular expression, '(' is none: missing ), unterminated"),

@@ -9,14 +9,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import ptq
 from ptq import cli, plan, walk
-from ptq.nn.linear import QuantLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-llama"
@@ -104,8 +102,8 @@ def test_dry_run_refuses_what_the_run_would(
 @pytest.mark.parametrize(("verb", "arguments", "message"), [
     ("eval", ["--text", "a.txt", "--device", "nonsense"], "device must be auto, cpu, cuda or cuda:N; found 'nonsense'"),
     ("eval", ["--text", "a.txt", "--json", "no-such/x.json"], "in a directory that exists; no-such does not"),
-    ("eval", ["--text", "a.txt", "--window", "64", "--stride", "65"], "--stride must be at most --window (64), found 65"),
-    ("eval", ["--text", "a.txt", "--tokens", "511"], "--tokens must hold a window of 512 for each of 1 file(s), that is"),
+    ("eval", ["--text", "a.txt", "--window", "64", "--stride", "65"], "--stride must be at most --window (64), found"),
+    ("eval", ["--text", "a.txt", "--tokens", "511"], "--tokens must hold a window of 512 for each of 1 file"),
     ("compare", ["--text", "a.txt", "--parent", "x", "--window", "1"], "--window must be 2 or more, found 1"),
     ("export", ["--type", "F16", "--device", "cpu"], "--device need --text FILE to solve on; found none"),
     ("export", ["--type", "Q4_0", "--config", "demo.yaml", "--samples", "3"], "found --config, which has its own"),
@@ -310,69 +308,6 @@ def test_control_c_in_a_real_process(tmp_path: Path) -> None:
     assert "Traceback" not in rest
     assert [path.name for path in tmp_path.iterdir()] == [".out.run"]
     assert any((tmp_path / ".out.run" / "blocks").glob("*.json"))
-
-
-def test_bench_prints_and_writes_its_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    figures = tmp_path / "bench.json"
-    arguments = ["--shapes", "256x128", "--rows", "1", "--json", str(figures)]
-    assert cli.main(["bench", "--device", "cpu", *arguments]) == 0
-    assert "256" in capfd.readouterr().out
-    assert json.loads(figures.read_text())["cells"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--shapes", "4096"], "a shape is KxN, K a multiple of 128 and N at least 1, found '4096'"),
-        (["--shapes", "100x64"], "a shape is KxN, K a multiple of 128 and N at least 1, found '100x64'"),
-        (["--rows", "0"], "a whole number of at least 1 is required, found '0'"),
-        (["--threads", "two"], "a whole number of at least 1 is required, found 'two'"),
-    ],
-)
-def test_bench_refuses_what_it_cannot_time(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", *arguments])
-    assert ended.value.code == 2
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing on a machine without a GPU")
-def test_tune_needs_a_gpu(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["tune", str(checkpoint)]) == 2
-    said = capsys.readouterr().err
-    assert "tune times the kernels on a CUDA GPU, this machine has none; on a CPU there is nothing to tune" in said
-
-
-def test_tune_prints_what_it_timed_for_every_shape_that_is_loaded(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With a clock of its own. Oracle: the shapes of the file, alone and as ptq.load(fuse=True) joins them."""
-    tuner = pytest.importorskip("ptq_kernels.triton.tune")
-    asked: dict[tuple[int, int], set[tuple[int, int]]] = {}
-
-    def clock(shapes: Any, *, bits: int, group_size: int, **_options: Any) -> Any:
-        asked[bits, group_size] = set(shapes)
-        if bits == 8:
-            raise tuner.NothingToTuneError("nothing to tune there")
-        problem = tuner.Problem(bits, 32, 16, *next(iter(shapes)))
-        return {problem: (tuner.plans(tuner.Gpu(90, 132), problem)[0]._replace(early=1), 12.34)}
-
-    monkeypatch.setattr(tuner, "tune_device", clock)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert cli.main(["tune", str(checkpoint), "--head-bits", "8"]) == 0
-    fused = ptq.load(checkpoint, device="cpu", fuse=True, head_bits=8)
-    plain = ptq.load(checkpoint, device="cpu")
-    want: dict[tuple[int, int], set[tuple[int, int]]] = {}
-    for model in (fused, plain):
-        for module in model.modules():
-            if isinstance(module, QuantLinear):
-                shape = (module.out_features, module.in_features)
-                want.setdefault((module.bits, module.group_size), set()).add(shape)
-    assert asked == want
-    said = capsys.readouterr().out
-    assert "16 rows: tile 16x128x64, 1 splits, begins early, 12.3 us" in said
-    assert "8 bits, groups of" in said
-    assert "nothing to tune there" in said
 
 
 def test_fused_projections_give_the_same_tokens(checkpoint: Path) -> None:

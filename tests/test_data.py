@@ -327,7 +327,9 @@ def test_tokens_that_the_model_cannot_embed(write):
 
 def test_blank_documents_teach_nothing_and_are_left_out(write):
     """Rows of blanks count as empty ones do; blanks before and inside a document are its own."""
-    file = write("a.jsonl", lines({"text": "\n \n"}, {"text": " ab"}, {"text": "\t"}, {"text": "c\n\n\n"}, {"text": ""}))
+    file = write(
+        "a.jsonl", lines({"text": "\n \n"}, {"text": " ab"}, {"text": "\t"}, {"text": "c\n\n\n"}, {"text": ""})
+    )
     assert strings(calibration_batches(calibration(file), Characters())) == ["\1 ab", "\1c\n\n"]
     with pytest.raises(DataError, match="calibration needs 2 x 4 = 8 tokens, found 0; use more text"):
         calibration_batches(calibration(write("a.txt", "\n" * 100)), Characters())

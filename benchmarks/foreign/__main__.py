@@ -29,7 +29,8 @@ SAMPLES, LENGTH = 16, 128
 def main() -> None:
     """Run what is asked for and write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.foreign", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", type=pattern, default="", metavar="REGEX", help="only cells whose tool and label have a match")
+    only = "only cells whose tool and label have a match"
+    parser.add_argument("--only", type=pattern, default="", metavar="REGEX", help=only)
     parser.add_argument("--write", action="store_true", help="only write the peers' checkpoints")
     options = parser.parse_args()
     written = {f"{cell.tool} | {cell.label}": cell for cell in WRITTEN}

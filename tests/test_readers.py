@@ -1,0 +1,179 @@
+"""Who reads a checkpoint, and how it is split among GPUs.
+
+Oracles: the table in ptq/readers.py, case by case; splits against codecs encoding the shares.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from format_examples import random_weight
+
+from ptq.formats import CODECS, Scheme
+from ptq.readers import LOADS, REFUSES, SLOWER, UNKNOWN, Facts, split_problems, verdicts
+
+S4, A4 = Scheme(4, 128, True), Scheme(4, 128, False)
+LINEARS = [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                                 "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]  # fmt: skip
+EXPERTS = [f"model.layers.0.mlp.experts.{index}.{name}" for index in range(2) for name in ("up_proj", "down_proj")]
+
+
+def facts(codec: str, scheme: Scheme, **changes: Any) -> Facts:
+    names = changes.pop("names", LINEARS)
+    schemes = {**dict.fromkeys(names, scheme), **changes.pop("others", {})}
+    settings_ = CODECS[codec].quantization_config({**schemes, "lm_head": None}, damping=None, version="0")
+    settings_ = {key: value for key, value in (settings_ | changes.pop("set", {})).items() if value != "absent"}
+    shapes = dict.fromkeys(schemes, changes.pop("shape", (256, 256)))
+    found = Facts(codec, settings_, schemes, shapes, (), False, {}, (8, 4))
+    return found._replace(**changes)
+
+
+# Facts, and (status, part of the reason) of transformers, vLLM, SGLang: the table in ptq/readers.py, case by case.
+OK, MARLIN = (LOADS, ""), (REFUSES, "4 or 8 bits")
+GPTQMODEL, DENSE, PLAIN = (LOADS, "gptqmodel"), (SLOWER, "expanded to dense"), (SLOWER, "float16 only")
+CASES: dict[str, tuple[Facts, tuple[str, str], tuple[str, str], tuple[str, str]]] = {
+    "gptq": (facts("gptq", S4), GPTQMODEL, OK, OK),
+    "gptq 3 bits": (facts("gptq", Scheme(3, 128, True)), GPTQMODEL, MARLIN, PLAIN),
+    "gptq v2": (facts("gptq_v2", A4), GPTQMODEL, (REFUSES, "must be symmetric"), PLAIN),
+    "gptq v1 asymmetric": (
+        facts("gptq", S4)._replace(schemes=dict.fromkeys(LINEARS, A4)), (REFUSES, "gptqmodel itself"),
+        (REFUSES, "must be symmetric"), PLAIN,
+    ),
+    "gptq v1 asymmetric of gptqmodel": (
+        facts("gptq", S4, set={"meta": {"quantizer": ["gptqmodel:7"]}})._replace(schemes=dict.fromkeys(LINEARS, A4)),
+        GPTQMODEL, (REFUSES, "must be symmetric"), PLAIN,
+    ),
+    "gptq mixed": (
+        facts("gptq", S4, others={"model.layers.0.mlp.down_proj": Scheme(8, 128, True)}),
+        (REFUSES, "`dynamic` is dropped"), OK, OK,
+    ),
+    "gptq with a silent float": (
+        facts("gptq", S4, floats=("model.layers.0.extra",)), GPTQMODEL, OK, (REFUSES, "does not say so (1 such"),
+    ),
+    "gptq with a skipped float": (
+        facts("gptq", S4, floats=("model.layers.0.extra",), set={"dynamic": {r"-:.*extra": {}}}),
+        (REFUSES, "`dynamic` is dropped"), OK, OK,
+    ),
+    "gptq experts": (facts("gptq", S4, names=EXPERTS), (REFUSES, "packed experts"), OK, OK),
+    "gptq experts of 3 bits": (
+        facts("gptq", Scheme(3, 128, True), names=EXPERTS), (REFUSES, "packed experts"), MARLIN,
+        (REFUSES, "without Marlin experts"),
+    ),
+    "gptq without sym": (
+        facts("gptq", S4, set={"sym": "absent"}), GPTQMODEL, (REFUSES, "must have `sym`"), (REFUSES, "must have `sym`"),
+    ),
+    "gptq with strange damping": (facts("gptq", S4, set={"damp_percent": 1.5}), (REFUSES, "between 0 and 1"), OK, OK),
+    "gptq in groups of 16": (
+        facts("gptq", Scheme(4, 16, True)), GPTQMODEL, (UNKNOWN, "found 16"), (UNKNOWN, "found 16"),
+    ),
+    "gptq in odd shapes": (
+        facts("gptq", S4, shape=(96, 256)), GPTQMODEL, (SLOWER, "96 x 256 (6 such"), (SLOWER, "96 x 256"),
+    ),
+    "one of three differs": (
+        facts("compressed-tensors", S4, others={LINEARS[1]: Scheme(8, 128, True)}), DENSE,
+        (REFUSES, "q_proj is fused with"), (REFUSES, "q_proj is fused with"),
+    ),
+    "one expert differs": (
+        facts("compressed-tensors", S4, names=EXPERTS, others={EXPERTS[3]: Scheme(8, 128, True)}), DENSE,
+        (REFUSES, "fused with"), (REFUSES, "fused with"),
+    ),
+    "awq": (facts("awq", A4), GPTQMODEL, OK, OK),
+    "awq without zeros": (
+        facts("awq", S4, set={"zero_point": False}), GPTQMODEL, (SLOWER, "Marlin is not used"), (SLOWER, "float16"),
+    ),
+    "awq experts without zeros": (
+        facts("awq", S4, names=EXPERTS, set={"zero_point": False}), (REFUSES, "packed experts"), (SLOWER, "Marlin"),
+        (REFUSES, "without experts"),
+    ),
+    "awq that skips a fragment": (
+        facts("awq", A4, set={"modules_to_not_convert": ["gate"]}), GPTQMODEL, (REFUSES, "has 'gate'"),
+        (REFUSES, "has 'gate'"),
+    ),
+    "awq with a silent float": (
+        facts("awq", A4, floats=("model.layers.0.extra",)), GPTQMODEL, OK, (REFUSES, "does not say so"),
+    ),
+    "awq as AutoAWQ spells it": (
+        facts("awq", Scheme(4, 64, False), set={"group_size": "absent", "q_group_size": 64}),
+        (REFUSES, "q_group_size is ignored"), OK, OK,
+    ),
+    "compressed-tensors": (facts("compressed-tensors", S4), DENSE, OK, (LOADS, "not on CPUs")),
+    "gpt2": (facts("compressed-tensors", S4, transposed=True), (UNKNOWN, "Conv1D"), (UNKNOWN, ""), (UNKNOWN, "")),
+    "compressed-tensors 3 bits": (facts("compressed-tensors", Scheme(3, 128, True)), DENSE, OK, MARLIN),
+    "compressed-tensors asymmetric": (facts("compressed-tensors", A4), (SLOWER, "dequantize=True"), OK, OK),
+    "compressed-tensors asymmetric 3 bits": (
+        facts("compressed-tensors", Scheme(3, 128, False)), (SLOWER, "dequantize=True"), MARLIN, MARLIN,
+    ),
+    "compressed-tensors asymmetric mixed": (
+        facts("compressed-tensors", A4, others={LINEARS[5]: Scheme(8, 128, False)}),
+        (REFUSES, "takes one scheme"), OK, OK,
+    ),
+    "compressed-tensors asymmetric experts": (
+        facts("compressed-tensors", A4, names=EXPERTS), (REFUSES, "zero points of experts"),
+        (UNKNOWN, "asymmetric experts"), OK,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_readers(case: str) -> None:
+    given, *expected = CASES[case]
+    for verdict, (status, reason) in zip(verdicts(given), expected, strict=True):
+        assert (verdict.status, reason in verdict.reason) == (status, True), verdict
+
+
+SPLITS = [("gptq", S4), ("gptq", Scheme(3, 32, True)), ("gptq_v2", Scheme(8, 32, False)), ("awq", Scheme(4, 32, False)),
+          ("compressed-tensors", Scheme(3, 32, True)), ("compressed-tensors", Scheme(4, 64, False)),
+          ("compressed-tensors", Scheme(5, -1, False))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("codec", "scheme"), SPLITS)
+@pytest.mark.parametrize("role", ["column", "row"])
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_split_is_a_cut_through_the_packed_tensors(codec: str, scheme: Scheme, role: str, parts: int) -> None:
+    """A share encoded for itself must be what cutting the whole's tensors gives, wherever no problem is named."""
+    n, k = 256, 256  # encoders of GPTQ want shares of 32 rows at least
+    given = facts(codec, scheme, names=["x"], shape=(n, k), roles={"x": role}, heads=(8, 8))
+    whole = random_weight(n, k, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+    packed = CODECS[codec].encode("x", whole, torch.float32)
+    if split_problems(given, parts):
+        return
+    if role == "column":
+        share = whole._replace(codes=whole.codes[: n // parts], scales=whole.scales[: n // parts],
+                               zeros=whole.zeros[: n // parts])  # fmt: skip
+    else:
+        groups = max(1, whole.scales.shape[1] // parts)
+        size = (k // parts) // groups
+        share = whole._replace(codes=whole.codes[:, : k // parts], scales=whole.scales[:, :groups],
+                               zeros=whole.zeros[:, :groups], group_size=size)  # fmt: skip
+    for name, tensor in CODECS[codec].encode("x", share, torch.float32).items():
+        if name.endswith(("g_idx", "weight_shape")):
+            continue  # counted, not cut
+        assert torch.equal(tensor, packed[name][tuple(slice(0, size) for size in tensor.shape)]), name
+        cut = [have // want for have, want in zip(packed[name].shape, tensor.shape, strict=True)]
+        assert set(cut) <= {1, parts}, name
+
+
+@pytest.mark.parametrize(
+    ("codec", "scheme", "role", "shape", "parts", "problem"),
+    [
+        ("gptq", S4, "row", (256, 768), 4, "768 / 4 = 192 columns are no whole groups of 128"),
+        ("gptq", S4, "row", (256, 769), 2, "769 columns do not divide by 2"),
+        ("gptq", Scheme(3, 16, True), "row", (256, 64), 4, "64 / 4 = 16 columns of 3 bits are no whole words"),
+        ("gptq", S4, "column", (257, 256), 2, "257 rows do not divide by 2"),
+        ("awq", A4, "column", (24, 256), 8, "24 / 8 = 3 rows of 4 bits are no whole words"),
+        ("compressed-tensors", S4, "column", (24, 256), 8, None),
+        ("compressed-tensors", A4, "column", (24, 256), 8, "24 / 8 = 3 rows of 4 bits"),
+        ("gptq", Scheme(4, -1, True), "row", (256, 768), 4, None),
+    ],
+)
+def test_splits(codec: str, scheme: Scheme, role: str, shape: tuple[int, int], parts: int, problem: str | None) -> None:
+    found = split_problems(facts(codec, scheme, names=["x"], shape=shape, roles={"x": role}, heads=(8, 8)), parts)
+    assert found == [] if problem is None else problem in found[0]
+
+
+def test_few_keys_are_repeated() -> None:
+    """Two heads of keys on eight GPUs: each holds one whole head, 16 rows, though 32 / 8 rows are no word."""
+    name = "model.layers.0.self_attn.k_proj"
+    given = facts("gptq", Scheme(4, 32, True), names=[name], shape=(32, 256), roles={name: "column"}, heads=(8, 2))
+    assert split_problems(given, 8) == []
+    assert split_problems(given._replace(heads=(8, 8)), 8) == [f"{name}: 32 / 8 = 4 rows of 4 bits are no whole words"]
