@@ -15,7 +15,7 @@ import torch
 from ptq.gptq.columns import columns_library
 from ptq.version import VERSION
 
-PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "datasets", "triton", "greenlet")
+PACKAGES = ("transformers", "safetensors", "accelerate", "datasets", "triton", "greenlet")
 
 
 @dataclass
@@ -34,7 +34,8 @@ class Report:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    found = {"ptq": VERSION, "python": platform.python_version()}
+    # torch's own version says which build it is; its package's may not
+    found = {"ptq": VERSION, "python": platform.python_version(), "torch": str(torch.__version__)}
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -116,25 +116,30 @@ def streams() -> None:
 
 
 def graph() -> None:
-    """Capture after a warm-up, replay on new rows; and the message where there was no warm-up."""
+    """Capture after a warm-up, replay on new rows, also where a copy that is no kernel brings them; and the message
+    where there was no warm-up."""
     case, weight = on_device(native(), 512, 2048, 128, symmetric=False)
     launch.warmup(weight, torch.bfloat16)
     for rows in (1, 17, 100, 300, 600) if ON_GPU else (1, 17, 600):
         x = random_rows(rows, 2048, torch.bfloat16)
         there = torch.zeros(rows, 2048, dtype=torch.bfloat16, device=DEVICE)
-        if ON_GPU:
-            recorded = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(recorded):
+        for elsewhere in (None, torch.zeros_like(there)):
+            if ON_GPU:
+                recorded = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(recorded):
+                    if elsewhere is not None:
+                        there.copy_(elsewhere)
+                    y = launch.matmul(there, weight, None)
+                for _ in range(3):
+                    y.fill_(float("nan"))
+                    there.fill_(float("nan"))
+                    (there if elsewhere is None else elsewhere).copy_(x)
+                    recorded.replay()
+                torch.cuda.synchronize()
+            else:
+                there.copy_(x)
                 y = launch.matmul(there, weight, None)
-            there.copy_(x)
-            for _ in range(3):
-                y.fill_(float("nan"))
-                recorded.replay()
-            torch.cuda.synchronize()
-        else:
-            there.copy_(x)
-            y = launch.matmul(there, weight, None)
-        assert worst_error(y.cpu(), x, case, None, tile_cases.weight_rounding(weight, rows, x.dtype, DEVICE)) <= 1
+            assert worst_error(y.cpu(), x, case, None, tile_cases.weight_rounding(weight, rows, x.dtype, DEVICE)) <= 1
     if ON_GPU:
         launch.forget()
         refusal = "none"

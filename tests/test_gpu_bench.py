@@ -152,6 +152,8 @@ def test_a_preference_for_shared_memory(tmp_path: Path, monkeypatch: pytest.Monk
             Library.answer = 1
             with pytest.raises(RuntimeError, match="must take a preferred part of shared memory, it returned 1"):
                 launch._matmul(random_rows(40, 256, torch.bfloat16), weight, None, 0)
+            Library.answer = 0
+        assert told[2:] == [(launches[0].handed[0], 9, -1)]  # Triton keeps what it compiled: as it was
 
 
 def test_what_the_attention_of_the_decoding_bench_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,11 @@ def test_overwritten_operands_are_found() -> None:
     assert sass.early_overwrites([product, wait, write]) == []
     assert sass.early_overwrites([product, "LDS.128 R32, [R1]", wait]) == ["LDS.128 R32, [R1]"]
     assert sass.early_overwrites([product, "SHFL.BFLY PT, R35, R9, 0x1, 0x1f", wait]) != []
+    assert sass.early_overwrites([product, "LOP3.LUT P0, R35, R9, 0xf, RZ, 0xc0, !PT", wait]) != []
+    assert sass.early_overwrites([product, "LDSM.16.M88.2 R31, [R9]", wait]) != []
+    assert sass.early_overwrites([product, "LDSM.16.M88 R31, [R9]", wait]) == []
+    assert sass.early_overwrites([product, "ISETP.GE.AND P0, PT, R33, R32, PT", wait]) == []
+    assert sass.early_overwrites([product, "R2P PR, R33, 0x7f", wait]) == []
     assert sass.early_overwrites([product, "STS [R33], R1", wait]) == []
 
 

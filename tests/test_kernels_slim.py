@@ -83,6 +83,14 @@ def test_every_tile_is_right(emulator: Emulator, product: Product) -> None:
     assert worst_error(y, x, case, bias_of(product), tile_cases.tile_rounding("slim", product.dtype)) <= 1
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_what_tensor_cores_cut_off_is_little(emulator: Emulator, dtype: torch.dtype) -> None:
+    """Oracle: products that are 0 with rows that are all positive, of which a raised weight's sums are large."""
+    product = Product("8x32x1024", 8, (64, 2048, 128), dtype)
+    case, x = tile_cases.cancelling(*product.shape, product.rows, dtype)
+    assert tile_cases.cut_off(multiply(product, x, case), x, case) <= 1
+
+
 def test_every_slim_tile_is_tested() -> None:
     found = {(t.rows, t.span, t.name) for t in configs.tiles(90) if t.kind == "slim"}
     assert found == {(int(p.tile.split("x")[0]), 128, f"{p.tile} slim") for p in PRODUCTS}

@@ -29,6 +29,9 @@ SHAPES = [
 ]
 DTYPES = (torch.bfloat16, torch.float16)
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
+# What raised tiles lose at most, relative to the sum of magnitudes: tensor cores cut what they add off at about the
+# last bit of the sum so far, every 16 columns and always towards 0, and what is subtracted loses other bits.
+CUT = 2.0**-16
 OPTIONS = (tiles.NAMES, (4, 8), SHAPES, DTYPES, (True, False), ROWS, SCALES, (True, False))  # the fields of a Spec
 
 
@@ -92,10 +95,24 @@ def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, device
 def tile_rounding(kind: str, dtype: torch.dtype) -> float:
     """What a tile rounds a weight by, relative.
 
-    Raised and slim ones round none, but subtract 136 or 1,032 times the sum of x from a sum in float32: that is 2**-24
-    of 136 or 1,032, beside weights of up to 8 of which most are above 1.
+    Raised and slim ones round none, but subtract 136 or, of float16, 72 times the sum of x from a sum in float32.
     """
-    return {"exact": 0.0, "raised": UNIT[dtype] / 16, "slim": UNIT[dtype] / 16}.get(kind, UNIT[dtype])
+    return {"exact": 0.0, "raised": CUT, "slim": CUT}.get(kind, UNIT[dtype])
+
+
+def cancelling(n: int, k: int, group: int, rows: int, dtype: torch.dtype) -> tuple[Case, Tensor]:
+    """Positive rows and weights whose product is 0, term by term: what is found instead is what was cut off."""
+    case = random_case(n, k, group, 4, dtype=dtype)
+    codes = case.codes.clamp(min=1)
+    codes[:, 1::2] = 16 - codes[:, ::2]
+    x = random_rows(rows, k, dtype).abs()
+    x[:, 1::2] = x[:, ::2]
+    return case._replace(codes=codes, qweight=ptq_kernels.pack(codes, 4)), x
+
+
+def cut_off(y: Tensor, x: Tensor, case: Case) -> float:
+    """Of `cancelling`: the largest error, in units of what may be cut off; at most 1 is right."""
+    return float((y.double().abs() / (CUT * (x.double() @ dense_float64(case).abs().T))).max())
 
 
 def weight_rounding(weight: PackedWeight, rows: int, dtype: torch.dtype, device: str = "cpu") -> float:

@@ -123,6 +123,11 @@ def other_tiles(layout: str, device: str, kind: str, every: bool = False) -> Non
                 y = tile_cases.multiply(x, tile_cases.tiled(case, layout), bias, device)
             error = worst_error(y, x, case, bias, tile_cases.tile_rounding(tile.kind, dtype))
             assert error <= 1, (plan, n, k, group, symmetric, dtype, scales, error)
+    for tile in chosen if kind in ("raised", "slim") else ():
+        case, x = tile_cases.cancelling(72, 2 * tile.block_k, tile.span, tile.block_m, fp16)
+        with launch.forced(configs.Plan(tile, 1)):
+            y = tile_cases.multiply(x, tile_cases.tiled(case, layout), None, device)
+        assert tile_cases.cut_off(y, x, case) <= 1, tile
 
 
 def overflow(layout: str, device: str) -> None:

@@ -87,12 +87,18 @@ def timings(gpu: Gpu, clock: tune.Timer, problem: Problem, without: list[str]) -
         for splits in tune.SPLITS:
             if not configs.fits(variant.tile, problem, splits):
                 continue
-            try:
-                microseconds = clock(Plan(variant.tile, splits, variant.early), problem)
-                yield record | {"splits": splits, "microseconds": microseconds}
-            except (TritonError, RuntimeError) as error:  # a form that this Triton cannot compile
-                yield record | {"splits": splits, "refused": f"{type(error).__name__}: {error}"[:200]}
+            found = record | timed(clock, Plan(variant.tile, splits, variant.early), problem)
+            yield found
+            if "refused" in found:
                 break
+
+
+def timed(clock: tune.Timer, plan: Plan, problem: Problem) -> dict[str, Any]:
+    """Part of a record: how long a plan takes, or why this Triton cannot compile it."""
+    try:
+        return {"splits": plan.splits, "microseconds": clock(plan, problem)}
+    except (TritonError, RuntimeError) as error:
+        return {"splits": plan.splits, "refused": f"{type(error).__name__}: {error}"[:200]}
 
 
 def chunks(clock: tune.Timer, n: int, k: int) -> Iterator[dict[str, Any]]:
@@ -112,19 +118,30 @@ def chunks(clock: tune.Timer, n: int, k: int) -> Iterator[dict[str, Any]]:
 def most_shared() -> Iterator[None]:
     """Every kernel that is compiled inside asks for as much shared memory as a multiprocessor has, whatever it needs.
 
-    Those that ask for different amounts may have to wait for each other, and one that begins early should not.
+    Those that ask for different amounts may have to wait for each other, and one that begins early should not. After it
+    they ask for what they need again: Triton keeps what it compiled.
     """
-    usual = enqueue.Compiled.__init__
+    usual, asked = enqueue.Compiled.__init__, []
 
     def asking(made: enqueue.Compiled, kernel: Any, constants: tuple[Any, ...]) -> None:
         usual(made, kernel, constants)
         kernel._init_handles()
-        code = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(kernel.function), CARVEOUT, 100)
-        if code:
-            raise RuntimeError(f"the driver must take a preferred part of shared memory, it returned {code}")
+        prefer(kernel.function, 100)
+        asked.append(kernel.function)
 
-    with patch.object(enqueue.Compiled, "__init__", asking):
-        yield
+    try:
+        with patch.object(enqueue.Compiled, "__init__", asking):
+            yield
+    finally:
+        for function in asked:
+            prefer(function, -1)
+
+
+def prefer(function: int, percent: int) -> None:
+    """Tell the driver which part of a multiprocessor's memory should be shared memory; -1: what the kernel needs."""
+    code = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), CARVEOUT, percent)
+    if code:
+        raise RuntimeError(f"the driver must take a preferred part of shared memory, it returned {code}")
 
 
 def preferences(gpu: Gpu, clock: tune.Timer, n: int, k: int) -> Iterator[dict[str, Any]]:
@@ -137,9 +154,8 @@ def preferences(gpu: Gpu, clock: tune.Timer, n: int, k: int) -> Iterator[dict[st
         plan = Plan(tile, configs.splits_by_rule(gpu, tile, problem), early)
         for name, asking in (("", nullcontext), (", most shared memory", most_shared)):
             with asking():
-                microseconds = clock(plan, problem)
-            found = {"n": n, "k": k, "m": configs.FEW, "variant": Variant(tile, early).name + name}
-            yield found | {"splits": plan.splits, "microseconds": microseconds}
+                found = timed(clock, plan, problem)
+            yield {"n": n, "k": k, "m": configs.FEW, "variant": Variant(tile, early).name + name} | found
 
 
 def main() -> None:
@@ -157,6 +173,8 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     shapes = SHAPES[:1] if options.tiny else [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)]
     for n, k in shapes:
+        if time.monotonic() > end:
+            break
         records += chunks(clock, n, k)
         records += preferences(gpu, clock, n, k)
         options.output.write_text(json.dumps({"records": records}, indent=1))

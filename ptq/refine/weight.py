@@ -37,7 +37,7 @@ class TunedWeight:
 
     def dense(self) -> Tensor:
         """The weight, float32 ``[N, K]``."""
-        codes = _held_as(self.codes, torch.round(self.codes.detach())).clamp(0, self._top)
+        codes = _whole(self.codes, self._top)
         groups = codes.reshape(*self._start.scales.shape, self._start.group_size)
         centred = groups - self._whole_zeros().unsqueeze(-1)
         return (centred * self._stored_scales().unsqueeze(-1)).reshape(codes.shape)
@@ -54,7 +54,17 @@ class TunedWeight:
         return _held_as(scales, round_scales(scales.detach(), self._scale_dtype))
 
     def _whole_zeros(self) -> Tensor:
-        return _held_as(self.zeros, torch.round(self.zeros.detach())).clamp(0, self._top)
+        return _whole(self.zeros, self._top)
+
+
+def _whole(latent: Tensor, top: int) -> Tensor:
+    """Rounded to 0..top, with the gradient of ``latent`` where rounding alone leads there.
+
+    Not by torch's clamp: at 0 and at the top its gradient is 1 up to torch 2.13, and 0 from 2.14 on.
+    """
+    stored = torch.round(latent.detach())
+    inside = (stored >= 0) & (stored <= top)
+    return stored.clamp_(0, top) + (latent - latent.detach()) * inside
 
 
 def _held_as(latent: Tensor, stored: Tensor) -> Tensor:

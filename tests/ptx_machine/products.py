@@ -40,6 +40,18 @@ def _rows(words: NDArray[np.uint32], kind: str) -> NDArray[np.float32]:
     return parts.transpose(1, 2, 0, 3, 4).reshape(16, 16)
 
 
+def _added(a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """``a b^T + c`` as tensor cores have it: products of 16 bits are exact, what they add up to is cut, not rounded.
+
+    They cut what is added too, some bits further down; how many is not published.
+    """
+    exact = a.astype(np.float64) @ b.astype(np.float64).T
+    if c is not None:
+        exact += c
+    nearest = exact.astype(np.float32)
+    return np.where(np.abs(nearest) > np.abs(exact), np.nextafter(nearest, np.float32(0)), nearest)
+
+
 class Product:
     """A product under way."""
 
@@ -52,11 +64,13 @@ class Product:
         a = _rows(np.stack([registers[slot] for slot in form.operands]), form.kind)
         raw = warp.block.shared.data.reshape(-1, CHUNK)[self.chunks].reshape(-1).view(np.uint16)
         b = widen(raw, form.kind).reshape(form.columns, 16)
-        d = a * np.float32(form.signs[0]) @ (b * np.float32(form.signs[1])).T
+        c = None
+        if self.adds:
+            c = np.stack([registers[slot] for slot in form.accumulators]).view(np.float32)
+            c = c.reshape(form.columns // 8, 2, 2, 8, 4).transpose(1, 3, 0, 4, 2).reshape(16, form.columns)
+        d = _added(a * np.float32(form.signs[0]), b * np.float32(form.signs[1]), c)
         # of column 8j + 2t + e and row 8h + g, d[4j + 2h + e] of lane 4g + t
         flat = d.reshape(2, 8, form.columns // 8, 4, 2).transpose(2, 0, 4, 1, 3).reshape(-1, 32)
-        if self.adds:
-            flat = flat + np.stack([registers[slot] for slot in form.accumulators]).view(np.float32)
         bits = np.ascontiguousarray(flat, np.float32).view(np.uint32)
         for slot, row in zip(form.accumulators, bits, strict=True):
             registers[slot] = row
@@ -148,8 +162,9 @@ def decode_product_of_a_warp(instruction: Instruction, slot_of: Callable[[Operan
         columns = np.stack([warp.registers[slot] for slot in b]).reshape(-1).view(np.uint16)
         columns = widen(columns, kind).reshape(2, 8, 4, 2).transpose(1, 0, 2, 3).reshape(8, 16)
         # of row 8h + g and column 2t + e, d[2h + e] of lane 4g + t
-        found = (rows @ columns.T).reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, 32)
-        found = found + np.stack([warp.registers[slot] for slot in c]).view(np.float32)
+        added = np.stack([warp.registers[slot] for slot in c]).view(np.float32)
+        added = added.reshape(2, 2, 8, 4).transpose(0, 2, 3, 1).reshape(16, 8)
+        found = _added(rows, columns, added).reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, 32)
         for slot, row in zip(d, np.ascontiguousarray(found, np.float32).view(np.uint32), strict=True):
             warp.registers[slot] = row
 

@@ -1,9 +1,10 @@
 """Unpacking of fragment-order tiles (tiles.py) into the operand of a tensor-core product, as parts of Triton kernels.
 
 A 4-bit code becomes a float without a conversion instruction: put under the mantissa of a power of two whose last bits
-count in ones, it reads 128 + code in bfloat16 and 1024 + code in float16. So does an 8-bit code in float16; bfloat16
-has too few bits for it and takes the detour over float32. What the code was raised by is subtracted together with the
-zero: small integers, exact.
+count in ones, it reads 128 + code in bfloat16. In float16, four bits further up, it reads 64 + code: raised tiles
+(tiled.py) multiply with what it reads, and tensor cores cut what they add to a sum off at the sum's own last bits. An
+8-bit code reads 1024 + code in float16; bfloat16 has too few bits for it and takes the detour over float32. What the
+code was raised by is subtracted together with the zero: small integers, exact.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -13,6 +14,14 @@ zero: small integers, exact.
 
 import triton
 import triton.language as tl
+
+
+@triton.constexpr_function
+def raise_of(bits, dtype):
+    """What is added to a code."""
+    if dtype == tl.bfloat16:
+        return 128.0 if bits == 4 else -128.0
+    return 64.0 if bits == 4 else 1024.0
 
 
 @triton.jit
@@ -39,17 +48,17 @@ def _codes4_bf16(q):
 
 @triton.jit
 def _codes4_fp16(q):
-    """uint8 -> two float16 tensors of its shape, 1024 + code."""
+    """uint8 -> two float16 tensors of its shape, 64 + code."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 a, b, c;
-        shr.u32 a, $4, 4;
-        shr.u32 b, $4, 8;
-        shr.u32 c, $4, 12;
-        lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $1, a, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $2, b, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $3, c, 0x000F000F, 0x64006400, 0xEA;
+        shl.b32 a, $4, 4;
+        shr.u32 b, $4, 4;
+        shr.u32 c, $4, 8;
+        lop3.b32 $1, $4, 0x00F000F0, 0x54005400, 0xEA;
+        lop3.b32 $0, a, 0x00F000F0, 0x54005400, 0xEA;
+        lop3.b32 $2, b, 0x00F000F0, 0x54005400, 0xEA;
+        lop3.b32 $3, c, 0x00F000F0, 0x54005400, 0xEA;
         }""",
         "=r,=r,=r,=r,r",
         [q],
@@ -93,7 +102,7 @@ def _codes8_fp16(q):
         prmt.b32 $0, $2, 0x64646464, 0x4140;
         prmt.b32 $1, $2, 0x64646464, 0x4342;
         }""",
-        "=r,=r,r",
+        "=&r,=&r,r",
         [q],
         dtype=tl.float16,
         is_pure=True,
@@ -103,7 +112,7 @@ def _codes8_fp16(q):
 
 @triton.jit
 def _codes4_plain(q, TILES: tl.constexpr, H: tl.constexpr):
-    """What the assembly of 4 bits computes, in float32 and without the 128 or 1024: byte b of a word stands for fields
+    """What the assembly of 4 bits computes, in float32 and not raised: byte b of a word stands for fields
     2 (b // 2) and, in the second result, 8 bits further, of the half word b % 2.
     """
     b = tl.arange(0, 4)
@@ -118,7 +127,7 @@ def _codes4_plain(q, TILES: tl.constexpr, H: tl.constexpr):
 def raised_codes(q, BITS: tl.constexpr, ORDER: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr,
                  USE_ASM: tl.constexpr):  # fmt: skip
     """What lies at `tile_pointers` -> raised codes ``[BN, BK]`` in DTYPE. The shapes only rename registers."""
-    RAISED: tl.constexpr = 1024.0 if DTYPE != tl.bfloat16 else 128.0 if BITS == 4 else -128.0
+    RAISED: tl.constexpr = raise_of(BITS, DTYPE)
     A: tl.constexpr = BN // 64
     B: tl.constexpr = (BK + 63) // 64
     H: tl.constexpr = BK // B // 32  # halves of a tile: 2, or 1 where BK is 32
@@ -182,25 +191,25 @@ def _words4_bf16(q):
 
 @triton.jit
 def _words4_fp16(q):
-    """int32 -> eight float16 tensors of its shape, 1024 + code: element e of output 4 w + i is field i, of the half
+    """int32 -> eight float16 tensors of its shape, 64 + code: element e of output 4 w + i is field i, of the half
     words e, of word w of a pair."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 a, b, c;
-        shr.u32 a, $8, 4;
-        shr.u32 b, $8, 8;
-        shr.u32 c, $8, 12;
-        lop3.b32 $0, $8, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $1, a, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $2, b, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $3, c, 0x000F000F, 0x64006400, 0xEA;
-        shr.u32 a, $9, 4;
-        shr.u32 b, $9, 8;
-        shr.u32 c, $9, 12;
-        lop3.b32 $4, $9, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $5, a, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $6, b, 0x000F000F, 0x64006400, 0xEA;
-        lop3.b32 $7, c, 0x000F000F, 0x64006400, 0xEA;
+        shl.b32 a, $8, 4;
+        shr.u32 b, $8, 4;
+        shr.u32 c, $8, 8;
+        lop3.b32 $0, a, 0x00F000F0, 0x54005400, 0xEA;
+        lop3.b32 $1, $8, 0x00F000F0, 0x54005400, 0xEA;
+        lop3.b32 $2, b, 0x00F000F0, 0x54005400, 0xEA;
+        lop3.b32 $3, c, 0x00F000F0, 0x54005400, 0xEA;
+        shl.b32 a, $9, 4;
+        shr.u32 b, $9, 4;
+        shr.u32 c, $9, 8;
+        lop3.b32 $4, a, 0x00F000F0, 0x54005400, 0xEA;
+        lop3.b32 $5, $9, 0x00F000F0, 0x54005400, 0xEA;
+        lop3.b32 $6, b, 0x00F000F0, 0x54005400, 0xEA;
+        lop3.b32 $7, c, 0x00F000F0, 0x54005400, 0xEA;
         }""",
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
         [q],
@@ -235,9 +244,11 @@ def half_tiles(q, TILES: tl.constexpr):
 @triton.jit
 def raised_zero(zero, BITS: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
     """uint8 zeros -> DTYPE, raised as the codes are; by or, so that no integer is converted."""
-    RAISED: tl.constexpr = 1024.0 if DTYPE != tl.bfloat16 else 128.0 if BITS == 4 else -128.0
+    RAISED: tl.constexpr = raise_of(BITS, DTYPE)
     if not USE_ASM:
         return zero.to(tl.float32) + RAISED
+    elif DTYPE != tl.bfloat16 and BITS == 4:
+        return ((zero.to(tl.uint16) << 4) | 0x5400).to(tl.float16, bitcast=True)
     elif DTYPE != tl.bfloat16:
         return (zero.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
     elif BITS == 4:
@@ -249,7 +260,7 @@ def raised_zero(zero, BITS: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.const
 @triton.jit
 def centered(t, zero, BITS: tl.constexpr, ASYM: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
     """Raised codes ``[..., columns]`` minus their uint8 zeros ``[...]``, or minus the middle of the range."""
-    MIDDLE: tl.constexpr = (1024.0 if DTYPE != tl.bfloat16 else 128.0 if BITS == 4 else -128.0) + 2 ** (BITS - 1)
+    MIDDLE: tl.constexpr = raise_of(BITS, DTYPE) + 2 ** (BITS - 1)
     if ASYM:
         return t - tl.expand_dims(raised_zero(zero, BITS, DTYPE, USE_ASM), -1)
     elif MIDDLE == 0:

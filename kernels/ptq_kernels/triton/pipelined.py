@@ -82,9 +82,9 @@ def _scaled(t, scale, zero, ASYM: gl.constexpr, DTYPE: gl.constexpr):
             "{ .reg .b32 a, b; mov.b32 b, 0x43084308; sub.bf16x2 a, $1, b; mul.bf16x2 $0, a, $2; }", "=r,r,r",
             [t, scale], dtype=gl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
-    else:  # less 1032
+    else:  # less 72
         return gl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; mov.b32 b, 0x64086408; sub.f16x2 a, $1, b; mul.f16x2 $0, a, $2; }", "=r,r,r",
+            "{ .reg .b32 a, b; mov.b32 b, 0x54805480; sub.f16x2 a, $1, b; mul.f16x2 $0, a, $2; }", "=r,r,r",
             [t, scale], dtype=gl.float16, is_pure=True, pack=2,
         )  # fmt: skip
 

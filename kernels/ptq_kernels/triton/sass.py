@@ -70,15 +70,13 @@ def opcode(line: str) -> str:
 def _written(line: str) -> set[int]:
     """Registers that an instruction writes."""
     operation, _, operands = _bare(line).partition(" ")
-    if operation.startswith("SHFL"):
-        operands = operands.partition(",")[2]
-    first = re.match(r"R(\d+)\b", operands.strip())
+    first = re.match(r"(?:P[0-9T],\s*)?R(\d+)\b", operands.strip())  # some write a predicate before it
     reads_only = ("STS", "STG", "STL", "ST", "RED", "BAR", "BRA", "LDGSTS", "WARPGROUP", "DEPBAR")
     if first is None or operation.split(".")[0] in reads_only:
         return set()
-    width = (
-        4 if ".128" in operation or operation.endswith(".4") else 2 if ".64" in operation or ".WIDE" in operation else 1
-    )
+    width = 4 if ".128" in operation else 2 if ".64" in operation or ".WIDE" in operation else 1
+    if operation.startswith("LDSM"):
+        width = int(operation[-1]) if operation[-1] in "24" else 1
     if shape := re.search(r"HGMMA\.64x(\d+)x", operation):
         width = int(shape[1]) // 2
     return set(range(int(first[1]), int(first[1]) + width))

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ptq_kernels.triton.ahead import ask_for, ask_for_groups, depend, groups_of
-from ptq_kernels.triton.fragments import codes4_of_words, raised_zero
+from ptq_kernels.triton.fragments import codes4_of_words, raise_of, raised_zero
 from ptq_kernels.triton.pointers import padded, scales_of, zeros_of
 
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton 3.9 renamed it
@@ -92,7 +92,7 @@ def _group_pointers(base, first_n, BN: gl.constexpr):
 def _fetch(ring, sources, warps, in_m, slot, step, width, BK: gl.constexpr, GROUP: gl.constexpr, ASYM: gl.constexpr):
     """Ask for a step of the weight, of x, and of scales and zeros, of which each warp's columns have one a row.
 
-    Rows of x beyond M stay what they are: their products are not stored.
+    Rows of x beyond M are zeros, and their products are not stored.
     """
     q_ptrs, x_ptrs, scale_ptrs, zero_ptrs = sources
     qs, xs, scales, zeros = ring
@@ -132,10 +132,7 @@ def _product(q, x, scale, zero, ones, BN: gl.constexpr, ASYM: gl.constexpr, MMA:
     sums = mma_v2(ones, x, gl.zeros([WARPS, 16, BM], gl.float32, MMA)).reshape(WARPS, 1, 16, BM)
     sums = sums.broadcast_to((WARPS, ROWS, 16, BM)).reshape(WARPS, BN, BM)
     sums = gl.convert_layout(sums, MMA, assert_trivial=True)  # the same in all 16 rows
-    if ASYM:
-        raised = gl.expand_dims(raised_zero(zero, 4, DTYPE, True).to(gl.float32), 2)
-    else:
-        raised = (128.0 if gl.bfloat16 == DTYPE else 1024.0) + 8
+    raised = gl.expand_dims(raised_zero(zero, 4, DTYPE, True).to(gl.float32), 2) if ASYM else raise_of(4, DTYPE) + 8
     return (total - sums * raised) * gl.expand_dims(scale.to(gl.float32), 2)
 
 

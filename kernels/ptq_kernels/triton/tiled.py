@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ptq_kernels.triton.ahead import ask, depend
-from ptq_kernels.triton.fragments import centered, half_tiles, raised_codes, raised_zero
+from ptq_kernels.triton.fragments import centered, half_tiles, raise_of, raised_codes, raised_zero
 from ptq_kernels.triton.pointers import load_x, padded, scale_and_zero, scale_pointers, tile_pointers
 from ptq_kernels.triton.splits import own_steps, own_tile, store
 
@@ -59,7 +59,7 @@ def _part(q, x, scale, zero, ones, BITS: tl.constexpr, ORDER: tl.constexpr, BN: 
         if ASYM:
             raised = raised_zero(zero, BITS, DTYPE, USE_ASM).to(tl.float32)[:, None]
         else:
-            raised = (1024.0 if DTYPE != tl.bfloat16 else 128.0) + 2 ** (BITS - 1)
+            raised = raise_of(BITS, DTYPE) + 2 ** (BITS - 1)
         return (total - sums * raised) * scale.to(tl.float32)[:, None]
 
 
