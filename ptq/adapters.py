@@ -15,6 +15,7 @@ from ptq.errors import ConfigError
 from ptq.formats.checkpoint import ShardWriter, atomic_write_text, read_json, staged_directory
 from ptq.models.loading import build_skeleton, working_dtype
 from ptq.models.structure import is_transposed
+from ptq.models.tying import state_ties
 from ptq.nn.fuse import FusedLinear
 from ptq.nn.linear import QuantLinear
 from ptq.pipeline import NOT_COPIED
@@ -210,4 +211,5 @@ def _write_description(source: Checkpoint, staged: Path) -> None:
     for key in ("quantization_config", "torch_dtype"):
         settings.pop(key, None)
     settings["dtype"] = str(source.dtype).removeprefix("torch.")
+    state_ties(source.hf_config, settings)
     atomic_write_text(staged / "config.json", json.dumps(settings, indent=2) + "\n")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptq.cli_adapters import merge_arguments
 from ptq.cli_compare import compare_arguments, sweep_arguments
+from ptq.cli_places import expand_places
 from ptq.cli_push import lint_arguments, push_arguments
 from ptq.cli_tasks import run_tasks, task_arguments
 from ptq.cli_tune import run_tune, tune_arguments
@@ -60,6 +61,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
     options = parser.parse_args(arguments)
     action: Callable[[argparse.Namespace], int] = options.action
     try:
+        expand_places(options)
         return action(options)
     except KeyboardInterrupt as interruption:
         left = f": {interruption}" if str(interruption) else ""  # said by what has something on the disk
@@ -163,7 +165,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _try(config: "RunConfig", overwrite: bool) -> int:
-    """What a run does before it reads a weight: output, plan, calibration text; and whether the disk has room."""
+    """What a run does before it reads a weight: output, plan, texts; and whether the disk has room."""
+    from ptq.evaluation import require_text
     from ptq.formats.staging import output_path, require_writable
     from ptq.predict import require_disk
     from ptq.prepared import Prepared
@@ -172,6 +175,7 @@ def _try(config: "RunConfig", overwrite: bool) -> int:
     plan, found = _print_plan(config)
     if config.calibrates:
         Prepared().batches(plan)
+    require_text(plan)
     require_disk(found, config)
     return 0
 
@@ -215,8 +219,6 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 def _eval(options: argparse.Namespace) -> int:
     from ptq.gate import parse_condition, require_parent, require_passed
 
-    if options.json and not (folder := Path(options.json).expanduser().parent).is_dir():
-        raise ConfigError(f"--json must name a file in a directory that exists; {folder} does not: create it")
     conditions = [parse_condition(text) for text in options.fail_if]
     require_parent(conditions, options.parent)
     document = run_tasks(options)

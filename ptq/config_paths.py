@@ -14,7 +14,7 @@ SHIPPED = Path(__file__).parent / "configs"
 
 def resolve_config_path(name: str | Path) -> Path:
     """The configuration file ``name``; a bare name is looked for in the working directory, then in ``configs/``."""
-    path = Path(name).expanduser()
+    path = Path(expanded(str(name)))
     bare = len(path.parts) == 1 and not path.is_absolute()
     tried = [path, SHIPPED / path] if bare else [path]
     for candidate in tried:
@@ -25,6 +25,16 @@ def resolve_config_path(name: str | Path) -> Path:
         f"no configuration file at {_places(tried)}"
         f"{suggestion(path.name, shipped)}; the ones that come with ptq are {', '.join(shipped)}"
     )
+
+
+def expanded(name: str) -> str:
+    """A path or the name of a model on the hub, with the home directory for ``~``. Raises ConfigError for no home."""
+    if not name.startswith("~"):
+        return name
+    try:
+        return str(Path(name).expanduser())
+    except RuntimeError as error:
+        raise ConfigError(f"{name} must begin with a home directory that there is, found none: write it out") from error
 
 
 def search_roots(config_file: Path) -> list[Path]:
@@ -46,14 +56,14 @@ def with_variables(name: str, key: str) -> str:
 
 def find_directory(name: str, roots: Sequence[Path]) -> str | None:
     """The directory ``name`` below the first of ``roots`` that has it."""
-    return next((str(path) for root in roots if (path := root / Path(name).expanduser()).is_dir()), None)
+    return next((str(path) for root in roots if (path := root / expanded(name)).is_dir()), None)
 
 
 def find_files(names: Sequence[str], key: str, roots: Sequence[Path]) -> tuple[str, ...]:
     """Each file of ``names`` below the first of ``roots`` that has it; ``key`` is for the error."""
     located = []
     for name in (with_variables(name, key) for name in names):
-        tried = [root / Path(name).expanduser() for root in roots]
+        tried = [root / expanded(name) for root in roots]
         found = next((path for path in tried if path.is_file()), None)
         if found is None:
             raise ConfigError(f"{key} must name files that exist, found none at {_places(tried)}; check the path")

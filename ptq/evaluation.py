@@ -19,6 +19,14 @@ from ptq.runtime import Checkpoint, open_checkpoint, open_stream
 COLUMNS = {"perplexity": ".3f", "kl": ".5f", "top1": ".2%", "megabytes": ".1f"}
 
 
+def require_text(plan: Plan) -> None:
+    """Raise DataError where there is too little text to evaluate on, which no run should learn after hours."""
+    if plan.config.evaluation is not None:
+        tokenizer = load_tokenizer(plan.directory, plan.config.trust_remote_code)
+        for _ in evaluation_windows(plan.config.evaluation, tokenizer):
+            pass
+
+
 def evaluate_run(plan: Plan, output: Path) -> dict[str, Any]:
     """Metrics of the parent, of its weights rounded to nearest, and of the checkpoint just written."""
     settings = plan.config.evaluation

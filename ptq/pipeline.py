@@ -16,12 +16,13 @@ from ptq.calibration.data import token_hash
 from ptq.config import BitBudget, RunConfig, dump
 from ptq.distributed import ALONE, Ranks
 from ptq.errors import ConfigError
-from ptq.evaluation import evaluate_run
+from ptq.evaluation import evaluate_run, require_text
 from ptq.formats.checkpoint import atomic_write_text, read_json
 from ptq.journal import Journal
 from ptq.journal_directory import RunDirectory, run_directory
 from ptq.journal_signature import signature_of
 from ptq.models.experts import routers
+from ptq.models.tying import state_ties
 from ptq.nn.linear import kernels_in_use
 from ptq.page_report import report_page
 from ptq.parent import parent_of
@@ -86,6 +87,7 @@ def quantize(
         ranks.told(place.path if report is None else None)
         if report is None:
             report = Report(Path(config.output), _described(plan, ranks))
+            require_text(plan)
             plan, batches = _calibrate(plan, report.document, progress, prepared or Prepared(), ranks)
             _solve_and_write(plan, batches, place, report.document, progress, ranks)
             _write_report(report, place.checkpoint, progress, started)
@@ -240,6 +242,7 @@ def _write_description(plan: Plan, staged: Path) -> None:
     settings["quantization_config"] = quantization
     settings.pop("torch_dtype", None)
     settings["dtype"] = str(plan.dtype).removeprefix("torch.")
+    state_ties(plan.hf_config, settings)
     if any(plan.names.is_tied(f"{name}.weight") for name in head_targets(plan)):
         settings["tie_word_embeddings"] = False  # a packed head cannot share the embedding's storage
     ignore = shutil.ignore_patterns(*NOT_COPIED)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.block import quantize_block
-from ptq.config import AWQConfig, GPTQConfig, RefineConfig, RunConfig, scheme_for, unused_patterns
+from ptq.config import WIDTHS, AWQConfig, GPTQConfig, RefineConfig, RunConfig, scheme_for, unused_patterns
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.grid import resolve_group_size
@@ -64,6 +64,10 @@ def quantize_linears(
         NumericsError: NaN or infinity in weights or activations.
         UnsupportedModelError: a layer that the batches do not reach.
     """
+    if not isinstance(bits, int) or bits not in WIDTHS:
+        raise ConfigError(
+            f"bits must be 2, 3, 4 or 8, found {bits!r}; a budget needs a language model: python -m ptq.gptq"
+        )
     config = build(RunConfig, {
         "model": "module", "output": "module", "method": method, "bits": bits, "group_size": group_size,
         "symmetric": symmetric, "exclude": list(exclude), "gptq": asdict(gptq or GPTQConfig()),

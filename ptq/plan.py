@@ -172,6 +172,8 @@ def _check_head(skeleton: nn.Module, names: SourceNames, schemes: dict[str, Sche
 
 
 def _check_patterns(config: RunConfig, modules: list[str]) -> None:
+    if "lm_head" in config.exclude and "lm_head" in config.overrides:
+        raise ConfigError("overrides of lm_head have no effect while `exclude` has it: take lm_head out of `exclude`")
     unused = [p for p in unused_patterns(config, modules) if p != "lm_head"]
     if unused:
         names = dict.fromkeys([*modules, *(m.rpartition(".")[2] for m in modules)])  # many end alike

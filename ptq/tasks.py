@@ -159,10 +159,15 @@ def _run(
     names: Sequence[str] = manager.match_tasks(list(settings.names))
     with _without_launcher_advice():
         harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, backend="causal")
-    result: dict[str, Any] = simple_evaluate(
-        harnessed, tasks=list(names), task_manager=manager, num_fewshot=settings.fewshot, limit=settings.limit,
-        apply_chat_template=settings.chat_template, log_samples=False, bootstrap_iters=BOOTSTRAPS,
-    )  # fmt: skip
+    try:
+        result: dict[str, Any] = simple_evaluate(
+            harnessed, tasks=list(names), task_manager=manager, num_fewshot=settings.fewshot, limit=settings.limit,
+            apply_chat_template=settings.chat_template, log_samples=False, bootstrap_iters=BOOTSTRAPS,
+        )  # fmt: skip
+    except ValueError as error:  # more examples than a task has, for one
+        raise ConfigError(
+            f"the harness must be able to run {', '.join(names)} as asked, it says: {error}; see fewshot and limit"
+        ) from error
     return result
 
 

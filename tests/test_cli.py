@@ -15,6 +15,8 @@ import torch
 
 import ptq
 from ptq import cli, plan, walk
+from ptq.config import load_config
+from ptq.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-llama"
@@ -77,8 +79,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
 def test_dry_run_refuses_what_the_run_would(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An output that exists, unless it may be replaced, and text that is too short; not `ptq plan`."""
+    """An output that exists, unless it may be replaced, and text that is too short; not `ptq plan`.
+
+    No weight is read for it, by a dry run or the run.
+    """
     monkeypatch.setattr(plan.CheckpointReader, "tensor", None)
+    (tmp_path / "short.txt").write_text("Call me")
+    for more in (["--dry-run"], []):
+        assert quantize(tmp_path / "out", *more, f"--set=evaluation.files=[{tmp_path}/short.txt]") == 1
+        assert "short.txt: a window of 32 tokens is required, found" in capsys.readouterr().err
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "config.json").write_text("{}")
@@ -105,6 +114,10 @@ def test_dry_run_refuses_what_the_run_would(
     ("eval", ["--text", "a.txt", "--window", "64", "--stride", "65"], "--stride must be at most --window (64), found"),
     ("eval", ["--text", "a.txt", "--tokens", "511"], "--tokens must hold a window of 512 for each of 1 file"),
     ("compare", ["--text", "a.txt", "--parent", "x", "--window", "1"], "--window must be 2 or more, found 1"),
+    ("eval", ["--text", "a.txt", "--json", "."], "--json must name a file, . is a directory: name a file in it"),
+    ("inspect", ["--html", str(TEXT)], f"--html must name a file, {TEXT} is a directory: name a file in it"),
+    ("inspect", ["--html", "/proc/x.html"], "--html must name a file that can be written; /proc takes none"),
+    ("eval", ["--text", "~nobody-of-that-name/a.txt"], "must begin with a home directory that there is, found none"),
     ("export", ["--type", "F16", "--device", "cpu"], "--device need --text FILE to solve on; found none"),
     ("export", ["--type", "Q4_0", "--config", "demo.yaml", "--samples", "3"], "found --config, which has its own"),
 ])  # fmt: skip
@@ -113,6 +126,22 @@ def test_options_that_cannot_be_followed(
 ) -> None:
     assert cli.main([verb, str(MODEL), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_home_directories_where_a_shell_leaves_them(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ``--json=~/x``. Oracle: what is read and written there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "made").symlink_to(checkpoint)
+    (tmp_path / "a.txt").symlink_to(TEXT / "eval-novel.txt")
+    text = ["--text=~/a.txt", "--tokens=64", "--window=32"]
+    assert cli.main(["eval", "~/made", *text, "--json=~/figures.json"]) == 0
+    assert json.loads((tmp_path / "figures.json").read_text())["text"] == [str(tmp_path / "a.txt")]
+    assert cli.main(["compare", "~/made", "--parent", str(MODEL), *text, "--out=~/compared"]) == 0
+    assert (tmp_path / "compared" / "compare.json").is_file()
+    with pytest.raises(ConfigError, match="~nobody-of-that-name/x must begin with a home directory that there is"):
+        load_config("demo.yaml", ["model=~nobody-of-that-name/x"])
 
 
 def test_eval_and_inspect(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +178,7 @@ USAGE = {
     "format cannot hold it": (["format=awq", "bits=8"], "compressed-tensors"),
     "pattern matches nothing": (["exclude=[lm_head, mlp.down_projj]"], "down_proj or model.layers.7.mlp.down_proj?"),
     "everything excluded": (["exclude=[lm_head, model]"], "at least one Linear"),
+    "head in and out": (["overrides={lm_head: {bits: 8}}"], "overrides of lm_head have no effect while `exclude` has"),
     "outside blocks": (["exclude=[]", "overrides={lm_head: {group_size: 100}}"], "lm_head"),
     "too long for the model": (["calibration.sequence_length=4096"], "context of 1024"),
     "window too long": (["evaluation.window=4096", "evaluation.tokens=9000"], "context of 1024"),

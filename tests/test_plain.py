@@ -321,8 +321,9 @@ OK = {"calibration_batches": inputs(1), "group_size": 16}
     ("make", "options", "message"),
     [
         (MLP, {"method": "obq"}, "method must be gptq, awq or rtn, found 'obq'"),
-        (MLP, {"bits": 5}, "bits must be 2, 3, 4 or 8, or {budget: average}, found 5"),
-        (MLP, {"bits": True}, "bits must be a whole number, found True"),
+        (MLP, {"bits": 5}, "bits must be 2, 3, 4 or 8, found 5; a budget needs a language model: python -m ptq.gptq"),
+        (MLP, {"bits": True}, "bits must be 2, 3, 4 or 8, found True"),
+        (MLP, {"bits": {"budget": 3.5}}, "bits must be 2, 3, 4 or 8, found {'budget': 3.5}"),
         (MLP, {"group_size": 0}, "group_size must be -1 .* or 1 or more columns, found 0"),
         (MLP, {"group_size": 24}, "group_size must divide .*; up has 32, which 24 does not divide: use 32 or 16"),
         (MLP, {"gptq": GPTQConfig(damping=0.0)}, "gptq.damping must be above 0, at most 1, found 0.0"),

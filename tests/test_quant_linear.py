@@ -84,6 +84,25 @@ def test_a_layer_on_another_device_is_prepared_there(chosen: dict[str, str]) -> 
     assert torch.equal(layer(x), (want if chosen else want.prepare_())(x))
 
 
+def test_a_move_that_fails_leaves_the_layer_as_it_was() -> None:
+    """As for want of memory on a GPU, on the way. Oracle: the product before it."""
+    layer, x = layer_of(CASE, BIAS), random_rows(3, 64, torch.float32)
+    want, dtype = layer(x), layer.scales.dtype
+    moved = []
+
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tensor)
+        if len(moved) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return tensor
+
+    with pytest.raises(torch.OutOfMemoryError):
+        layer._apply(fail)
+    assert len(moved) > 1
+    assert torch.equal(layer(x), want)
+    assert layer.state_dict()["scales"].dtype == dtype
+
+
 def test_prepare_is_idempotent_and_keeps_one_copy() -> None:
     layer = layer_of(CASE)
     once = layer.prepare_().qweight

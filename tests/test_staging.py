@@ -49,6 +49,16 @@ def test_any_exception_leaves_the_final_name_as_it_was(tmp_path, error, existing
     assert len(list(tmp_path.iterdir())) == int(existing)
 
 
+def test_two_that_write_one_directory(tmp_path):
+    """The second is refused and takes nothing away from the first."""
+    with staged_directory(tmp_path / "out", overwrite=False) as staged:
+        (staged / "a").write_text("1")
+        with pytest.raises(ConfigError, match=r"another one is writing .*/out: wait for it or choose another --out"):
+            write_then(ValueError(), tmp_path / "out")
+        (staged / "b").write_text("2")
+    assert contents(tmp_path) == {"out/a": "1", "out/b": "2"}
+
+
 def test_overwrite_replaces_and_removes_the_old(tmp_path):
     checkpoint(tmp_path / "out")
     (tmp_path / "out" / "stale.safetensors").write_text("old")

@@ -121,6 +121,7 @@ def test_a_metric_without_an_error_and_one_behind_a_filter():
     ({"limit": 0}, "limit must be at least 1; found 0"),
     ({"batch_size": 0}, "batch_size must be at least 1; found 0"),
     ({"chat_template": True}, "has none: leave it out"),
+    ({"fewshot": 1000}, "must be able to run capitals as asked, it says: Sample larger than population"),
 ])  # fmt: skip
 def test_what_cannot_be_run_is_a_sentence(changes, message):
     wanted = TaskSettings(("capitals",), OWN)._replace(**changes)

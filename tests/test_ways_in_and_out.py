@@ -3,6 +3,7 @@
 Oracle: the logits of `ptq.load` and the names in the file that was read.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,9 +12,13 @@ import pytest
 import tiny_models
 import torch
 from foreign_files import Kind
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import ptq
+from ptq import runtime
+from ptq.evaluate import streamed
+from ptq.export import export_gguf
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.nn import QuantLinear
 
@@ -65,3 +70,96 @@ def test_a_model_without_its_head_keeps_the_names_of_the_file(tmp_path):
     AutoModel.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "copy")
     left = set(CheckpointReader(tmp_path / "ours").names()) - set(CheckpointReader(tmp_path / "copy").names())
     assert left == {"lm_head.weight"}
+
+
+EMBEDDINGS = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
+
+
+@pytest.fixture(params=[1.1, 1.0], ids=["differing", "equal"])
+def factor(request):
+    """What the head of a model is, as a multiple of the embedding that its configuration ties it to."""
+    return request.param
+
+
+def with_both(name, factor, directory, dtype=torch.float32, **options):
+    """A model directory that holds the head beside the embedding."""
+    tiny_models.save(tiny_models.build(name, dtype, tie_word_embeddings=True), directory)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = factor * tensors[EMBEDDINGS[name]]
+    save_file(tensors, file, {"format": "pt"})
+    if options:  # in shards, of the same tensors
+        file.unlink()
+        shards = {"model-00001-of-00002.safetensors": [n for n in tensors if n != "lm_head.weight"],
+                  "model-00002-of-00002.safetensors": ["lm_head.weight"]}  # fmt: skip
+        for shard, names in shards.items():
+            save_file({n: tensors[n] for n in names}, directory / shard, {"format": "pt"})
+        weight_map = {n: shard for shard, names in shards.items() for n in names}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def says_tied(directory):
+    return json.loads((directory / "config.json").read_text())["tie_word_embeddings"]
+
+
+def every_reading(directory, batch):
+    """The logits that this project has of a checkpoint: in memory, a block at a time, and of a saved copy."""
+    loaded = ptq.load(directory, device="cpu")
+    yield tiny_models.logits(loaded, batch)
+    checkpoint = runtime.open_checkpoint(directory)
+    yield from streamed(runtime.open_stream(checkpoint, torch.device("cpu")))([batch])
+    loaded.save_pretrained(directory.parent / "copy")
+    yield tiny_models.logits(AutoModelForCausalLM.from_pretrained(directory.parent / "copy"), batch)
+
+
+@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("llama", {"sharded": True}), ("gpt2", {})])
+def test_a_head_of_its_own_is_used_whatever_the_configuration_ties(name, options, factor, tmp_path):
+    """Oracle: transformers, which ties no two tensors of a checkpoint that differ."""
+    parent = with_both(name, factor, tmp_path / "parent", **options)
+    batch = tiny_models.tokens(2, 24)
+    model = AutoModelForCausalLM.from_pretrained(parent)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == (factor == 1)
+    for found in every_reading(parent, batch):
+        torch.testing.assert_close(found, tiny_models.logits(model, batch), rtol=1e-5, atol=1e-5)
+    assert runtime.read_config(parent).tie_word_embeddings == (factor == 1)
+
+
+def test_a_quantized_checkpoint_keeps_a_head_of_its_own(factor, tmp_path):
+    """Oracle: transformers, whose model has the same packed Linears; also under a configuration that ties the head."""
+    parent, out, batch = with_both("llama", factor, tmp_path / "parent"), tmp_path / "out", tiny_models.tokens(2, 24)
+    tiny_models.run(tiny_models.settings(parent, out, "rtn"))
+    assert says_tied(out) == (factor == 1)
+    want = tiny_models.logits(AutoModelForCausalLM.from_pretrained(out), batch)
+    for found in every_reading(out, batch):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    head = AutoModelForCausalLM.from_pretrained(parent).lm_head.weight
+    assert torch.equal(ptq.load(out, device="cpu").lm_head.weight, head)
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
+    for found in every_reading(out, batch):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_head_is_made_of_the_head_and_not_of_the_embedding(factor, tmp_path):
+    parent = with_both("llama", factor, tmp_path / "parent")
+    tiny_models.run(tiny_models.settings(parent, tmp_path / "out", "rtn", exclude=(), bits=8))
+    loaded, model = ptq.load(tmp_path / "out", device="cpu"), AutoModelForCausalLM.from_pretrained(parent)
+    assert says_tied(tmp_path / "out") is False
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    error = (loaded.lm_head.dequantize(torch.float32) - model.lm_head.weight).abs().max()
+    assert error < model.lm_head.weight.abs().max() / 127  # a step of 8 bits; another head is off by 10 %
+
+
+def test_a_gguf_file_has_a_head_of_its_own(factor, tmp_path):
+    """Oracle: the tensor of the checkpoint, and transformers' reader of the file."""
+    parent = with_both("llama", factor, tmp_path / "parent", torch.bfloat16)
+    done = export_gguf(str(parent), "F16", str(tmp_path))
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=done.path.name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
+    batch = tiny_models.tokens(2, 24)
+    want = tiny_models.logits(model, batch)
+    torch.testing.assert_close(tiny_models.logits(read, batch), want, rtol=1e-4, atol=1e-4)
+    matrices = sum(value.dim() == 2 for value in load_file(parent / "model.safetensors").values())
+    assert done.kinds["F16"] == matrices - (factor == 1)  # output.weight is left out where it is the embedding

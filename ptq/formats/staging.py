@@ -1,11 +1,12 @@
 """Files that are either whole or not there: staged directories, atomic text files, JSON, and what a full disk says."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -24,7 +25,7 @@ def staged_directory(final: Path, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         ConfigError: ``final`` exists and ``overwrite`` is false, or it is not a checkpoint directory, or no directory
-            can be created there.
+            can be created there, or another process is writing it.
         PtqError: the disk is full.
     """
     final = output_path(final, "--out")
@@ -32,14 +33,36 @@ def staged_directory(final: Path, overwrite: bool) -> Iterator[Path]:
     with full_disk_as_error(final, None):
         restore(final, aside)
         require_writable(final, overwrite, "--out")
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            with _alone_in(partial, final):
+                shutil.rmtree(partial, ignore_errors=True)
         create_directory(partial, final, "--out")
-        try:
-            yield partial
-            sync_tree(partial)
-            publish(partial, final, aside)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with _alone_in(partial, final):
+            try:
+                yield partial
+                sync_tree(partial)
+                publish(partial, final, aside)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+
+@contextmanager
+def _alone_in(partial: Path, final: Path) -> Iterator[None]:
+    """Hold a lock on a directory, where its file system has locks for directories. Raises ConfigError if it is held."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"a directory is written by one process at a time; another one is writing {final}: wait for it or "
+                    "choose another --out"
+                ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def resolved(path: Path, option: str = OUTPUT) -> Path:

@@ -13,6 +13,7 @@ from ptq.models.experts import unfuse_experts
 from ptq.models.hub import download
 from ptq.models.names import SourceNames, retie
 from ptq.models.structure import find_blocks
+from ptq.models.tying import believe_files
 
 # Dtypes that a model can work in.
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
@@ -46,10 +47,22 @@ def locate(model: str, revision: str | None = None, *, weights: bool = True) -> 
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of a model directory.
 
+    It ties no head to the embedding that the directory's files hold with values of its own.
+
     Raises:
         UnsupportedModelError: transformers does not know the model type.
         FormatError: a value in it that transformers refuses.
     """
+    config = _parse_config(directory, trust_remote_code)
+
+    def build(changed: Any) -> nn.Module:
+        return build_skeleton(changed, torch.float32, trust_remote_code=trust_remote_code)
+
+    believe_files(config, directory, build)
+    return config
+
+
+def _parse_config(directory: Path, trust_remote_code: bool) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -87,7 +100,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
             f"{directory / 'tokenizer.json'} and tokenizer_config.json must be a tokenizer's; transformers found: "
             f"{_sentence(error)}: fetch both again"
         ) from error
-    config = read_config(directory, trust_remote_code=trust_remote_code)
+    config = _parse_config(directory, trust_remote_code)
     tokenizer.embedding_rows = getattr(config.get_text_config(), "vocab_size", None)
     return tokenizer
 

@@ -253,8 +253,10 @@ class QuantLinear(nn.Module):
             self._canonicalize_()  # another device may not read, or even invert, this layout
         dtype = self.scales.dtype
         self.scales = self.scales.view(_SAME_WIDTH_INT[dtype])  # conversions of a module leave integers alone
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        self.scales = self.scales.view(dtype)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        finally:  # a move may fail for want of a device or of memory on it
+            self.scales = self.scales.view(dtype)
         if moves and self.impl == "auto" and self.activation is None and not self.qweight.is_meta:
             self.prepare_()
         return self
