@@ -378,17 +378,6 @@ def test_numbers_that_are_none(method):
         ptq.quantize_linears(module, method="rtn", group_size=16)
 
 
-def test_a_transformer_layer_of_torch():
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(K, 4, 64, batch_first=True)
-    reference = copy.deepcopy(layer).eval()
-    x = oracles.correlated_inputs(80, K).float().reshape(4, 20, K)
-    losses = ptq.quantize_linears(layer, [x], group_size=16, exclude=["self_attn.out_proj"])
-    assert list(losses) == ["linear1", "linear2"]
-    assert layer.training
-    assert output_error(layer.eval(), reference, x) < 0.01
-
-
 def test_awq_with_gptq_codes_loses_less_than_with_rounded_ones():
     """Both scale the same channels; mean squared output error of the module on its calibration batches."""
     errors = {}

@@ -4,8 +4,10 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import oracles
 import pytest
 import torch
+from test_plain import K, output_error
 from torch import Tensor, nn
 
 import ptq
@@ -75,3 +77,14 @@ def test_products_are_not_rounded_by_autocast(columns: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found = torch.autograd.functional.vjp(module, x, torch.ones(5, 48))
         assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
+
+
+def test_a_transformer_layer_of_torch():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(K, 4, 64, batch_first=True)
+    reference = copy.deepcopy(layer).eval()
+    x = oracles.correlated_inputs(80, K).float().reshape(4, 20, K)
+    losses = ptq.quantize_linears(layer, [x], group_size=16, exclude=["self_attn.out_proj"])
+    assert list(losses) == ["linear1", "linear2"]
+    assert layer.training
+    assert output_error(layer.eval(), reference, x) < 0.01

@@ -48,7 +48,7 @@ def _codes4_bf16(q):
 
 @triton.jit
 def _codes4_fp16(q):
-    """uint8 -> two float16 tensors of its shape, 64 + code."""
+    """uint8 -> two float16 tensors of its shape, 64 + code. The word is read last where the first is written."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 a, b, c;
