@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptq_kernels import checks, direct, dispatch, layouts, order, reference, torch_op
+from ptq_kernels import checks, direct, dispatch, layouts, order, reference, torch_op, transforms
 from ptq_kernels.layouts import PackedWeight
 
 
@@ -42,7 +42,7 @@ def matmul(
     ``2**(bits-1)``. bias: ``[N]``. bits: 2, 3, 4 or 8. group_size divides K and is never -1. perm: int32 or int64
     ``[K]``, a permutation (not checked here): the weight then multiplies ``x[..., perm]``. Returns ``[..., N]`` in
     ``x.dtype``; a float16 sum beyond 65504 is infinite, as IEEE 754 rounds it and as cuBLAS returns it. Differentiable
-    with respect to x and bias.
+    with respect to x and bias, to any order, also by the transforms of torch.func and in forward mode.
 
     activation: "int8" rounds every row of x to 8 bits with a scale of its own (`reference.quantize_rows`) and sums
     integers, which is faster with AVX512-VNNI or AMX. It costs a relative error of about 1 % for normally distributed
@@ -64,6 +64,8 @@ def matmul(
     checks.check_input(x, weight, bias)
     if torch.compiler.is_compiling() and (short := direct.traced(x, weight, bias, scheme)) is not None:
         return short
+    if transforms.wanted():
+        return transforms.product(x, weight, bias, impl, activation)
     result: Tensor = torch_op.matmul(x, qweight, scales, zeros, bias, bits, group_size, layout, impl, perm, activation)
     direct.remember(x, weight, bias, scheme)
     return result

@@ -15,16 +15,16 @@ from ptq_kernels import dispatch
 from ptq_kernels.layouts import PackedWeight
 
 # The low level interface costs a fraction of torch.library.custom_op on every call.
-_LIBRARY = torch.library.Library("ptq_kernels", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("ptq_kernels", "FRAGMENT")
+LIBRARY.define(
     "matmul(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias,"
     " int bits, int group_size, str layout, str impl, Tensor? perm=None, str? activation=None) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "matmul_grad_input(Tensor grad, Tensor qweight, Tensor scales, Tensor? zeros,"
     " int bits, int group_size, int in_features, str layout, Tensor? perm=None) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "strips(Tensor x, Tensor qweight, Tensor bias,"
     " int out_features, int group_size, int bits, int scale_type, bool has_zeros, int mode) -> Tensor"
 )
@@ -100,6 +100,11 @@ def _grad_input_fake(
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
+def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient ``[N]`` of a bias, from that of the result ``[..., N]``; summed in float32."""
+    return grad.reshape(-1, grad.shape[-1]).float().sum(0).to(dtype)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, qweight, scales, zeros, bias, bits, group_size, layout, _, perm, _ = inputs
     ctx.save_for_backward(qweight, scales, zeros, perm)
@@ -113,16 +118,31 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qweight, scales, zeros, perm = ctx.saved_tensors
         grad_x = matmul_grad_input(grad, qweight, scales, zeros, *ctx.scheme, perm)
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
+        grad_bias = bias_gradient(grad, ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None, None, None, None, None
 
 
-torch.library.impl("ptq_kernels::matmul", "default", _matmul, lib=_LIBRARY)
-torch.library.impl("ptq_kernels::matmul_grad_input", "default", _grad_input, lib=_LIBRARY)
-torch.library.register_fake("ptq_kernels::matmul", _matmul_fake, lib=_LIBRARY)
-torch.library.register_fake("ptq_kernels::matmul_grad_input", _grad_input_fake, lib=_LIBRARY)
-torch.library.register_fake("ptq_kernels::strips", _strips_fake, lib=_LIBRARY)
-torch.library.register_autograd("ptq_kernels::matmul", _backward, setup_context=_setup_context, lib=_LIBRARY)
+def _setup_context_of_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, qweight, scales, zeros, bits, group_size, _, layout, perm = inputs
+    ctx.save_for_backward(qweight, scales, zeros, perm)
+    ctx.scheme = (bits, group_size, layout)
+
+
+def _backward_of_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient's derivative, which a penalty on gradients needs, is the product again."""
+    qweight, scales, zeros, perm = ctx.saved_tensors
+    return matmul(grad, qweight, scales, zeros, None, *ctx.scheme, "auto", perm), *(None,) * 8
+
+
+torch.library.impl("ptq_kernels::matmul", "default", _matmul, lib=LIBRARY)
+torch.library.impl("ptq_kernels::matmul_grad_input", "default", _grad_input, lib=LIBRARY)
+torch.library.register_fake("ptq_kernels::matmul", _matmul_fake, lib=LIBRARY)
+torch.library.register_fake("ptq_kernels::matmul_grad_input", _grad_input_fake, lib=LIBRARY)
+torch.library.register_fake("ptq_kernels::strips", _strips_fake, lib=LIBRARY)
+torch.library.register_autograd("ptq_kernels::matmul", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "ptq_kernels::matmul_grad_input", _backward_of_grad, setup_context=_setup_context_of_grad, lib=LIBRARY
+)
 
 matmul = torch.ops.ptq_kernels.matmul.default
 matmul_grad_input = torch.ops.ptq_kernels.matmul_grad_input.default
