@@ -4,14 +4,17 @@ A block is any module with Linears: a decoder block of a streamed model, or a wh
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ptq.awq.block import awq_block
 from ptq.calibration.capture import trace_groups
 from ptq.calibration.held import Run, let_go
+from ptq.errors import NumericsError
 from ptq.gptq.block import gptq_block
+from ptq.grid import LARGEST_SCALE, SMALLEST_SCALE, check_finite, grouped
 from ptq.models.structure import linears, set_weight, weight_of
 from ptq.refine import float_block, refine_block
 from ptq.rtn import rtn_solve
@@ -28,17 +31,59 @@ def quantize_block(block: nn.Module, runs: Sequence[Run], task: BlockTask) -> di
 
     Returns:
         A result for each Linear in ``task.schemes``, by its path below the block, in execution order.
+
+    Raises:
+        NumericsError: weights that are not finite or larger than any scale reaches, before anything is changed.
     """
-    if not task.config.refine.steps:
-        return _solve(block, runs, task)
-    reference = float_block(block, runs, task)
-    results = _solve(block, runs, task)
-    let_go(runs)
-    return refine_block(block, runs, reference, results, task)
-
-
-def _solve(block: nn.Module, runs: Sequence[Run], task: BlockTask) -> dict[str, ModuleResult]:
     modules = {path: module for path, module in linears(block) if path in task.schemes}
+    raised = {path: _raised_scales(weight_of(module), path, task) for path, module in modules.items()}
+    reference = float_block(block, runs, task) if task.config.refine.steps else None
+    results = _solve(block, modules, runs, task)
+    if reference is not None:
+        let_go(runs)
+        results = refine_block(block, runs, reference, results, task)
+    return {path: _with_rescue(result, raised[path]) for path, result in results.items()}
+
+
+@torch.no_grad()
+def _raised_scales(weight: Tensor, path: str, task: BlockTask) -> str:
+    """What to put on record where groups are too small for a scale, which are rounded more coarsely; "" if none is.
+
+    Raises NumericsError, before anything is changed, for weights that no scale reaches, or that are not finite.
+    """
+    scheme, name = task.schemes[path], task.full(path)
+    check_finite(weight, f"the weight of {name}")
+    low, high = torch.aminmax(grouped(weight, scheme.columns(weight.shape[1])), dim=-1)
+    steps = 2.0**scheme.bits - 1
+    reach = torch.maximum(high, -low).float() * (2 / steps) if scheme.symmetric else (high - low).float() / steps
+    if reach.numel() and float(reach.max()) > LARGEST_SCALE:
+        raise NumericsError(
+            f"weights must be at most {LARGEST_SCALE * steps / 2:.3g} in magnitude for a scale of {scheme.bits}-bit "
+            f"codes to be a float16 number; {name} has one of {float(torch.maximum(high, -low).max()):.3g}: check the "
+            "checkpoint, or exclude the layer"
+        )
+    small = int(((reach < SMALLEST_SCALE) & (reach > 0)).sum())
+    if not small:
+        return ""
+    found = f"scales of {small} of {reach.numel()} groups raised to 2**-17"
+    if task.config.strict:
+        raise NumericsError(
+            f"strict: weights must be large enough for scales of at least 2**-17 = 7.6e-06; {name} would have the "
+            f"{found}: exclude the layer, or set strict: false"
+        )
+    return found
+
+
+def _with_rescue(result: ModuleResult, rescue: str) -> ModuleResult:
+    if not rescue:
+        return result
+    before = result.row.get("rescues")
+    return result._replace(row={**result.row, "rescues": [*(before if isinstance(before, list) else []), rescue]})
+
+
+def _solve(
+    block: nn.Module, modules: Mapping[str, nn.Module], runs: Sequence[Run], task: BlockTask
+) -> dict[str, ModuleResult]:
     if task.config.method == "rtn":
         return {path: _round(module, task, path) for path, module in modules.items()}
     groups = trace_groups(modules, runs[0])

@@ -61,7 +61,9 @@ def quantize_linears(
     Raises:
         ConfigError: an unknown method, option or pattern; a group size that does not divide a layer; no batches; a
             module that is a Linear itself or holds none; a parametrized weight; for ``awq``, no output to prove by.
-        NumericsError: NaN or infinity in weights or activations.
+        NumericsError: NaN or infinity in weights or activations, or weights that no scale reaches. Weights are looked
+            at before anything is changed; after an error about activations, layers may hold the values of their codes:
+            load the module anew.
         UnsupportedModelError: a layer that the batches do not reach.
     """
     if not isinstance(bits, int) or bits not in WIDTHS:
@@ -70,8 +72,8 @@ def quantize_linears(
         )
     config = build(RunConfig, {
         "model": "module", "output": "module", "method": method, "bits": bits, "group_size": group_size,
-        "symmetric": symmetric, "exclude": list(exclude), "gptq": asdict(gptq or GPTQConfig()),
-        "awq": asdict(awq or AWQConfig()), "refine": asdict(refine or RefineConfig()),
+        "symmetric": symmetric, "exclude": list(exclude), "gptq": _options("gptq", gptq, GPTQConfig),
+        "awq": _options("awq", awq, AWQConfig), "refine": _options("refine", refine, RefineConfig),
     })  # fmt: skip
     if config.refine.model_steps:
         raise ConfigError(
@@ -79,7 +81,8 @@ def quantize_linears(
             "ptq.gptq for a language model"
         )
     schemes = _schemes(module, config)
-    if isinstance(calibration_batches, str | bytes | Mapping):
+    one = isinstance(calibration_batches, str | bytes | Mapping)
+    if one or not (hasattr(calibration_batches, "__iter__") or hasattr(calibration_batches, "__getitem__")):
         raise ConfigError(
             "calibration_batches must be an iterable of batches, each a tensor, a tuple or a dict; found one "
             f"{type(calibration_batches).__name__}: put it into a list"
@@ -100,6 +103,15 @@ def quantize_linears(
         results = quantize_block(module, runs, BlockTask("", schemes, config, dtype, probe, twin))
     _swap(module, results)
     return {path: result.row for path, result in results.items()}
+
+
+def _options(name: str, given: Any, kind: type[Any]) -> dict[str, Any]:
+    if given is not None and not isinstance(given, kind):
+        raise ConfigError(
+            f"{name} must be a ptq.config.{kind.__name__}, found a {type(given).__name__}: write "
+            f"{name}={kind.__name__}(...) with the keys as arguments"
+        )
+    return asdict(given or kind())
 
 
 def _schemes(module: nn.Module, config: RunConfig) -> dict[str, Scheme]:

@@ -1,6 +1,7 @@
 """Plain PyTorch modules: weights that cannot be quantized, and settings of torch that must not reach the solver."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,13 @@ from test_plain import K, output_error
 from torch import Tensor, nn
 
 import ptq
-from ptq.errors import ConfigError
+from ptq.block import quantize_block
+from ptq.config import RunConfig
+from ptq.errors import ConfigError, NumericsError
+from ptq.formats.codec import Scheme
 from ptq.nn import QuantLinear
+from ptq.schema import build
+from ptq.task import BlockTask
 
 WEIGHTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "complex": (lambda: nn.Linear(64, 32, dtype=torch.complex64), "of dtype torch.complex64"),
@@ -88,3 +94,52 @@ def test_a_transformer_layer_of_torch():
     assert list(losses) == ["linear1", "linear2"]
     assert layer.training
     assert output_error(layer.eval(), reference, x) < 0.01
+
+
+def norm_and_mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    parts = {"norm": nn.LayerNorm(32), "up": nn.Linear(32, 64), "relu": nn.ReLU(), "down": nn.Linear(64, 32)}
+    return nn.Sequential(OrderedDict(parts))
+
+
+def rows() -> Tensor:
+    return torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (float("nan"), "the weight of down must be finite; 1 of 2048 values"),
+        (-1e30, r"at most 8.35e\+06 in magnitude for a scale of 8-bit codes .*; down has one of 1e\+30"),
+    ],
+)
+def test_weights_without_codes_are_found_before_anything_changes(method, number, message):
+    module = norm_and_mlp()
+    module.down.weight.data[1, 1] = number
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(NumericsError, match=message):
+        ptq.quantize_linears(module, [rows()], method=method, bits=8, group_size=16)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[key].nan_to_num())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_raised_to_the_smallest_are_on_record(method, symmetric):
+    """The largest magnitude of a group is below 7.5 times (symmetric) or 15 times (not) the smallest scale."""
+    module = norm_and_mlp()
+    module.down.weight.data[:3, 16:32] = 0.0  # 3 groups of nothing: nothing is lost there
+    module.down.weight.data[3:10, 16:32] *= 1e-5
+    found = ptq.quantize_linears(module, [rows()], method=method, group_size=16, symmetric=symmetric)
+    assert found["down"]["rescues"] == ["scales of 7 of 128 groups raised to 2**-17"]
+    assert not found["up"].get("rescues")
+    module = norm_and_mlp()
+    module.down.weight.data *= 1e-5
+    with pytest.raises(NumericsError, match="strict: .* down would have the scales of 128 of 128 groups raised"):
+        quantize_block(module, [lambda: module(rows())], strict_task(method, symmetric))
+
+
+def strict_task(method, symmetric):
+    config = build(RunConfig, {"model": "m", "output": "o", "method": method, "group_size": 16, "strict": True})
+    return BlockTask("", {"down": Scheme(4, 16, symmetric)}, config, torch.float32)
