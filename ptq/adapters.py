@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ptq.errors import ConfigError
 from ptq.formats.checkpoint import ShardWriter, atomic_write_text, read_json, staged_directory
+from ptq.formats.staging import output_path, require_writable
 from ptq.models.loading import build_skeleton, working_dtype
 from ptq.models.structure import is_transposed
 from ptq.models.tying import state_ties
@@ -98,7 +99,8 @@ def merge(
         FormatError: a damaged checkpoint.
     """
     require_peft()
-    final = Path(out).expanduser().resolve()
+    final = output_path(Path(out), "--out")
+    require_writable(final, overwrite, "--out")
     source = open_checkpoint(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
     if final == source.directory.resolve():
         raise ConfigError(f"the merged copy must go to another directory than the checkpoint's; found {out} for both")
@@ -154,7 +156,7 @@ def _all_linear(model: nn.Module) -> list[str]:
 
 
 def _check_mergeable(config: Any, adapter: str | Path) -> None:
-    for key in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"):
+    for key in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias"):
         if getattr(config, key, None):
             raise ConfigError(
                 f"an adapter can be merged if it is LoRA on Linears alone; {adapter} has {key}: "

@@ -24,11 +24,14 @@ def _compare(options: argparse.Namespace) -> int:
     from ptq.compare import compare_checkpoints, show
     from ptq.compare_page import write_comparison
     from ptq.config import EvaluationConfig, check_evaluation
+    from ptq.formats.staging import output_path
 
     settings = EvaluationConfig(
         files=tuple(options.text), tokens=options.tokens, window=options.window, stride=options.window
     )
     check_evaluation(settings, "--")
+    if options.out:
+        output_path(Path(options.out), "--out")
     document = compare_checkpoints(
         options.checkpoints, options.parent, settings, device=options.device, dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,

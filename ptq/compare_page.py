@@ -11,6 +11,7 @@ from ptq.formats.checkpoint import atomic_write_text
 from ptq.page import Series, chart, folded, page, paragraph, section, table
 
 Document = Mapping[str, Any]
+FILES = ("compare.json", "compare.html", "compare.png")
 
 
 def write_comparison(document: Document, directory: Path) -> list[str]:

@@ -129,15 +129,15 @@ def _never_quantized(skeleton: nn.Module, blocks: str, found: Mapping[str, nn.Mo
     return [*outside, *(path for path in found if path in beside)]
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device to run on; ``auto`` is CUDA where there is one.
+def resolve_device(name: str | torch.device) -> torch.device:
+    """The device to run on; ``auto`` is CUDA where there is one. A torch.device is checked if it is one of CUDA.
 
     Raises:
         ConfigError: it is none of auto, cpu, cuda and cuda:N, or CUDA was asked for and is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not DEVICE.fullmatch(name):
+    if isinstance(name, str) and not DEVICE.fullmatch(name):
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; found {name!r}")
     device = torch.device(name)
     count = torch.cuda.device_count() if device.type == "cuda" else 0

@@ -162,8 +162,9 @@ def load(
         trust_remote_code: run Python code that comes with the model.
 
     Returns:
-        A ``PreTrainedModel`` in eval mode, as ``from_pretrained`` of transformers gives it after ``import ptq``;
-        ``save_pretrained`` writes the format that was read; with `fuse` or `head_bits` it raises PtqError.
+        A ``PreTrainedModel`` in eval mode, as ``from_pretrained`` of transformers gives it after ``import ptq``, except
+        that no parameter requires a gradient; ``save_pretrained`` writes the format that was read; with `fuse` or
+        `head_bits` it raises PtqError.
 
     Raises:
         ConfigError: no such model, an unknown implementation or dtype, one that packed layers cannot compute in, or a
@@ -172,7 +173,7 @@ def load(
     """
     from ptq.plan import resolve_device
 
-    target = device if isinstance(device, torch.device) else resolve_device(device or "auto")
+    target = resolve_device(device or "auto")
     checkpoint = open_checkpoint(path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     model = checkpoint.model
     if head_bits is not None:

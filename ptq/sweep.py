@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ptq.compare import PARENT, compare_checkpoints
+from ptq.compare_page import FILES
 from ptq.config import RunConfig, load_config
 from ptq.config_paths import resolve_config_path
 from ptq.errors import ConfigError
 from ptq.formats.checkpoint import atomic_write_text, read_json
+from ptq.formats.staging import output_path, require_writable
 from ptq.page_report import report_page
 from ptq.pipeline import quantize
 from ptq.plan import make_plan
@@ -51,10 +53,10 @@ def load_variants(config: str, variants: str, out: Path, assignments: Sequence[s
         raise ConfigError(f"{file} must map names to changed keys, as in 'three: {{bits: 3}}'; found {tree!r}")
     configs = {}
     for name, changes in tree.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name == PARENT:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (PARENT, *FILES):
             raise ConfigError(
-                f"a variant's name is that of its directory: letters, digits, '.', '_' and '-', and not {PARENT!r}; "
-                f"{file} has {name!r}"
+                f"a variant's name is that of its directory: letters, digits, '.', '_' and '-', and none of {PARENT}, "
+                f"{', '.join(FILES)}; {file} has {name!r}"
             )
         if not isinstance(changes, dict):
             raise ConfigError(f"{file}: {name} must map keys to values, found {changes!r}; use {{}} for no change")
@@ -100,15 +102,19 @@ def sweep(
         The comparison, as `ptq.compare.compare_checkpoints`; each variant's report holds its own figures.
 
     Raises:
-        PtqError: as `ptq.pipeline.quantize` and `compare_checkpoints`; all configurations are checked before anything
-            is computed, and variants made before an error stay.
+        PtqError: as `ptq.pipeline.quantize` and `compare_checkpoints`; configurations and outputs are checked before
+            anything is computed, and variants made before an error stay.
     """
     progress, prepared = progress or Progress(), Prepared()
     runs = {name: replace(config, evaluation=None) for name, config in configs.items()}
     for config in configs.values():  # with the evaluation: its window must fit the model, too
         make_plan(config, weights=False)
+    kept = [name for name, config in runs.items() if not overwrite and _finished(config)]
     for name, config in runs.items():
-        if not overwrite and _finished(config):
+        if name not in kept:
+            require_writable(output_path(Path(config.output), "--out"), overwrite, "--out")
+    for name, config in runs.items():
+        if name in kept:
             progress.say(f"{name}: kept, {config.output} was made with this configuration")
             continue
         progress.say(f"{name}: {config.output}")

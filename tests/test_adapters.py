@@ -289,11 +289,22 @@ def test_a_merge_onto_the_checkpoint_is_refused(checkpoint, adapter):
         adapters.merge(checkpoint, adapter[0], checkpoint, overwrite=True)
 
 
-def test_an_adapter_with_whole_modules_is_not_merged(checkpoint, tmp_path):
-    model = adapted(checkpoint, modules_to_save=["lm_head"])
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match=r"has modules_to_save: \['lm_head'\]"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\]"), ({"lora_bias": True}, "lora_bias: True")],
+)
+def test_an_adapter_with_more_than_products_is_not_merged(checkpoint, tmp_path, options, message):
+    adapted(checkpoint, **options).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=f"has {message}"):
         adapters.merge(checkpoint, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_place_for_the_copy_is_looked_for_first(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for overwrite, message in ((False, "out exists"), (True, "no config.json")):
+        with pytest.raises(ConfigError, match=message):
+            adapters.merge("no/checkpoint", "no/adapter", tmp_path / "out", overwrite=overwrite)
 
 
 def test_an_adapter_on_a_shared_weight_is_not_merged(tmp_path):

@@ -157,6 +157,13 @@ def test_the_command_line(made, tmp_path, capsys, monkeypatch) -> None:
     assert {path.name for path in (tmp_path / "b").iterdir()} == names
 
 
+def test_a_place_for_the_files_is_looked_for_first(made, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("ptq.compare.compare_checkpoints", None)
+    (tmp_path / "file").write_text("")
+    assert cli.main([*compare_arguments(made), "--out", str(tmp_path / "file")]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
 def test_the_plot_is_a_picture(document, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     compare_page.draw(document, tmp_path / "plot.png")
@@ -238,6 +245,7 @@ WRONG = {
     "a/b: {}": "that of its directory",
     "parent: {}": "that of its directory",
     "1: {}": "that of its directory",
+    "compare.html: {}": "that of its directory",
     "a: 3": "must map keys to values",
     "a: {model: other}": "changes model, which is the same for all",
     "a: {evaluation.tokens: 3}": "changes evaluation.tokens",
@@ -295,3 +303,14 @@ def test_nothing_is_computed_when_a_later_variant_cannot_be_made(files, tmp_path
     monkeypatch.setattr("ptq.sweep.quantize", None)
     with pytest.raises(ConfigError, match="awq holds one"):
         sweep(configs, progress=Progress(io.StringIO()))
+
+
+def test_nothing_is_computed_when_a_later_output_is_in_the_way(files, tmp_path, monkeypatch) -> None:
+    (tmp_path / "two.yaml").write_text("a: {method: rtn, bits: 3}\nb: {method: rtn, bits: 2}\n")
+    configs = load_variants(files[0], str(tmp_path / "two.yaml"), tmp_path / "out")
+    (tmp_path / "out" / "b").mkdir(parents=True)
+    (tmp_path / "out" / "b" / "notes.txt").write_text("mine")
+    monkeypatch.setattr("ptq.sweep.quantize", None)
+    for overwrite, message in ((False, "out/b exists"), (True, "no config.json")):
+        with pytest.raises(ConfigError, match=message):
+            sweep(configs, overwrite=overwrite, progress=Progress(io.StringIO()))

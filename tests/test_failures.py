@@ -306,6 +306,9 @@ def test_configurations_that_are_no_language_model(tmp_path):
 def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in ("cpu", "cuda")
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="device cuda:99 must exist; this machine has"):
+        resolve_device(torch.device("cuda:99"))
 
 
 def test_a_parent_with_another_vocabulary(parent, tmp_path):
