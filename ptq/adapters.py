@@ -42,7 +42,8 @@ def lora_config(model: nn.Module, target_modules: str | list[str] = ALL_LINEAR, 
     from peft import LoraConfig
 
     targets = _all_linear(model) if target_modules == ALL_LINEAR else target_modules
-    return _registered(LoraConfig(target_modules=targets, **{"task_type": "CAUSAL_LM", **options}), model)
+    task = {"task_type": "CAUSAL_LM"} if hasattr(model, "prepare_inputs_for_generation") else {}
+    return _registered(LoraConfig(target_modules=targets, **{**task, **options}), model)
 
 
 def load_adapter(model: nn.Module, adapter: str | Path, *, trainable: bool = False) -> Any:
@@ -147,9 +148,12 @@ def _registered(config: Any, model: nn.Module) -> Any:
 
 def _all_linear(model: nn.Module) -> list[str]:
     """Every Linear but the output head: by last names where these mean no other module, otherwise by paths."""
+    from peft.tuners.lora import LoraLayer
+
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    modules = dict(model.named_modules())
-    paths = [p for p, m in modules.items() if isinstance(m, QuantLinear | nn.Linear) and m is not head]
+    adapted = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, LoraLayer))
+    modules = {path: module for path, module in model.named_modules() if not path.startswith(adapted)}
+    paths = [p for p, m in modules.items() if isinstance(m, QuantLinear | nn.Linear | LoraLayer) and m is not head]
     last = {path.rpartition(".")[2] for path in paths}
     meant = [path for path in modules if path.rpartition(".")[2] in last]
     return sorted(last) if set(meant) == set(paths) else paths

@@ -86,7 +86,10 @@ def _solve(
 ) -> dict[str, ModuleResult]:
     if task.config.method == "rtn":
         return {path: _round(module, task, path) for path, module in modules.items()}
-    groups = trace_groups(modules, runs[0])
+    if task.config.method == "awq" or not task.branching:
+        groups = trace_groups(modules, runs[:1])  # AWQ proves on the first batch that a fold changes nothing
+    if task.branching:
+        groups = trace_groups(modules, runs)
     if task.config.method == "awq":
         return awq_block(block, modules, groups, runs, task)
     return gptq_block(modules, groups, runs, task)

@@ -128,7 +128,7 @@ def _probes(modules: Mapping[str, nn.Module], where: str, runs: Sequence[Run], p
     """For each group: its losses, and what the probe is like after a block with this group rounded."""
     if not modules:
         return
-    groups = trace_groups(modules, runs[0])
+    groups = trace_groups(modules, runs[:1])
     for bundle in _bundles(groups, collect(modules, groups, runs, where)):
         parts: dict[tuple[int, ...], list[_Rounded]] = {}
         for group, stats in bundle:

@@ -125,7 +125,7 @@ def solve_head(job: Job, stream: StreamedModel, hidden: list[Tensor]) -> tuple[d
         if embedding.kind not in KINDS:
             return {}, None
         modules: dict[str, nn.Module] = {"lm_head": stream.model.get_submodule("lm_head")}
-        stats = collect(modules, trace_groups(modules, runs[0]), runs)[0]
+        stats = collect(modules, trace_groups(modules, runs[:1]), runs)[0]
         diagonal = stats.hessian.diagonal()
         # As an embedding every column counts alike; as a head, by its input.
         return {}, diagonal + diagonal.mean()

@@ -15,7 +15,7 @@ from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.grid import resolve_group_size
 from ptq.models.structure import linears, weight_shape
-from ptq.nn.swap import replace_module, to_quant_linear
+from ptq.nn.swap import replace_module, take_hooks, to_quant_linear
 from ptq.schema import build
 from ptq.task import BlockTask, FloatTwin, ModuleResult
 
@@ -38,14 +38,16 @@ def quantize_linears(
 ) -> dict[str, dict[str, object]]:
     """Quantize the ``nn.Linear`` layers of a module in place: each becomes a `ptq.nn.QuantLinear`.
 
-    A weight that a Linear shares with another module (an embedding, say) stays float there.
+    A weight that a Linear shares with another module (an embedding, say) stays float there. Hooks on a Linear's forward
+    and backward pass go over to the layer that replaces it.
 
     Args:
         module: any module; it is run on the calibration batches, once for each group of layers that share an input, so
             that later layers are calibrated on what the quantized earlier ones put out. ``awq`` runs it once, and a
             float32 copy of it on the first batch to prove which scales can be folded into norms and other Linears; it
             needs an output with floating-point tensors to do so.
-        calibration_batches: arguments of ``module``: a tensor, a tuple (positional) or a dict (keywords) each.
+        calibration_batches: arguments of ``module``: a tensor, a tuple (positional) or a dict (keywords) each. Every
+            pass gets a copy of them.
         method: ``gptq``, ``awq`` or ``rtn`` (which needs no batches).
         bits: 2, 3, 4 or 8.
         group_size: input features that share a scale; -1: all of a row.
@@ -64,7 +66,7 @@ def quantize_linears(
         NumericsError: NaN or infinity in weights or activations, or weights that no scale reaches. Weights are looked
             at before anything is changed; after an error about activations, layers may hold the values of their codes:
             load the module anew.
-        UnsupportedModelError: a layer that the batches do not reach.
+        UnsupportedModelError: a layer that the batches do not reach; ``awq``: that the first one does not reach.
     """
     if not isinstance(bits, int) or bits not in WIDTHS:
         raise ConfigError(
@@ -81,18 +83,7 @@ def quantize_linears(
             "ptq.gptq for a language model"
         )
     schemes = _schemes(module, config)
-    one = isinstance(calibration_batches, str | bytes | Mapping)
-    if one or not (hasattr(calibration_batches, "__iter__") or hasattr(calibration_batches, "__getitem__")):
-        raise ConfigError(
-            "calibration_batches must be an iterable of batches, each a tensor, a tuple or a dict; found one "
-            f"{type(calibration_batches).__name__}: put it into a list"
-        )
-    batches = list(calibration_batches)
-    if config.solves_with_text and not batches:
-        wants = f"method {method}" if method != "rtn" else "refine"
-        raise ConfigError(
-            f"{wants} needs calibration batches; found none: pass them, or use method='rtn' without refine"
-        )
+    batches = _batches(calibration_batches, config)
     _untie(module, schemes)
     # Solving takes float32 products in float32; the calibration passes are to give what the module itself computes.
     with _evaluating(module), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
@@ -100,9 +91,26 @@ def quantize_linears(
         probe = _Probe(module, batches[0]) if method == "awq" else None
         runs = [_runner(module, batch) for batch in batches]
         twin = _twin(module, batches) if config.follows_float else None
-        results = quantize_block(module, runs, BlockTask("", schemes, config, dtype, probe, twin))
+        task = BlockTask("", schemes, config, dtype, probe, twin, branching=True)
+        results = quantize_block(module, runs, task)
     _swap(module, results)
     return {path: result.row for path, result in results.items()}
+
+
+def _batches(given: Any, config: RunConfig) -> list[Any]:
+    one = isinstance(given, str | bytes | Mapping)
+    if one or not (hasattr(given, "__iter__") or hasattr(given, "__getitem__")):
+        raise ConfigError(
+            "calibration_batches must be an iterable of batches, each a tensor, a tuple or a dict; found one "
+            f"{type(given).__name__}: put it into a list"
+        )
+    batches = list(given)
+    if config.solves_with_text and not batches:
+        wants = f"method {config.method}" if config.method != "rtn" else "refine"
+        raise ConfigError(
+            f"{wants} needs calibration batches; found none: pass them, or use method='rtn' without refine"
+        )
+    return batches
 
 
 def _options(name: str, given: Any, kind: type[Any]) -> dict[str, Any]:
@@ -134,11 +142,19 @@ def _schemes(module: nn.Module, config: RunConfig) -> dict[str, Scheme]:
                 f"the weight of a Linear must be a parameter of its own; {path} computes it from others (a weight norm "
                 "or another parametrization): remove that first, or exclude the layer"
             )
+        parent, _, leaf = path.rpartition(".")
+        if leaf == "base_layer" and type(module.get_submodule(parent)).__module__.startswith("peft."):
+            raise ConfigError(
+                f"an adapter goes over packed layers, which nothing can be merged into; {path} has one of PEFT over it "
+                "already: merge or unload that, quantize, and make the next one with ptq.adapters.lora_config"
+            )
         resolve_group_size(scheme, weight_shape(found[path])[1], path)
     return schemes
 
 
 def _check_weight(path: str, weight: Any) -> None:
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ConfigError(f"the weight of a Linear must have its shape; {path} has none yet: run the module once first")
     if weight.dtype not in FLOATS or weight.is_meta or not weight.numel():
         kind = "on the meta device" if weight.is_meta else f"of dtype {weight.dtype} and shape {tuple(weight.shape)}"
         raise ConfigError(
@@ -179,11 +195,30 @@ def _twin(module: nn.Module, batches: Iterable[Any]) -> FloatTwin:
 
 
 def _runner(module: nn.Module, batch: Any) -> Callable[[], Any]:
-    if isinstance(batch, Mapping):
-        return lambda: module(**batch)
-    if isinstance(batch, tuple | list):
-        return lambda: module(*batch)
-    return lambda: module(batch)
+    def run() -> Any:
+        given = _copied(batch)  # a module may change its arguments in place, or fill a cache among them
+        if isinstance(given, Mapping):
+            return module(**given)
+        return module(*given) if isinstance(given, tuple | list) else module(given)
+
+    return run
+
+
+def _copied(batch: Any) -> Any:
+    """A deep copy in which what was one object is one object, and modules stay the very ones."""
+    kept: dict[int, Any] = {}
+
+    def keep(value: Any) -> None:
+        if isinstance(value, Tensor):
+            kept[id(value)] = value.detach().clone()  # deepcopy refuses tensors that autograd computed
+        elif isinstance(value, nn.Module):
+            kept[id(value)] = value
+        elif isinstance(value, Mapping | tuple | list):
+            for each in value.values() if isinstance(value, Mapping) else value:
+                keep(each)
+
+    keep(batch)
+    return copy.deepcopy(batch, kept)
 
 
 class _Probe:
@@ -233,5 +268,8 @@ def _swap(module: nn.Module, results: Mapping[str, ModuleResult]) -> None:
         bias = old.bias
         new = to_quant_linear(result.quantized, bias if isinstance(bias, Tensor) else None)
         new.to(old.get_parameter("weight").device).prepare_().train(old.training)
+        take_hooks(new, old)
+        if isinstance(bias, nn.Parameter):
+            new.bias = bias  # an optimizer may hold it, or another module
         for each in paths[old]:
             replace_module(module, each, new)

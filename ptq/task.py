@@ -48,6 +48,7 @@ class BlockTask(NamedTuple):
     twin: FloatTwin | None = None
     ranks: Ranks = ALONE
     home: torch.device | None = None  # where second moments lie; None: where the block runs
+    branching: bool = False  # each batch may take another way through the block
 
     def full(self, member: str) -> str:
         """Dotted path of a Linear in the model."""

@@ -332,3 +332,12 @@ def test_the_verb(checkpoint, adapter, tmp_path, capsys, recwarn):
     assert cli.main([*arguments, "--overwrite"]) == 0
     assert len(make_plan(settings(out, tmp_path / "again", "rtn")).targets) == 14  # a parent like any other
     assert [str(each.message) for each in recwarn if "is_gradient_checkpointing" in str(each.message)] == []
+
+
+def test_a_plain_module_and_a_second_adapter():
+    module = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+    ptq.quantize_linears(module, method="rtn", group_size=32)
+    model = peft.get_peft_model(module, adapters.lora_config(module, r=4))
+    model.add_adapter("second", adapters.lora_config(model, r=2))
+    for layer in (model.base_model.model[0], model.base_model.model[2]):
+        assert set(layer.lora_A) == {"default", "second"}

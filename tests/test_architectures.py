@@ -200,7 +200,7 @@ def test_folds_leave_the_logits_as_they_are(name):
             output = stand_in(*args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
 
-        groups = trace_groups(dict(linears(block)), lambda block=block, probe=probe: probe(block))
+        groups = trace_groups(dict(linears(block)), [lambda block=block, probe=probe: probe(block)])
         folds = find_folds(block, groups, probe)
         assert {member: fold.producer for fold in folds for member in fold.consumers} == {
             member: producer for member, producer in FOLDS[name].items() if producer is not None

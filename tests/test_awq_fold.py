@@ -142,7 +142,7 @@ def prepared(block):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.dim() > 1 else 1))
     x = oracles.correlated_inputs(30, K).float().reshape(2, 15, K)
     with torch.no_grad():
-        groups = trace_groups(dict(linears(block)), lambda: block(x))
+        groups = trace_groups(dict(linears(block)), [lambda: block(x)])
 
     @torch.no_grad()
     def probe(module):
@@ -214,7 +214,7 @@ def test_what_changes_the_output_is_no_fold(name):
 
 def test_a_norm_with_an_excluded_reader_is_no_fold():
     block, _, probe = prepared(AfterNorm(nn.RMSNorm(K)))
-    groups = trace_groups({"a": block.a}, lambda: probe(block))
+    groups = trace_groups({"a": block.a}, [lambda: probe(block)])
     assert find_folds(block, groups, probe) == []
 
 

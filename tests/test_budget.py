@@ -127,7 +127,7 @@ def test_sensitivity_is_a_divergence_over_an_error(measured, index: int) -> None
     probe = batches[0][: max(1, PROBE_TOKENS // batches[0].shape[1])]
     modules = {name: model.get_submodule(name) for name in groups[index].members}
     runs = [lambda b=b: model(input_ids=b, use_cache=False) for b in batches]
-    stats = collect(modules, trace_groups(modules, runs[0]), runs)[0]
+    stats = collect(modules, trace_groups(modules, runs[:1]), runs)[0]
     before = logits(model, probe)
     error = 0.0
     with torch.no_grad():

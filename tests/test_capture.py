@@ -47,7 +47,7 @@ def named(module):
 
 
 def trace(module, *args, leave=()):
-    return trace_groups({n: m for n, m in named(module).items() if n not in leave}, lambda: module(*args))
+    return trace_groups({n: m for n, m in named(module).items() if n not in leave}, [lambda: module(*args)])
 
 
 def batches(dtype=torch.float32):

@@ -89,6 +89,14 @@ def test_an_input_changed_in_place_is_another_one() -> None:
         assert torch.equal(block.attention.k_proj(x), alone.k_proj(x))
 
 
+def test_a_part_made_without_gradients_is_not_handed_to_who_wants_them() -> None:
+    block, x = Block(), torch.randn(2, 64, requires_grad=True)
+    fuse_linears(block)
+    with torch.no_grad():
+        block.attention.q_proj(x)
+    assert block.attention.k_proj(x).requires_grad
+
+
 def test_threads_do_not_take_each_others_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them in turns, a member each: two products, each thread's own."""
     block = Block(bias=True)

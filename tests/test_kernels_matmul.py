@@ -83,6 +83,26 @@ def test_dequantize_rounds_the_exact_weight_once(bits: int, symmetric: bool) -> 
         assert torch.equal(dense, dense_float64(case).float().to(dtype))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_zeros_far_above_the_codes(bits: int, prepared: bool) -> None:
+    case = random_case(48, 64, 32, bits, symmetric=False)
+    case = case._replace(zeros=torch.arange(96, dtype=torch.uint8).view(48, 2) + 160)
+    qweight, layout = case.qweight, "canonical"
+    if prepared:
+        ready = ptq_kernels.prepare(*case.tensors, **case.sized)
+        qweight, layout = ready.qweight, ready.layout
+    x = random_rows(3, 64, torch.float32)
+    y = ptq_kernels.matmul(x, qweight, case.scales, case.zeros, layout=layout, **case.scheme)
+    assert worst_error(y, x, case, None, 0.0) <= 1
+
+
+def test_a_dense_weight_is_no_integers() -> None:
+    case = random_case(16, 64, 32)
+    with pytest.raises(TypeError, match=r"dtype must be a floating-point one, got torch.int8; unpack gives the codes"):
+        ptq_kernels.dequantize(*case.tensors, dtype=torch.int8, **case.sized)
+
+
 def test_bfloat16_rows_against_float16_scales_keep_the_scales() -> None:
     case = random_case(32, 64, 32, dtype=torch.float16)
     case = case._replace(scales=torch.full_like(case.scales, 1.0009765625))  # 1 + 2**-10: not a bfloat16

@@ -89,6 +89,8 @@ def dequantize(
     """
     weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout, perm)
     checks.check_weight(weight)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point one, got {dtype}; unpack gives the codes")
     return reference.dequantize(weight).to(dtype)
 
 

@@ -125,6 +125,7 @@ def _by_strips(
         and x.dim()
         and x.shape[-1] == in_features
         and x.is_contiguous()
+        and (bias is None or bias.is_contiguous())
     ):
         mode = strips.mode(x.dtype, activation)
         y: Tensor = torch_op.strips(x, qweight, qweight if bias is None else bias, *arguments, mode)

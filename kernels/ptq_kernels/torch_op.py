@@ -38,6 +38,12 @@ def _exactly(device: torch.device, compute: Callable[[], Tensor]) -> Tensor:
         return compute()
 
 
+def _shaped(result: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`result`, which nothing else holds, in another shape; autograd lets a view of it not be changed in place."""
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(result, shape)
+    return shaped
+
+
 def _matmul(
     x: Tensor,
     qweight: Tensor,
@@ -56,7 +62,7 @@ def _matmul(
     if x.numel() == 0:
         return x.new_empty(shape)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return _exactly(x.device, lambda: dispatch.run(impl, rows, weight, bias, activation)).view(shape)
+    return _shaped(_exactly(x.device, lambda: dispatch.run(impl, rows, weight, bias, activation)), shape)
 
 
 def _matmul_fake(x: Tensor, qweight: Tensor, scales: Tensor, *_: object) -> Tensor:
@@ -83,7 +89,7 @@ def _grad_input(
     if grad.numel() == 0:
         return grad.new_empty(shape)
     rows = grad.reshape(-1, grad.shape[-1])
-    return _exactly(grad.device, lambda: dispatch.grad_input(rows, weight)).view(shape)
+    return _shaped(_exactly(grad.device, lambda: dispatch.grad_input(rows, weight)), shape)
 
 
 def _grad_input_fake(

@@ -58,38 +58,43 @@ def input_hooks(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor], 
 
 
 @torch.no_grad()
-def trace_groups(modules: Mapping[str, nn.Module], run: Run) -> list[InputGroup]:
-    """Which Linears share an input, in order of execution, from one forward pass; every expert runs, on one token.
+def trace_groups(modules: Mapping[str, nn.Module], runs: Sequence[Run]) -> list[InputGroup]:
+    """Which Linears share an input in each of the runs, in order of execution; every expert runs, on one token.
 
     Raises:
         UnsupportedModelError: a Linear was not called, so nothing could be calibrated for it.
     """
-    # Inputs are kept alive until the end: a freed tensor's address may be given to another one.
+    # Inputs are kept alive until the end of a run: a freed tensor's address may be given to another one.
     alive: list[Tensor] = []
-    read: dict[str, list[tuple[Any, ...]]] = {}
+    passes: list[dict[str, list[tuple[Any, ...]]]] = []
     pools: dict[str, int] = {}
     order: dict[int, int] = {}
 
     def seen(name: str, x: Tensor) -> None:
         # The version tells the contents before an in-place change from those after it; inference tensors have none.
         version = -len(alive) if x.is_inference() else x._version
-        read.setdefault(name, []).append((x.data_ptr(), tuple(x.shape), x.stride(), version))
+        passes[-1].setdefault(name, []).append((x.data_ptr(), tuple(x.shape), x.stride(), version))
         alive.append(x)
         if mode.running is not None:
             pools[name] = order.setdefault(mode.running, len(order))
 
     with visiting(rows=1) as mode, input_hooks(modules, seen):
-        run()
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, keys in read.items():
-        groups.setdefault(tuple(keys), []).append(name)
-    missing = [name for name in modules if name not in read]
+        for run in runs:
+            passes.append({})
+            run()
+            alive.clear()
+    groups: dict[tuple[tuple[Any, ...], ...], list[str]] = {}
+    for name in dict.fromkeys(name for each in passes for name in each):
+        groups.setdefault(tuple(tuple(each.get(name, ())) for each in passes), []).append(name)
+    missing = [name for name in modules if not any(name in each for each in passes)]
     if missing:
         raise UnsupportedModelError(
             f"every Linear to be quantized must run when calibration data does; {', '.join(missing[:4])} did not: "
             "add them to `exclude`"
         )
-    return [InputGroup(tuple(members), len(keys), pools.get(members[0])) for keys, members in groups.items()]
+    return [
+        InputGroup(tuple(members), max(map(len, calls)), pools.get(members[0])) for calls, members in groups.items()
+    ]
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def solve_linears(block: nn.Module, runs: Sequence[Run], task: BlockFormats) -> 
     """
     modules = {path: module for path, module in linears(block) if path in task.kinds}
     results: dict[str, SolvedLinear] = {}
-    for group in trace_groups(modules, runs[0]) if modules else ():
+    for group in trace_groups(modules, runs[:1]) if modules else ():
         stats, drift = _statistics(modules, group, runs, task)
         settings = task.settings
         factor = factorize(stats.hessian, damping=settings.damping, activation_order=settings.activation_order)

@@ -13,9 +13,9 @@ class FusedLinear(nn.Module):
     """Stands where one of several linears stood; the first one computes for all, the others hand out their part.
 
     The modules of a group must be called with the same tensor. One that is called with another tensor, or out of turn,
-    or after the tensor has changed in place, computes the whole product again: slower, never wrong. In inference mode,
-    inside torch.compile, and of changes through ``.data``, torch gives no count of changes: there, change the tensor in
-    place only when all members have read it.
+    or after the tensor has changed in place, or where gradients are recorded and were not, computes the whole product
+    again: slower, never wrong. In inference mode, inside torch.compile, and of changes through ``.data``, torch gives
+    no count of changes: there, change the tensor in place only when all members have read it.
     """
 
     group: "_Group"
@@ -48,13 +48,14 @@ class FusedLinear(nn.Module):
 class _Group:
     def __init__(self, linear: QuantLinear, sizes: list[int]) -> None:
         self.linear, self.sizes = linear, sizes
-        # By thread: the input of the product that its members hand out, its version, the parts.
-        self.open: dict[int, tuple[Tensor, int, tuple[Tensor, ...]]] = {}
+        # By thread: the input of the product that its members hand out, its version and whether gradients are recorded,
+        # the parts.
+        self.open: dict[int, tuple[Tensor, tuple[int, bool], tuple[Tensor, ...]]] = {}
 
     def part(self, x: Tensor, index: int) -> Tensor:
         compiling = torch.compiler.is_compiling()  # a trace is one thread's, and cannot compare versions
         thread = 0 if compiling else threading.get_ident()
-        version = 0 if compiling or x.is_inference() else x._version
+        version = 0 if compiling or x.is_inference() else x._version, torch.is_grad_enabled()
         found = self.open.get(thread)
         if index == 0 or found is None or found[0] is not x or found[1] != version:
             found = (x, version, self.linear(x).split(self.sizes, dim=-1))

@@ -140,17 +140,17 @@ class QuantLinear(nn.Module):
         tensors = (qweight, scales, torch.cat(zeros) if zeros else None)
         return cls(tensors, scheme, bias, first.in_features, first.perm)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., K]`` bfloat16, float16 or float32 to ``[..., N]`` in the same dtype; accumulation in float32."""
         bias = self._parameters["bias"]
         # A module's attributes that are tensors are found by a slow detour, which a decoding step takes 400 times.
         held: dict[str, Any] = self._buffers
         return ptq_kernels.matmul(
-            x,
+            input,
             held["qweight"],
             held["scales"],
             held["zeros"],
-            bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype),
+            bias if bias is None or bias.dtype is input.dtype else bias.to(input.dtype),
             bits=self.bits,
             group_size=self.group_size,
             layout=self.layout,
@@ -267,6 +267,13 @@ class QuantLinear(nn.Module):
             destination[prefix + "qweight"] = self._canonical_qweight()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for leaf, dtype in (("qweight", torch.int32), ("zeros", torch.uint8)):
+            found = state_dict.get(prefix + leaf)
+            if isinstance(found, Tensor) and found.dtype != dtype:
+                raise FormatError(
+                    f"{prefix}{leaf} must be {dtype}, found {found.dtype}: codes do not survive a conversion: convert "
+                    "the other tensors of a state dict only, or the module with .to(dtype)"
+                )
         loaded = state_dict.get(prefix + "scales")
         if isinstance(loaded, Tensor) and not loaded.is_meta and (count := _inexact(loaded, self.scales.dtype)):
             raise FormatError(

@@ -1,5 +1,7 @@
 """Putting QuantLinear where a Linear stood."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,13 @@ def exact_dtype(scales: Tensor) -> torch.dtype:
 def to_quant_linear(quantized: QuantizedWeight, bias: Tensor | None, g_idx: Tensor | None = None) -> QuantLinear:
     """A QuantLinear of a solver's or a file's result; for ``g_idx`` see `QuantLinear.from_quantized`."""
     return QuantLinear.from_quantized(quantized, bias, exact_dtype(quantized.scales), g_idx)
+
+
+def take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Let the hooks of ``old``'s forward and backward pass be ``new``'s; their handles remove them there."""
+    for name, value in vars(old).items():
+        if re.fullmatch(r"_(forward|backward)_(pre_)?hooks(_with_kwargs|_always_called)?|_is_full_backward_hook", name):
+            new.__dict__[name] = value
 
 
 def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:

@@ -59,7 +59,7 @@ def _codes(weight: PackedWeight, rows: int) -> Iterator[tuple[int, Tensor]]:
 def _subtract_zeros(codes: Tensor, zeros: Tensor | None, weight: PackedWeight, out: Tensor) -> None:
     """``out = codes - zeros``, exactly; `codes` is used up."""
     grouped = (codes.shape[0], -1, weight.group_size)
-    if weight.bits == 8:  # differences do not fit a byte
+    if weight.bits == 8 or (zeros is not None and int(zeros.max()) > 128):  # differences do not fit a byte
         out.copy_(codes)
         out.view(grouped).sub_(128 if zeros is None else zeros.unsqueeze(-1))
         return

@@ -60,7 +60,12 @@ def _storage(weight: PackedWeight) -> tuple[torch.dtype, tuple[int, ...]]:
 
 def any_library() -> library.Library:
     """The fastest library; RuntimeError where there is none. Packing is the same in all of them."""
-    return library.best() or library.get(library.preferred()[-1])
+    if (found := library.best()) is None:
+        raise RuntimeError(
+            f"a weight in layout 'strips' needs a C++ library; {library.refuse(library.preferred()[-1])}; or bring the "
+            "weight here as a state dict, which is canonical, instead of a pickled module"
+        )
+    return found
 
 
 def _memory(size: int) -> Tensor:
