@@ -19,7 +19,7 @@ from ptq.models.structure import is_transposed
 from ptq.models.tying import state_ties
 from ptq.nn.fuse import FusedLinear
 from ptq.nn.linear import QuantLinear
-from ptq.pipeline import NOT_COPIED
+from ptq.pipeline import CHAT_TEMPLATES, NOT_COPIED
 from ptq.runtime import Checkpoint, load_weights, open_checkpoint
 
 ALL_LINEAR = "all-linear"
@@ -213,6 +213,8 @@ def _write_description(source: Checkpoint, staged: Path) -> None:
     for entry in source.directory.iterdir():
         if entry.is_file() and not any(fnmatchcase(entry.name, pattern) for pattern in skipped):
             shutil.copyfile(entry, staged / entry.name)
+    if (source.directory / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source.directory / CHAT_TEMPLATES, staged / CHAT_TEMPLATES)
     settings = read_json(source.directory / "config.json")
     for key in ("quantization_config", "torch_dtype"):
         settings.pop(key, None)

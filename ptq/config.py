@@ -174,7 +174,7 @@ class RunConfig:
     ``overrides``: module path pattern to
     :class:`SchemeOverride`, later entries win (for patterns see :func:`matches`);
     ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``dtype``: of the model while it runs and of
-        what it keeps in float, in the checkpoint too, ``auto`` as stored;
+        what it keeps in float, in the checkpoint too, ``auto`` as config.json says, float32 where it does not;
     ``trust_remote_code``: run Python code that comes with the model; ``max_shard_size``: of a checkpoint file, as in
     ``5GB`` (powers of ten); ``strict``: numerical rescues become errors;
     ``calibration``, ``gptq``, ``awq``, ``refine``, ``evaluation``: see their classes; ``evaluation: null``

@@ -13,6 +13,7 @@ from ptq.config import RunConfig
 from ptq.errors import ConfigError, NumericsError
 from ptq.export_solve import Job, calibration_for, follows_float, is_solved, solve_block, solve_head
 from ptq.formats.capability import describe
+from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import QuantizedWeight
 from ptq.gguf.block import SolvedLinear
 from ptq.gguf.blocks import KINDS, encode
@@ -30,9 +31,9 @@ from ptq.gguf.layout import (
 from ptq.gguf.mix import FILE_TYPES, FLOAT, FileType, file_type
 from ptq.gguf.rounding import round_blocks
 from ptq.gguf.tokens import Value, tokenizer_keys
-from ptq.models.loading import load_tokenizer
+from ptq.models.loading import load_tokenizer, locate
 from ptq.nn.linear import QuantLinear
-from ptq.parent import recorded_parent
+from ptq.parent import recorded_parent, require_parent
 from ptq.progress import Progress
 from ptq.runtime import Checkpoint, open_checkpoint, open_stream
 from ptq.version import VERSION
@@ -204,6 +205,7 @@ def _float_parent(source: Checkpoint, misfit: str, type_name: str, run: RunConfi
             f"{misfit}: {other}pass --text FILE, or --config {source.directory / 'ptq_config.yaml'}, to solve the "
             f"float model it was made from, {parent}, for {type_name}"
         )
+    require_parent(source.reader, CheckpointReader(locate(parent)), parent)
     return parent
 
 

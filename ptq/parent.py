@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ptq.errors import ConfigError
+from ptq.formats.checkpoint import CheckpointReader
 from ptq.yaml_tree import parse
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -42,6 +45,25 @@ def recorded_parent(checkpoint: Path) -> str | None:
     model = found.get("model") if isinstance(found, dict) else None
     known = isinstance(model, str) and (Path(model).expanduser().is_dir() or _HUB_NAME.fullmatch(model))
     return str(model) if known else None
+
+
+def require_parent(made: CheckpointReader, parent: CheckpointReader, name: str) -> None:
+    """Raise ConfigError where no matrix that both hold in float, as embeddings are, is the same: another model.
+
+    ``name`` is how the checkpoint calls its parent; a relative path leads elsewhere from another directory.
+    """
+    differing = ""
+    for tensor in sorted({*made.names()} & {*parent.names()}):
+        dtype, shape = made.spec(tensor)
+        if len(shape) == 2 and dtype.is_floating_point and parent.spec(tensor)[1] == shape:
+            if torch.equal(made.tensor(tensor)[:64], parent.tensor(tensor)[:64].to(dtype)):
+                return
+            differing = differing or tensor
+    if differing:
+        raise ConfigError(
+            f"the float model in {name} must be the one that {made.directory} was made from; their {differing} differ: "
+            "run in the directory from which that name led to it, or export the right one by its own path"
+        )
 
 
 def front_matter(readme: Path) -> Mapping[str, Any]:

@@ -45,6 +45,7 @@ from ptq.version import VERSION
 from ptq.walk import units, walk
 
 # Weights and what describes them are written anew; everything else beside them is the parent's.
+CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that a tokenizer of transformers has
 NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
               "config.json", "quantize_config.json", "report.json", "report.html", ".*", "*.md",
               "original")  # fmt: skip
@@ -236,8 +237,11 @@ def _write_description(plan: Plan, staged: Path) -> None:
     """``config.json`` with the quantization, the tokenizer and everything else a loader looks for."""
     settings = read_json(plan.directory / "config.json")
     damping = plan.config.gptq.damping if plan.config.method == "gptq" else None
-    # Routers that are no Linears here are Linears to other engines, which must be told to leave them in float.
-    schemes = {**plan.schemes, **dict.fromkeys(routers(plan.skeleton))}
+    # Other engines take these for Linears and must be told to leave them in float: routers that are none here, and what
+    # a larger model has besides this one (an encoder, a reward's head, layers that predict more tokens).
+    beside = [name for name in extra_tensors(plan) if name.endswith(".weight") and len(plan.reader.spec(name)[1]) == 2]
+    apart = [name.removesuffix(".weight") for name in beside]
+    schemes = {**plan.schemes, **dict.fromkeys([*routers(plan.skeleton), *apart])}
     quantization = plan.codec.quantization_config(schemes, damping=damping, version=VERSION)
     settings["quantization_config"] = quantization
     settings.pop("torch_dtype", None)
@@ -251,6 +255,8 @@ def _write_description(plan: Plan, staged: Path) -> None:
     for entry in entries:
         if entry.is_file() and entry.name not in skipped:
             shutil.copyfile(entry, staged / entry.name)
+    if (plan.directory / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(plan.directory / CHAT_TEMPLATES, staged / CHAT_TEMPLATES, dirs_exist_ok=True)
     atomic_write_text(staged / "config.json", json.dumps(settings, indent=2) + "\n")
     if quantization["quant_method"] == "gptq":
         atomic_write_text(staged / "quantize_config.json", json.dumps(quantization, indent=2) + "\n")

@@ -15,6 +15,7 @@ from ptq.formats.checkpoint import read_json, staged_directory
 from ptq.lint import Lint, lint
 from ptq.page_report import report_page
 from ptq.parent import parent_of
+from ptq.pipeline import CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -62,6 +63,9 @@ def folder(directory: str | Path, repo: str, *, force: bool = False, trust_remot
     files: dict[str, Path | bytes] = {
         path.name: path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")
     }
+    templates = directory / CHAT_TEMPLATES
+    if templates.is_dir():
+        files |= {f"{CHAT_TEMPLATES}/{path.name}": path for path in sorted(templates.iterdir()) if path.is_file()}
     names = _private_paths(document)
     shared = _without(document, names)
     if document:
@@ -85,6 +89,7 @@ def write_folder(files: Files, out: str | Path) -> Path:
         raise ConfigError(f"a dry run writes a new folder; {out} exists: remove it, or name another with --out")
     with staged_directory(out, overwrite=False) as staged:
         for name, content in files.items():
+            (staged / name).parent.mkdir(exist_ok=True)
             if isinstance(content, bytes):
                 (staged / name).write_bytes(content)
             else:

@@ -21,7 +21,7 @@ from ptq.grid import check_finite
 from ptq.journal import Journal, Streams
 from ptq.models.loading import working_dtype
 from ptq.models.streamed import StreamedModel
-from ptq.plan import Plan, block_count, head_targets, parent_stream, replaced_tensors, taken_apart
+from ptq.plan import Plan, block_count, extra_tensors, head_targets, parent_stream, replaced_tensors, taken_apart
 from ptq.progress import Progress
 from ptq.task import BlockTask, FloatTwin, ModuleResult
 
@@ -225,12 +225,14 @@ def _outer(state: Walk) -> Finished:
     blocks = plan.skeleton.get_submodule(plan.blocks).state_dict()
     written = {plan.names.find(f"{plan.blocks}.{local}") for local in blocks} | replaced_tensors(plan)
     tensors: dict[str, Tensor] = {}
+    extra = set(extra_tensors(plan))
     for name in plan.reader.names():
         if name not in written:
             value = plan.reader.tensor(name)
             if value.is_floating_point():
                 check_finite(value, name)
-            tensors[name] = value.to(working_dtype(plan.skeleton, name, value, plan.dtype))
+            kept = value.dtype if name in extra else working_dtype(plan.skeleton, name, value, plan.dtype)
+            tensors[name] = value.to(kept)
     return Finished(results, tensors | _encoded(plan, results))
 
 

@@ -279,7 +279,8 @@ def document(results: dict[str, Any]) -> str:
         "which writes this page. Tried are: finding the decoder blocks; running block by block (logits equal the "
         "model's own); GPTQ and AWQ at 4 bits; AWQ's folds, each proven on the block; loading the checkpoint back "
         "(logits equal those of the dequantized weights). Nothing in `ptq` knows these names: what works, works by "
-        "structure.", "",
+        "structure. Attention to an encoder that is not there and projections that are used without being called, "
+        f"{' '.join(f'`{each}`' for each in NOT_CALLED)}, were in `exclude`, as the error says that names them.", "",
         f"**{len(good)} model types ({len({r['cls'] for r in good.values()})} classes) work** with GPTQ and AWQ, "
         f"{len(part)} more with GPTQ.", "",
         "`loss` is the mean of each Linear's loss as a share of what plain rounding loses, on random weights. `folds` "

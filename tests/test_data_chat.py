@@ -31,6 +31,12 @@ def test_conversations_need_what_they_need(write):
     file = write("b.jsonl", lines({"text": []}))
     with pytest.raises(DataError, match=r"b.jsonl, line 1: at least one message is required, found an empty list"):
         calibration_batches(calibration(file, chat_template=True), Characters(template="yes"))
+    for keys in ({"from": "human", "value": "hi"}, {"role": "user"}, {"content": "hi"}):
+        file = write("b.jsonl", lines({"text": MESSAGES}, {"text": [MESSAGES[0], keys]}))
+        with pytest.raises(
+            DataError, match=f"line 2: messages must have the keys role and content, found '{next(iter(keys))}'"
+        ):
+            calibration_batches(calibration(file, chat_template=True), Characters(template="yes"))
     for value, kind in ((3, "int"), (["a"], "list")):
         file = write("b.jsonl", lines({"text": value}))
         with pytest.raises(DataError, match=f"line 1: a list of messages .* or a prompt is required, found {kind}"):

@@ -197,11 +197,14 @@ def test_a_tokenizer_that_is_a_list(name, parent):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(WEIGHT, torch.int8), ("model.embed_tokens.weight", torch.int8), ("model.norm.weight", torch.int32)],
+    [
+        *((WEIGHT, dtype) for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)),
+        *(("model.embed_tokens.weight", torch.int8), ("model.norm.weight", torch.int32)),
+    ],
 )
-def test_integers_where_the_model_has_floats(name, dtype, parent, tmp_path):
+def test_codes_where_the_model_has_floats(name, dtype, parent, tmp_path):
     change(parent, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    pattern = f"{name} must hold floating-point numbers; the checkpoint has {dtype}"
+    pattern = f"{name} must hold floating-point numbers of 16 bits or more; the checkpoint has {dtype}"
     refuse(FormatError, pattern, settings(parent, tmp_path / "out", "rtn"))
     with pytest.raises(FormatError, match=pattern):
         ptq.load(parent, device="cpu")
@@ -292,13 +295,16 @@ def test_models_that_are_not_there(tmp_path, monkeypatch):
 
 
 def test_configurations_that_are_no_language_model(tmp_path):
-    from transformers import ViTConfig
+    from transformers import T5Config, ViTConfig
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "not-a-model"}))
     with pytest.raises(UnsupportedModelError, match="must describe a model transformers knows"):
         read_config(tmp_path)
     with pytest.raises(UnsupportedModelError, match="causal language model of transformers; ViTConfig"):
         build_skeleton(ViTConfig(), torch.float32)
+    for named in ([], ["T5ForConditionalGeneration"]):
+        with pytest.raises(UnsupportedModelError, match="T5Config: its decoder reads what an encoder makes of another"):
+            build_skeleton(T5Config(architectures=named), torch.float32)
     with pytest.raises(UnsupportedModelError, match="must hold its tokenizer"):
         load_tokenizer(tmp_path, False)
 

@@ -6,6 +6,7 @@ values of the checkpoint that was exported. llama.cpp itself is in benchmarks/gg
 
 import io
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ import gguf
 import pytest
 import torch
 from gguf import quants
+from safetensors.torch import load_file, save_file
 from tiny_models import TEXT, build, divergence, held_out, logits, run, save, settings, tokens
 
 from ptq import cli, runtime
@@ -277,6 +279,23 @@ def test_with_text_the_parent_is_solved_for_what_the_codes_do_not_fit(parents, t
     assert not done.carried
     direct = export(parents["llama"], "Q4_0", tmp_path, solving)
     assert done.path.read_bytes() == direct.path.read_bytes()
+
+
+def test_another_model_in_the_place_of_the_parent_is_refused(parents, tmp_path, solving, monkeypatch):
+    """A relative path in the configuration leads to another model from another directory."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "model").symlink_to(parents["llama"])
+    other = shutil.copytree(parents["llama"], tmp_path / "there" / "model")
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    monkeypatch.chdir(tmp_path / "here")
+    run(settings("model", tmp_path / "made", method="rtn", bits=8))
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(ConfigError, match="the float model in model must be the one .* their .* differ"):
+        export(tmp_path / "made", "Q4_0", tmp_path, solving)
+    monkeypatch.chdir(tmp_path / "here")
+    assert export(tmp_path / "made", "Q4_0", tmp_path, solving).notes
 
 
 def test_other_architectures_are_refused(tmp_path):

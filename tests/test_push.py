@@ -61,7 +61,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[hub_server.
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 def test_a_push_is_the_folder_of_the_dry_run(made: Path, hub: hub_server.Hub, tmp_path: Path) -> None:
@@ -77,9 +78,12 @@ def test_a_push_is_the_folder_of_the_dry_run(made: Path, hub: hub_server.Hub, tm
 
 
 def test_a_tensor_that_the_parent_has_no_place_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is said by plan, run and report, copied as it is, and no reason to refuse a push."""
+    """It is said by plan, run and report, copied as it is, kept from other engines, and no reason to refuse a push."""
     parent = save(build("llama", torch.bfloat16), tmp_path / "parent")
-    tensors = {**load_file(parent / "model.safetensors"), "value_head.weight": torch.arange(8.0).bfloat16()}
+    value = torch.arange(8.0).view(1, 8) + 1e-5
+    tensors = {**load_file(parent / "model.safetensors"), "value_head.weight": value}
+    (parent / "additional_chat_templates").mkdir()
+    (parent / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
     save_file(tensors, parent / "model.safetensors", {"format": "pt"})
     config = settings(parent, tmp_path / "small", "rtn")
     line = "tensors of the parent that its model has no place for are copied as they are: value_head.weight"
@@ -89,7 +93,12 @@ def test_a_tensor_that_the_parent_has_no_place_for(tmp_path: Path, capsys: pytes
     assert line in said.getvalue()
     assert report.document["extra_tensors"] == ["value_head.weight"]
     (written,) = (tmp_path / "small").glob("*.safetensors")
-    assert torch.equal(load_file(written)["value_head.weight"], tensors["value_head.weight"])
+    assert torch.equal(load_file(written)["value_head.weight"], value)
+    written_config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert "-:^value_head$" in written_config["quantization_config"]["dynamic"]
+    assert "additional_chat_templates/tool.jinja" in contents(tmp_path / "small")
+    files = folder(tmp_path / "small", REPO)
+    assert "additional_chat_templates/tool.jinja" in contents(write_folder(files, tmp_path / "dry"))
     assert cli.main(["push", str(tmp_path / "small"), "--repo", REPO, "--dry-run"]) == 0
     assert "nothing was pushed" in capsys.readouterr().out
 

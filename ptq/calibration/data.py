@@ -193,6 +193,13 @@ def _render(row: Row, tokenizer: "PreTrainedTokenizerBase") -> str:
             f"{row.place}: a list of messages ({{role, content}}) or a prompt is required, found "
             f"{type(row.value).__name__}; name the column that holds conversations"
         )
+    for message in messages:
+        # A template renders what is not there as nothing, so other keys would calibrate on empty turns.
+        if "role" not in message or not {"content", "tool_calls"} & message.keys():
+            raise DataError(
+                f"{row.place}: messages must have the keys role and content, found {', '.join(map(repr, message))}; "
+                "rename them, as in {'from': 'human', 'value': ...} to {'role': 'user', 'content': ...}"
+            )
     if not messages:
         raise DataError(f"{row.place}: at least one message is required, found an empty list; leave the row out")
     try:

@@ -85,7 +85,7 @@ def put_together(model: nn.Module, name: str, pieces: Sequence[Piece], read: Cal
         FormatError: the tensors do not fit together.
     """
     first = pieces[0]
-    converter = first.converter.copy(
+    converter = type(first.converter)(  # one of its own: it gathers tensors
         list(first.converter._original_source_patterns),
         list(first.converter._original_target_patterns),
         operations=first.converter.operations,

@@ -152,6 +152,8 @@ def _model_of(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     named = set(getattr(config, "architectures", None) or ())
     fitting = [auto for auto in known if auto._model_mapping[type(config)].__name__ in named]
     classes = [getattr(transformers, name) for name in named if hasattr(transformers, name)]
+    if not known and getattr(config, "is_encoder_decoder", False):
+        raise ValueError("its decoder reads what an encoder makes of another text, which no causal model does")
     if not known and classes and not trust_remote_code:  # a part of a larger model, saved by itself
         return classes[0]._from_config(config, dtype=dtype)
     auto = next(iter(fitting or known), AutoModelForCausalLM)
@@ -209,12 +211,12 @@ def check_floating(name: str, expected: torch.dtype, found: torch.dtype) -> None
     """Whether a tensor of a checkpoint holds numbers that can stand for a float parameter as they are.
 
     Raises:
-        FormatError: integers, which are codes of a quantization that config.json does not describe.
+        FormatError: integers or 8-bit floats, which are codes of a quantization that config.json does not describe.
     """
-    if expected.is_floating_point and not found.is_floating_point:
+    if expected.is_floating_point and (not found.is_floating_point or found.itemsize == 1):
         raise FormatError(
-            f"{name} must hold floating-point numbers; the checkpoint has {found}: its config.json lacks the "
-            "quantization_config that says how to read it, or the shards are another checkpoint's"
+            f"{name} must hold floating-point numbers of 16 bits or more; the checkpoint has {found}: its config.json "
+            "lacks the quantization_config that says how to read it, or the shards are another checkpoint's"
         )
 
 
