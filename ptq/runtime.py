@@ -144,8 +144,8 @@ def load(
         impl: kernel to use (``auto``, ``reference``, ``triton``, ``cpu``); an explicit one that cannot run raises.
         activation: "int8" rounds the inputs of packed Linears to 8 bits, row by row, which is faster on CPUs with
             AVX512-VNNI or AMX and costs about 1 % of their outputs; RuntimeError where that cannot run.
-        dtype: of everything that is not packed, by name or as a torch.dtype; ``auto`` as config.json says. Beside packed weights
-            bfloat16, float16 or float32.
+        dtype: of everything that is not packed, by name or as a torch.dtype; ``auto`` as config.json says. Beside
+            packed weights bfloat16, float16 or float32.
         fuse: run q, k, v and gate, up as one product each; for inference only.
         head_bits: 4 or 8 rounds a float output head to that many bits as it is loaded, in groups of 128 with searched
             scales (see `ptq.nn.head.pack_head`): not calibrated, so measure what it costs. It is read once a token,

@@ -1,6 +1,7 @@
 """Where an nn.Linear stood. Oracles: the module with its Linears, and the dense weight of its QuantLinears."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -116,6 +117,15 @@ def test_every_pass_gets_the_arguments_as_they_were(way: str, method: str) -> No
     for (x, _, cache), (want, _, _) in zip(batches, before, strict=True):
         assert torch.equal(x, want)
         assert cache == []
+
+
+def test_arguments_that_cannot_be_copied_are_given_as_they_are() -> None:
+    class Locked(Two):
+        def forward(self, x: Tensor, lock: object) -> Tensor:
+            return super().forward(x) if lock is held else x
+
+    held = threading.Lock()
+    assert set(quantized(Locked(), [(rows(0), held)])) == {"a", "b"}
 
 
 def test_arguments_that_are_one_tensor_stay_one() -> None:
