@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ptq.awq.block import awq_block
 from ptq.calibration.capture import trace_groups
 from ptq.calibration.held import Run, let_go
-from ptq.errors import NumericsError
+from ptq.errors import NumericsError, UnsupportedModelError
 from ptq.gptq.block import gptq_block
 from ptq.grid import LARGEST_SCALE, SMALLEST_SCALE, check_finite, grouped
 from ptq.models.structure import linears, set_weight, weight_of
@@ -52,11 +52,11 @@ def _raised_scales(weight: Tensor, path: str, task: BlockTask) -> str:
     Raises NumericsError, before anything is changed, for weights that no scale reaches, or that are not finite.
     """
     scheme, name = task.schemes[path], task.full(path)
-    check_finite(weight, f"the weight of {name}")
     low, high = torch.aminmax(grouped(weight, scheme.columns(weight.shape[1])), dim=-1)
     steps = 2.0**scheme.bits - 1
     reach = torch.maximum(high, -low).float() * (2 / steps) if scheme.symmetric else (high - low).float() / steps
-    if reach.numel() and float(reach.max()) > LARGEST_SCALE:
+    if reach.numel() and not float(reach.max()) <= LARGEST_SCALE:  # NaN is not, either
+        check_finite(weight, f"the weight of {name}")
         raise NumericsError(
             f"weights must be at most {LARGEST_SCALE * steps / 2:.3g} in magnitude for a scale of {scheme.bits}-bit "
             f"codes to be a float16 number; {name} has one of {float(torch.maximum(high, -low).max()):.3g}: check the "
@@ -86,13 +86,22 @@ def _solve(
 ) -> dict[str, ModuleResult]:
     if task.config.method == "rtn":
         return {path: _round(module, task, path) for path, module in modules.items()}
-    if task.config.method == "awq" or not task.branching:
-        groups = trace_groups(modules, runs[:1])  # AWQ proves on the first batch that a fold changes nothing
-    if task.branching:
-        groups = trace_groups(modules, runs)
+    groups = trace_groups(modules, runs if task.branching else runs[:1])
     if task.config.method == "awq":
+        if task.branching:
+            _require_in_first(modules, runs)
         return awq_block(block, modules, groups, runs, task)
     return gptq_block(modules, groups, runs, task)
+
+
+def _require_in_first(modules: Mapping[str, nn.Module], runs: Sequence[Run]) -> None:
+    try:
+        trace_groups(modules, runs[:1])
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"awq proves on the first batch that scales change nothing; {error}, put a batch first that reaches all of "
+            "them, or use gptq"
+        ) from error
 
 
 def _round(module: nn.Module, task: BlockTask, path: str) -> ModuleResult:

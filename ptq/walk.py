@@ -228,11 +228,12 @@ def _outer(state: Walk) -> Finished:
     extra = set(extra_tensors(plan))
     for name in plan.reader.names():
         if name not in written:
-            value = plan.reader.tensor(name)
+            value = tensors[name] = plan.reader.tensor(name)
+            if name in extra:  # nothing of the model's: as it is, whatever it holds
+                continue
             if value.is_floating_point():
                 check_finite(value, name)
-            kept = value.dtype if name in extra else working_dtype(plan.skeleton, name, value, plan.dtype)
-            tensors[name] = value.to(kept)
+            tensors[name] = value.to(working_dtype(plan.skeleton, name, value, plan.dtype))
     return Finished(results, tensors | _encoded(plan, results))
 
 

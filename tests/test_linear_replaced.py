@@ -66,7 +66,7 @@ def test_results_may_be_changed_in_place(gradients: str, prepared: bool) -> None
         y[0, 1] += 1
         want = functional(module, x)
         want[0, 1] += 1
-        assert torch.allclose(y, want, atol=1e-4)
+        assert torch.allclose(y, want, atol=1e-4)  # float32 sums of products of up to about 10
         leaf = {"x": x, "bias": module[0].bias, "none": None}[gradients]
         if leaf is not None:
             got, expected = (torch.autograd.grad(each.square().sum(), leaf)[0] for each in (y, want))
@@ -153,7 +153,7 @@ def test_each_batch_may_take_another_way() -> None:
     assert {name: row["tokens"] for name, row in found.items()} == {"a": 48, "b": 56}
     for name, weight in want.items():
         assert torch.equal(getattr(module, name).dequantize(), weight)
-    with pytest.raises(UnsupportedModelError, match="b did not"):
+    with pytest.raises(UnsupportedModelError, match="awq proves on the first batch .* b did not: .*, or use gptq"):
         quantized(seeded("branches"), batches, method="awq")
 
 

@@ -64,9 +64,10 @@ def matmul(
     checks.check_input(x, weight, bias)
     if torch.compiler.is_compiling() and (short := direct.traced(x, weight, bias, scheme)) is not None:
         return short
+    arguments = (x, qweight, scales, zeros, bias, bits, group_size, layout, impl, perm, activation)
     if transforms.wanted():
-        return transforms.product(x, weight, bias, impl, activation)
-    result: Tensor = torch_op.matmul(x, qweight, scales, zeros, bias, bits, group_size, layout, impl, perm, activation)
+        return transforms.matmul(*arguments)
+    result: Tensor = torch_op.matmul(*arguments)
     direct.remember(x, weight, bias, scheme)
     return result
 

@@ -106,38 +106,39 @@ def _grad_input_fake(
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient ``[N]`` of a bias, from that of the result ``[..., N]``; summed in float32."""
-    return grad.reshape(-1, grad.shape[-1]).float().sum(0).to(dtype)
+Operator = Callable[..., Tensor]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep what `backward` needs of the arguments of `matmul`."""
     x, qweight, scales, zeros, bias, bits, group_size, layout, _, perm, _ = inputs
     ctx.save_for_backward(qweight, scales, zeros, perm)
     ctx.scheme = (bits, group_size, x.shape[-1], layout)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad: Tensor, by: Operator | None = None) -> tuple[Tensor | None, ...]:
+    """Gradients of what `matmul` takes, that of x by the operator `matmul_grad_input` or what stands for it."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         qweight, scales, zeros, perm = ctx.saved_tensors
-        grad_x = matmul_grad_input(grad, qweight, scales, zeros, *ctx.scheme, perm)
+        grad_x = (by or matmul_grad_input)(grad, qweight, scales, zeros, *ctx.scheme, perm)
     if ctx.needs_input_grad[4]:
-        grad_bias = bias_gradient(grad, ctx.bias_dtype)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None, None, None, None, None
 
 
-def _setup_context_of_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_context_of_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep what `backward_of_grad` needs of the arguments of `matmul_grad_input`."""
     _, qweight, scales, zeros, bits, group_size, _, layout, perm = inputs
     ctx.save_for_backward(qweight, scales, zeros, perm)
     ctx.scheme = (bits, group_size, layout)
 
 
-def _backward_of_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def backward_of_grad(ctx: Any, grad: Tensor, by: Operator | None = None) -> tuple[Tensor | None, ...]:
     """The gradient's derivative, which a penalty on gradients needs, is the product again."""
     qweight, scales, zeros, perm = ctx.saved_tensors
-    return matmul(grad, qweight, scales, zeros, None, *ctx.scheme, "auto", perm), *(None,) * 8
+    return (by or matmul)(grad, qweight, scales, zeros, None, *ctx.scheme, "auto", perm, None), *(None,) * 8
 
 
 torch.library.impl("ptq_kernels::matmul", "default", _matmul, lib=LIBRARY)
@@ -145,9 +146,9 @@ torch.library.impl("ptq_kernels::matmul_grad_input", "default", _grad_input, lib
 torch.library.register_fake("ptq_kernels::matmul", _matmul_fake, lib=LIBRARY)
 torch.library.register_fake("ptq_kernels::matmul_grad_input", _grad_input_fake, lib=LIBRARY)
 torch.library.register_fake("ptq_kernels::strips", _strips_fake, lib=LIBRARY)
-torch.library.register_autograd("ptq_kernels::matmul", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("ptq_kernels::matmul", backward, setup_context=setup_context, lib=LIBRARY)
 torch.library.register_autograd(
-    "ptq_kernels::matmul_grad_input", _backward_of_grad, setup_context=_setup_context_of_grad, lib=LIBRARY
+    "ptq_kernels::matmul_grad_input", backward_of_grad, setup_context=setup_context_of_grad, lib=LIBRARY
 )
 
 matmul = torch.ops.ptq_kernels.matmul.default

@@ -5,7 +5,7 @@ and a tangent is dropped without a word. Both functions here are linear in their
 derivative of the other, to any order.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from ptq_kernels import torch_op
-from ptq_kernels.layouts import PackedWeight
 
 
 def wanted() -> bool:
@@ -34,10 +33,14 @@ def wanted() -> bool:
     return False
 
 
-def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, impl: str, activation: str | None) -> Tensor:
-    """`torch_op.matmul` of checked arguments, for reverse and forward mode of any order and for vmap."""
-    tensors = (weight.qweight, weight.scales, weight.zeros, weight.perm)
-    return _apply(_Product, x, bias, *tensors, weight.bits, weight.group_size, weight.layout, impl, activation)
+def matmul(*arguments: Any) -> Tensor:
+    """`torch_op.matmul` of the same arguments, for reverse and forward mode of any order and for vmap."""
+    return _apply(_Product, *arguments)
+
+
+def _grad_input(*arguments: Any) -> Tensor:
+    """`torch_op.matmul_grad_input`, likewise."""
+    return _apply(_GradInput, *arguments)
 
 
 def _apply(function: type[Function], *arguments: Any) -> Tensor:
@@ -45,90 +48,66 @@ def _apply(function: type[Function], *arguments: Any) -> Tensor:
     return result
 
 
-def _batched(
-    function: Any, size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
-) -> tuple[Tensor, int]:
-    """What vmap makes of `function`: rows are one more dimension of the first argument, anything else is repeated."""
-    first, *rest = in_dims
-    if first is not None and not any(dim is not None for dim in rest):
-        return function(arguments[0].movedim(first, 0), *arguments[1:]), 0
-    each = (
-        function(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
-        for i in range(size)
-    )
-    return torch.stack(list(each)), 0
+def _vmap(function: torch_op.Operator) -> Callable[..., tuple[Tensor, int]]:
+    """What vmap makes of a function: rows are one more dimension of the first argument, anything else is repeated."""
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        first, *rest = in_dims
+        if first is not None and not any(dim is not None for dim in rest):
+            return function(arguments[0].movedim(first, 0), *arguments[1:]), 0
+        each = (
+            function(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        )
+        return torch.stack(list(each)), 0
+
+    return batched
 
 
 class _Product(Function):
-    """``x`` times the weight, plus ``bias``."""
-
-    @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
-        qweight, scales, zeros, perm, bits, group_size, layout, impl, activation = weight
-        y: Tensor = torch_op.matmul(x, qweight, scales, zeros, bias, bits, group_size, layout, impl, perm, activation)
-        return y
+    forward = staticmethod(torch_op.matmul)
+    vmap = staticmethod(_vmap(matmul))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, bias, *weight = inputs
-        ctx.save_for_backward(*weight[:4])
-        ctx.save_for_forward(*weight[:4])
-        ctx.scheme, ctx.impl, ctx.in_features, ctx.shape = tuple(weight[4:7]), weight[7], x.shape[-1], output.shape
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        torch_op.setup_context(ctx, inputs, output)
+        _, qweight, scales, zeros, *_, ctx.impl, perm, _ = inputs
+        ctx.save_for_forward(qweight, scales, zeros, perm)
+        ctx.shape = output.shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _apply(_GradInput, grad, *ctx.saved_tensors, *ctx.scheme, ctx.in_features)
-        if ctx.needs_input_grad[1]:
-            grad_bias = torch_op.bias_gradient(grad, ctx.bias_dtype)
-        return grad_x, grad_bias, *(None,) * 9
+        return torch_op.backward(ctx, grad, _grad_input)
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, *_: object) -> Tensor | None:
+    def jvp(ctx: Any, x: Tensor | None, *tangents: Tensor | None) -> Tensor | None:
         """The tangent; as in the backward pass, 8-bit rounding of x counts as the identity."""
-        if x is not None:
-            return _apply(_Product, x, bias, *ctx.saved_tensors, *ctx.scheme, ctx.impl, None)
-        return None if bias is None else bias.expand(ctx.shape).clone()
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return _batched(partial(_apply, _Product), info.batch_size, in_dims, arguments)
+        bias = tangents[3]
+        if x is None:
+            return None if bias is None else bias.expand(ctx.shape).clone()
+        qweight, scales, zeros, perm = ctx.saved_tensors
+        bits, group_size, _, layout = ctx.scheme
+        return matmul(x, qweight, scales, zeros, bias, bits, group_size, layout, ctx.impl, perm, None)
 
 
 class _GradInput(Function):
-    """``grad`` times the transposed weight."""
-
-    @staticmethod
-    def forward(grad: Tensor, *weight: Any) -> Tensor:
-        qweight, scales, zeros, perm, bits, group_size, layout, in_features = weight
-        grad_x: Tensor = torch_op.matmul_grad_input(
-            grad, qweight, scales, zeros, bits, group_size, in_features, layout, perm
-        )
-        return grad_x
+    forward = staticmethod(torch_op.matmul_grad_input)
+    vmap = staticmethod(_vmap(_grad_input))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:5])
-        ctx.save_for_forward(*inputs[1:5])
-        ctx.scheme, ctx.in_features = inputs[5:8], inputs[8]
+        torch_op.setup_context_of_grad(ctx, inputs, output)
+        _, qweight, scales, zeros, *ctx.rest, perm = inputs
+        ctx.save_for_forward(qweight, scales, zeros, perm)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _apply(_Product, grad, None, *ctx.saved_tensors, *ctx.scheme, "auto", None), *(None,) * 8
+        return torch_op.backward_of_grad(ctx, grad, matmul)
 
     @staticmethod
     def jvp(ctx: Any, grad: Tensor, *_: object) -> Tensor:
-        return _apply(_GradInput, grad, *ctx.saved_tensors, *ctx.scheme, ctx.in_features)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return _batched(partial(_apply, _GradInput), info.batch_size, in_dims, arguments)
-
-
-def _vmap(operator: Any) -> Any:
-    return lambda info, in_dims, *arguments: _batched(operator, info.batch_size, in_dims, arguments)
+        qweight, scales, zeros, perm = ctx.saved_tensors
+        return _grad_input(grad, qweight, scales, zeros, *ctx.rest, perm)
 
 
 for _operator in (torch_op.matmul, torch_op.matmul_grad_input):  # for graphs, which hold the operators themselves
