@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from ptq_kernels import torch_op
+from ptq_kernels import torch_op, transforms
 
 OPERATOR = torch_op.matmul
 
@@ -18,4 +18,5 @@ def counted_operator(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return OPERATOR(*arguments)
 
     monkeypatch.setattr(torch_op, "matmul", counted)
+    monkeypatch.setattr(transforms._Product, "forward", staticmethod(counted))  # which holds the operator itself
     return calls
