@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import DataError, NumericsError
+from ptq.half_products import fast_half_products
 from ptq.models.streamed import StreamedModel
 
 # Tokens whose hidden states stay in memory between two readings of a streamed model's weights.
@@ -53,7 +54,9 @@ def in_memory(model: nn.Module) -> Scorer:
     @torch.no_grad()
     def score(batches: Sequence[Tensor]) -> Iterator[Tensor]:
         for batch in batches:
-            yield model(input_ids=batch.to(device), use_cache=False).logits
+            with fast_half_products(device):
+                logits = model(input_ids=batch.to(device), use_cache=False).logits
+            yield logits
 
     return score
 
@@ -68,15 +71,18 @@ def streamed(model: StreamedModel, alter: Callable[[nn.Module, str], Any] | None
 
     @torch.no_grad()
     def score(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        hidden = model.enter(batches)
-        for index in range(len(model.blocks)):
-            with model.block(index) as block:
-                if alter is not None:
-                    alter(block, model.block_path(index))
-                hidden = [model.run_block(index, i, h).cpu() for i, h in enumerate(hidden)]
+        with fast_half_products(model.device):
+            hidden = model.enter(batches)
+            for index in range(len(model.blocks)):
+                with model.block(index) as block:
+                    if alter is not None:
+                        alter(block, model.block_path(index))
+                    hidden = [model.run_block(index, i, h).cpu() for i, h in enumerate(hidden)]
         with model.outer():
             for i, batch in enumerate(batches):
-                yield model.logits(batch, hidden[i])
+                with fast_half_products(model.device):  # not across a yield: other models are scored in between
+                    logits = model.logits(batch, hidden[i])
+                yield logits
 
     return score
 

@@ -31,6 +31,7 @@ from ptq.gguf.layout import (
 from ptq.gguf.mix import FILE_TYPES, FLOAT, FileType, file_type
 from ptq.gguf.rounding import round_blocks
 from ptq.gguf.tokens import Value, tokenizer_keys
+from ptq.half_products import fast_half_products
 from ptq.models.loading import load_tokenizer, locate
 from ptq.nn.linear import QuantLinear
 from ptq.parent import recorded_parent, require_parent
@@ -117,6 +118,7 @@ def export_gguf(
     with (
         gguf_file(path, model.architecture, keys, found, overwrite=overwrite) as output,
         progress.stage("export", model.blocks),
+        fast_half_products(calibration.device if calibration else torch.device("cpu")),
     ):
         _write(job, output, progress, losses, deviations)
     return Exported(

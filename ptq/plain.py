@@ -14,6 +14,7 @@ from ptq.config import WIDTHS, AWQConfig, GPTQConfig, RefineConfig, RunConfig, s
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.grid import resolve_group_size
+from ptq.half_products import fast_half_products
 from ptq.models.structure import linears, weight_shape
 from ptq.nn.swap import replace_module, take_hooks, to_quant_linear
 from ptq.schema import build
@@ -87,12 +88,13 @@ def quantize_linears(
     _untie(module, schemes)
     # Solving takes float32 products in float32; the calibration passes are to give what the module itself computes.
     with _evaluating(module), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        dtype = module.get_parameter(f"{next(iter(schemes))}.weight").dtype
+        weight = module.get_parameter(f"{next(iter(schemes))}.weight")
         probe = _Probe(module, batches[0]) if method == "awq" else None
         runs = [_runner(module, batch) for batch in batches]
         twin = _twin(module, batches) if config.follows_float else None
-        task = BlockTask("", schemes, config, dtype, probe, twin, branching=True)
-        results = quantize_block(module, runs, task)
+        task = BlockTask("", schemes, config, weight.dtype, probe, twin, branching=True)
+        with fast_half_products(weight.device):
+            results = quantize_block(module, runs, task)
     _swap(module, results)
     return {path: result.row for path, result in results.items()}
 

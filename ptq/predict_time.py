@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from ptq.awq.solver import CONFIRMED, CONFIRMED_ROWS, SCREENED_ROWS
 from ptq.grid_search import COARSE, REFITS, SHRINKS
+from ptq.half_products import fast_half_products
 from ptq.plan import Plan, block_count
 from ptq.predict_memory import Block, Stage, held_share, tokens_of, vocabulary, width
 
@@ -56,9 +57,9 @@ def measure_rates(device: torch.device, directory: Path, dtype: torch.dtype = to
     a = torch.randn(1024, 1024, device=device)
     b, row = a.to(dtype), torch.randn(1 << (14 if device.type == "cpu" else 22), device=device)
     products = 2 * 1024**3 * _a_second(lambda: a @ a)
-    native = products if dtype == torch.float32 else 2 * 1024**3 * _a_second(lambda: linear(b, b))
-    # The native product is that of a Linear: of two plain matrices torch makes one twenty times as slow where a CPU has
-    # no units for the dtype. Elements, on a CPU, are so few that one thread does it alone and they stay in its cache.
+    with fast_half_products(device):
+        native = products if dtype == torch.float32 else 2 * 1024**3 * _a_second(lambda: linear(b, b))
+    # Elements, on a CPU, are so few that one thread does it alone and they stay in its cache.
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     elements = threads * REPEATS * len(row) * _a_second(lambda: [row.mul_(1.0) for _ in range(REPEATS)][-1])
     data = bytes(max(1, min(8 * 1024**2, shutil.disk_usage(directory).free // 2)))

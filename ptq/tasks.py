@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq.calibration.data import require_embeddable
 from ptq.errors import ConfigError
+from ptq.half_products import fast_half_products
 from ptq.models.loading import load_tokenizer, locate
 from ptq.plan import resolve_device
 from ptq.progress import Progress
@@ -160,10 +161,11 @@ def _run(
     with _without_launcher_advice():
         harnessed = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, backend="causal")
     try:
-        result: dict[str, Any] = simple_evaluate(
-            harnessed, tasks=list(names), task_manager=manager, num_fewshot=settings.fewshot, limit=settings.limit,
-            apply_chat_template=settings.chat_template, log_samples=False, bootstrap_iters=BOOTSTRAPS,
-        )  # fmt: skip
+        with fast_half_products(model.device):
+            result: dict[str, Any] = simple_evaluate(
+                harnessed, tasks=list(names), task_manager=manager, num_fewshot=settings.fewshot, limit=settings.limit,
+                apply_chat_template=settings.chat_template, log_samples=False, bootstrap_iters=BOOTSTRAPS,
+            )  # fmt: skip
     except ValueError as error:  # more examples than a task has, for one
         raise ConfigError(
             f"the harness must be able to run {', '.join(names)} as asked, it says: {error}; see fewshot and limit"

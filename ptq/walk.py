@@ -18,6 +18,7 @@ from ptq.distributed import ALONE, Ranks
 from ptq.end_to_end import refine_end_to_end
 from ptq.formats.codec import Scheme
 from ptq.grid import check_finite
+from ptq.half_products import fast_half_products
 from ptq.journal import Journal, Streams
 from ptq.models.loading import working_dtype
 from ptq.models.streamed import StreamedModel
@@ -75,9 +76,15 @@ def walk(
     Of several processes that share a run each has ``batches`` of its own. Second moments lie on ``home``, by default
     the plan's device.
     """
-    if len(journal.records) <= block_count(plan):
-        text = batches if plan.config.solves_with_text else []
-        _walk_blocks(plan, text, journal, progress, ranks, home or plan.device)
+    with fast_half_products(plan.device):
+        if len(journal.records) <= block_count(plan):
+            text = batches if plan.config.solves_with_text else []
+            _walk_blocks(plan, text, journal, progress, ranks, home or plan.device)
+        _refine_model(plan, batches, journal, progress)
+
+
+def _refine_model(plan: Plan, batches: Sequence[Tensor], journal: Journal, progress: Progress) -> None:
+    """Where it is asked for, and was not done with as many steps."""
     steps = plan.config.refine.model_steps
     if journal.records[-1].replaces and next(iter(journal.records[-1].rows.values()))["model_steps"] != steps:
         journal.drop_last()

@@ -64,6 +64,22 @@ def test_several_chunks_equal_one(bits: int, monkeypatch: pytest.MonkeyPatch) ->
     assert worst_error(whole, x, case, None, 0.0) <= 1
 
 
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bfloat16_rows_take_the_fastest_product(has_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without units for bfloat16 a float32 product, which does not round the weight."""
+    from ptq_kernels.cpu import chunked
+
+    monkeypatch.setattr(chunked, "has_units", lambda _: has_units)
+    taken: list[torch.dtype] = []
+    linear = chunked.functional.linear
+    monkeypatch.setattr(chunked.functional, "linear", lambda x, *rest: (taken.append(x.dtype), linear(x, *rest))[1])
+    case, x = random_case(48, 96, 32, 3), random_rows(5, 96, torch.bfloat16)
+    y = ptq_kernels.matmul(x, *case.tensors, impl="cpu", **case.scheme)
+    assert set(taken) == {torch.bfloat16 if has_units else torch.float32}
+    assert y.dtype == torch.bfloat16
+    assert worst_error(y, x, case, None, UNIT[torch.bfloat16] * (1 + UNIT[torch.bfloat16]) if has_units else 0.0) <= 1
+
+
 def test_leading_dimensions_and_strides() -> None:
     case = random_case(48, 64, 32)
     x = random_rows(64, 6, torch.float32).T.view(2, 3, 64)

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ptq_kernels import bitstream
 from ptq_kernels.cpu import aten_int4
+from ptq_kernels.cpu.units import has_units
 from ptq_kernels.layouts import PackedWeight
 
 # Codes of one chunk. Its codes, float32 and bfloat16 copies (8 bytes a code) then stay in a 2 MB second-level cache:
@@ -19,10 +20,10 @@ _LEAST_ROWS = 16  # below that the product of a chunk costs more than its dequan
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """``x [M, K] @ weight.T + bias``, ``[M, N]`` in ``x.dtype``.
 
-    bfloat16 rows multiply the weight rounded once to bfloat16, as a dense bfloat16 layer does. float32 and float16
-    rows multiply it in float32: rounding to float16 would lose small scales.
+    bfloat16 rows multiply the weight rounded once to bfloat16, as a dense bfloat16 layer does, where that is fast.
+    Otherwise the product is one in float32; rounding to float16 would lose small scales.
     """
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and has_units(x.dtype) else torch.float32
     rows, columns = x.to(dtype), None if bias is None else bias.to(dtype)
     y = torch.empty(x.shape[0], weight.out_features, dtype=dtype)
     for start, dense in _chunks(weight, dtype):
