@@ -42,6 +42,11 @@ class _Mode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._slow = slow
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What a module compiled for itself stays compiled; torch refuses whole graphs under other modes."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         product = _PRODUCTS.get(func)
         if product is not None and self._pays(*args):

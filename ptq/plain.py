@@ -86,8 +86,7 @@ def quantize_linears(
     schemes = _schemes(module, config)
     batches = _batches(calibration_batches, config)
     _untie(module, schemes)
-    # Solving takes float32 products in float32; the calibration passes are to give what the module itself computes.
-    with _evaluating(module), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with _evaluating(module), _eagerly():
         weight = module.get_parameter(f"{next(iter(schemes))}.weight")
         probe = _Probe(module, batches[0]) if method == "awq" else None
         runs = [_runner(module, batch) for batch in batches]
@@ -176,6 +175,19 @@ def _untie(module: nn.Module, paths: Iterable[str]) -> None:
         weight = linear.get_parameter("weight")
         if users[id(weight)] > 1:
             linear.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """As the module itself computes: without autocast, and uncompiled, as passes stop and wait at its Linears.
+
+    Solving takes float32 products in float32, too.
+    """
+    with (
+        torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
+        torch.compiler.set_stance("force_eager"),
+    ):  # fmt: skip
+        yield
 
 
 @contextmanager

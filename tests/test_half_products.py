@@ -129,6 +129,14 @@ def test_what_is_left_to_torch(products: list[str]) -> None:
     assert not products
 
 
+def test_what_is_compiled_stays_compiled() -> None:
+    twice = torch.compile(lambda x: linear(x, x) * 2, backend="aot_eager", fullgraph=True)
+    half = random(60, 40).bfloat16()
+    with fast_half_products(CPU):
+        y = twice(half)
+    torch.testing.assert_close(y, linear(half, half) * 2, rtol=0.01, atol=0.1)
+
+
 def test_units_are_used_where_they_are(products: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "has_units", lambda dtype: dtype == torch.bfloat16)
     x, weight = random(60, 40), random(70, 40, seed=1)

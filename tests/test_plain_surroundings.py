@@ -45,15 +45,25 @@ def test_one_batch_is_not_an_iterable_of_batches(batches: Any) -> None:
         ptq.quantize_linears(nn.Sequential(nn.Linear(64, 64)), batches, group_size=32)
 
 
-def quantized(method: str) -> Tensor:
+def quantized(method: str, prepare: Callable[[nn.Module], object] = lambda module: None) -> Tensor:
     """What comes out for a fixed module and fixed batches."""
     generator = torch.Generator().manual_seed(0)
     module = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32)).float()
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) / 8
     batches = [torch.randn(32, 64, generator=generator, dtype=torch.float32) for _ in range(3)]
+    prepare(module)
     ptq.quantize_linears(module, batches, method=method, group_size=32)
+    assert module(batches[0]).shape == (32, 32)
     return torch.cat([layer.dequantize(torch.float32).flatten() for layer in (module[0], module[2])])
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_compiled_module_is_calibrated_uncompiled(method: str) -> None:
+    def compiled(module: nn.Module) -> None:
+        module.compile(backend="aot_eager", fullgraph=True)
+
+    assert torch.equal(quantized(method, compiled), quantized(method))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
