@@ -1,7 +1,8 @@
 """Matrix products of 16-bit floats on a processor that has no units for them.
 
-torch computes them there at a seventh of the rate of float32 products, batched ones at a thirtieth. Both add up in
-float32, so products of float32 copies, rounded once, differ in the order of sums alone.
+torch computes them there at a fifth to a seventh of the rate of float32 products, batched ones at less than a fifteenth
+(docs/performance.md). Both add up in float32, so products of float32 copies, rounded once, differ in the order of sums
+alone.
 """
 
 from collections.abc import Callable, Iterator

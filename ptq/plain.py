@@ -48,7 +48,7 @@ def quantize_linears(
             float32 copy of it on the first batch to prove which scales can be folded into norms and other Linears; it
             needs an output with floating-point tensors to do so.
         calibration_batches: arguments of ``module``: a tensor, a tuple (positional) or a dict (keywords) each. Every
-            pass gets a copy of them, unless something in them cannot be copied.
+            pass gets a copy of them, unless something in them cannot be copied. What is compiled runs uncompiled then.
         method: ``gptq``, ``awq`` or ``rtn`` (which needs no batches).
         bits: 2, 3, 4 or 8.
         group_size: input features that share a scale; -1: all of a row.

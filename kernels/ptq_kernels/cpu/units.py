@@ -9,8 +9,8 @@ import torch
 def has_units(dtype: torch.dtype) -> bool:
     """Whether matrix products of a dtype are at least as fast as of float32.
 
-    Without, as on processors that have AVX2 alone, torch takes seven times as long for bfloat16 and float16, and thirty
-    times for batched products. A torch without oneDNN has no such units either.
+    Without, as on processors that have AVX2 alone, torch takes several times as long for bfloat16 and float16 as for
+    float32. A torch without oneDNN has no such units either.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return dtype == torch.float32
