@@ -3,17 +3,28 @@
 Oracle: the same products in float64, rounded once to the dtype, and autograd's gradients of float32 products.
 """
 
+import importlib
+import io
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ptq_kernels.cpu import units
-from torch import Tensor
+from tiny_models import build, run, save, settings, tokens
+from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+import ptq
 from ptq import half_products
+from ptq.evaluate import in_memory, streamed
+from ptq.export import export_gguf
 from ptq.half_products import fast_half_products
+from ptq.predict_time import measure_rates
+from ptq.progress import Progress
+from ptq.runtime import open_checkpoint, open_stream
 
 CPU, HAS_UNITS = torch.device("cpu"), units.has_units
 DTYPES = [torch.bfloat16, torch.float16]
@@ -44,7 +55,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-A, B, SQUARE = (5, 60, 40), (5, 40, 70), (60, 40)
+A, B = (5, 60, 40), (5, 40, 70)
 CASES: dict[str, tuple[str, Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "linear": ("aten::mm", linear, ((60, 40), (70, 40))),
     "linear of three dimensions": ("aten::mm", linear, ((3, 20, 40), (70, 40))),
@@ -162,3 +173,43 @@ def test_which_units_there_are(monkeypatch: pytest.MonkeyPatch, has_mkldnn: bool
         torch.float32: True,
         torch.float64: False,
     }
+
+
+def quantize_module(folder: Path) -> None:
+    ptq.quantize_linears(
+        nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16(), [random(16, 64).bfloat16()], group_size=32
+    )
+
+
+def export(folder: Path) -> None:
+    solving = settings(Path(), Path())
+    export_gguf(str(folder / "parent"), "Q4_0", str(folder / "a.gguf"), solving, progress=Progress(io.StringIO()))
+
+
+USERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a run": ("ptq.walk", lambda folder: run(settings(folder / "parent", folder / "out"))),
+    "a streamed model": (
+        "ptq.evaluate",
+        lambda folder: next(streamed(open_stream(open_checkpoint(folder / "parent"), CPU))([tokens(2, 32)])),
+    ),
+    "a model in memory": (
+        "ptq.evaluate", lambda _: next(in_memory(build("llama", torch.bfloat16))([tokens(2, 32)])),
+    ),
+    "a module": ("ptq.plain", quantize_module),
+    "a GGUF file": ("ptq.export", export),
+    "the prediction": ("ptq.predict_time", lambda folder: measure_rates(CPU, folder, torch.bfloat16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_who_takes_products_this_way(
+    products: list[str], user: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by itself: what the others do is switched off."""
+    where, use = USERS[user]
+    for other in {name for name, _ in USERS.values()} - {where}:
+        monkeypatch.setattr(importlib.import_module(other), "fast_half_products", lambda _: nullcontext())
+    save(build("llama", torch.bfloat16), tmp_path / "parent")
+    use(tmp_path)
+    assert "aten::mm" in products
+    assert torch._C._len_torch_dispatch_stack() == 0  # a scorer that waits to go on leaves nothing behind

@@ -1,5 +1,6 @@
 """``ptq eval --tasks``. Oracle: the answers that a plain forward pass finds most likely, without the harness."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import lm_eval.tasks
 import pytest
 import torch
+from ptq_kernels.cpu import units
 from tiny_models import run, settings
 
 import ptq
-from ptq import cli, tasks
+from ptq import cli, half_products, tasks
 from ptq.errors import ConfigError, DataError
 from ptq.models.loading import load_tokenizer
 from ptq.progress import Progress
@@ -81,6 +83,17 @@ def test_figures_are_those_of_a_plain_forward_pass(checkpoint, tmp_path, capfd, 
     said = [record.getMessage() for record in caplog.records if record.name == "lm_eval.models.huggingface"]
     assert any("already-initialized model" in each for each in said)  # its other words are heard
     assert not any("launch via accelerate" in each for each in said)
+
+
+def test_products_are_those_of_the_fast_way(monkeypatch):
+    """On a processor without units for 16-bit floats."""
+    taken, product = [], half_products._PRODUCTS[torch.ops.aten.mm.default]
+    monkeypatch.setattr(units, "has_units", lambda _: False)
+    counted = {torch.ops.aten.mm.default: lambda *args: (taken.append(1), product(*args))[1]}
+    monkeypatch.setattr(half_products, "_PRODUCTS", {**half_products._PRODUCTS, **counted})
+    few = TaskSettings(("capitals",), include=OWN, limit=2)
+    evaluate_tasks({"parent": str(PARENT)}, few, device="cpu", dtype="bfloat16", progress=Progress(io.StringIO()))
+    assert taken
 
 
 def test_a_text_and_tasks_at_once(checkpoint, tmp_path, capsys):
