@@ -2,12 +2,14 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import oracles
 import pytest
 import torch
+from ptq_kernels.cpu import aten_int4, library
 from test_plain import K, output_error
 from torch import Tensor, nn
 
@@ -66,9 +68,22 @@ def test_a_compiled_module_is_calibrated_uncompiled(method: str) -> None:
     assert torch.equal(quantized(method, compiled), quantized(method))
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def libraries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """With the C++ libraries that there are, and as where none was built."""
+    if request.param == "torch":
+        monkeypatch.setattr(library, "_DIRECTORY", tmp_path)
+    library.forget()
+    yield
+    monkeypatch.undo()
+    library.forget()
+
+
+@pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
 def test_neither_autocast_nor_a_default_dtype_changes_the_result(method: str) -> None:
     want = quantized(method)
+    aten_int4.placement.cache_clear()  # found out anew, under the default dtype of that moment
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantized(method), want)
     before = torch.get_default_dtype()

@@ -92,8 +92,9 @@ def _multiplies_as_expected(rows: int, order: Placement) -> bool:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (rows, 64), dtype=torch.uint8, generator=generator)
     zeros = torch.randint(0, 16, (rows, 2), generator=generator).float()
-    scales = 2.0 ** torch.randint(-2, 2, (rows, 2), generator=generator)
-    x = torch.eye(64)[[0, 31, 45]]
+    powers = torch.tensor([0.25, 0.5, 1.0, 2.0], dtype=torch.float32)
+    scales = powers[torch.randint(4, (rows, 2), generator=generator)]
+    x = torch.eye(64, dtype=torch.float32)[[0, 31, 45]]
     dense = (codes.view(rows, 2, 32) - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)
     packed = _encode(codes, order).view(rows, 32)
     y = _product(x.bfloat16(), packed, 32, _scales_and_offsets(scales, zeros))

@@ -38,7 +38,7 @@ def _chunks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, Ten
     values = rounded = torch.empty(0)
     for start, codes in _codes(weight, rows):
         if values.shape[0] < codes.shape[0]:
-            values = torch.empty(codes.shape)
+            values = torch.empty(codes.shape, dtype=torch.float32)
             rounded = torch.empty(codes.shape, dtype=dtype) if dtype != torch.float32 else values
         part = slice(start, start + codes.shape[0])
         zeros = None if weight.zeros is None else weight.zeros[part]
