@@ -15,6 +15,7 @@ from ptq.calibration.held import Run, let_go
 from ptq.errors import NumericsError, UnsupportedModelError
 from ptq.gptq.block import gptq_block
 from ptq.grid import LARGEST_SCALE, SMALLEST_SCALE, check_finite, grouped
+from ptq.half_products import plain_products
 from ptq.models.structure import linears, set_weight, weight_of
 from ptq.refine import float_block, refine_block
 from ptq.rtn import rtn_solve
@@ -104,6 +105,7 @@ def _require_in_first(modules: Mapping[str, nn.Module], runs: Sequence[Run]) -> 
         ) from error
 
 
+@plain_products()
 def _round(module: nn.Module, task: BlockTask, path: str) -> ModuleResult:
     started = time.perf_counter()
     quantized = rtn_solve(weight_of(module), task.schemes[path], scale_dtype=task.scale_dtype)

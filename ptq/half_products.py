@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ptq_kernels.cpu import units
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 # Elements of what exists in float32 at one time, of either factor and of the product: 8 MB each.
 CHUNK = 1 << 21
@@ -26,8 +26,8 @@ SMALLEST = 8
 def fast_half_products(device: torch.device) -> Iterator[None]:
     """Let products of bfloat16 or float16 matrices use float32 units, where a processor has those alone.
 
-    What else runs inside pays some microseconds an operation. On other devices and processors this does nothing.
-    Gradients go through these products as through torch's.
+    What else runs inside pays some microseconds an operation, save in `plain_products`. On other devices and processors
+    this does nothing. Gradients go through these products as through torch's.
 
     Args:
         device: of the products.
@@ -36,6 +36,24 @@ def fast_half_products(device: torch.device) -> Iterator[None]:
     slow = tuple(dtype for dtype in halves if not units.has_units(dtype)) if device.type == "cpu" else ()
     with _Mode(slow) if slow else nullcontext():
         yield
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """Inside `fast_half_products`: all products are torch's own, and nothing is paid for an operation.
+
+    For what multiplies no 16-bit floats and does very many small operations, as solvers do. Does nothing elsewhere, nor
+    where another mode of torch lies over that one.
+    """
+    mode = _get_current_dispatch_mode()
+    if not isinstance(mode, _Mode):
+        yield
+        return
+    mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        mode.__enter__()  # type: ignore[no-untyped-call]
 
 
 class _Mode(TorchDispatchMode):

@@ -19,10 +19,11 @@ from ptq.config import load_config
 from ptq.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
+EXCERPT = ROOT / "tests" / "excerpt.txt"
 MODEL = ROOT / "examples" / "tiny-llama"
 TEXT = ROOT / "examples" / "text"
-SMALL = ["calibration.samples=2", "calibration.sequence_length=32", "evaluation.tokens=128", "evaluation.window=32",
-         "evaluation.stride=32"]  # fmt: skip
+SMALL = [f"calibration.dataset.files=[{EXCERPT}]", "calibration.samples=2", "calibration.sequence_length=32",
+         "evaluation.tokens=128", "evaluation.window=32", "evaluation.stride=32"]  # fmt: skip
 
 
 def quantize(output: Path, *extra: str, verb: str = "quantize", settings: list[str] = SMALL) -> int:
@@ -317,7 +318,9 @@ def test_an_unforeseen_error_is_not_hidden(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_control_c_in_a_real_process(tmp_path: Path) -> None:
-    long = ["calibration.samples=64", "calibration.sequence_length=512"]  # the signal must reach it before the end
+    # the signal must reach it before the end
+    long = [f"calibration.dataset.files=[{TEXT}/calibration.txt]", "calibration.samples=64",
+            "calibration.sequence_length=512"]  # fmt: skip
     settings = [f"--set={item}" for item in [f"output={tmp_path / 'out'}", *SMALL, *long]]
     command = [sys.executable, "-m", "ptq.gptq", "--config", "demo.yaml", *settings]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])

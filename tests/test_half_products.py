@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from ptq_kernels.cpu import units
 from tiny_models import build, run, save, settings, tokens
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 import ptq
 from ptq import half_products
 from ptq.evaluate import in_memory, streamed
 from ptq.export import export_gguf
-from ptq.half_products import fast_half_products
+from ptq.half_products import fast_half_products, plain_products
 from ptq.predict_time import measure_rates
 from ptq.progress import Progress
 from ptq.runtime import open_checkpoint, open_stream
@@ -148,6 +150,27 @@ def test_what_is_compiled_stays_compiled() -> None:
     torch.testing.assert_close(y, linear(half, half) * 2, rtol=0.01, atol=0.1)
 
 
+def test_plain_products_are_torchs_own(products: list[str]) -> None:
+    half = random(60, 40).bfloat16()
+    with plain_products():  # outside of the other it does nothing
+        linear(half, half)
+    with fast_half_products(CPU):
+        with plain_products():
+            assert torch._C._len_torch_dispatch_stack() == 0
+            linear(half, half)
+        with pytest.raises(RuntimeError, match="same dtype"), plain_products():
+            linear(half, half.float())
+        assert products == []
+        linear(half, half)
+        assert products == ["aten::mm"]
+        with FlopCounterMode(display=False) as count, plain_products():  # another mode is not taken away
+            linear(half, half)
+        assert count.get_total_flops() == 2 * 60 * 60 * 40
+        linear(half, half)
+    assert products == ["aten::mm"] * 3
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
 def test_units_are_used_where_they_are(products: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "has_units", lambda dtype: dtype == torch.bfloat16)
     x, weight = random(60, 40), random(70, 40, seed=1)
@@ -213,3 +236,33 @@ def test_who_takes_products_this_way(
     use(tmp_path)
     assert "aten::mm" in products
     assert torch._C._len_torch_dispatch_stack() == 0  # a scorer that waits to go on leaves nothing behind
+
+
+SOLVERS = {  # what does the small operations of each, and what uses it
+    "gptq": ("ptq.gptq.block.choose_codes", lambda folder: run(settings(folder / "parent", folder / "out"))),
+    "awq, scales": (
+        "ptq.awq.block.search_scales",
+        lambda folder: run(settings(folder / "parent", folder / "o", "awq")),
+    ),
+    "awq, codes": ("ptq.awq.block.search_clip", lambda folder: run(settings(folder / "parent", folder / "out", "awq"))),
+    "rtn": ("ptq.block.rtn_solve", lambda folder: run(settings(folder / "parent", folder / "out", "rtn"))),
+    "gguf": ("ptq.gguf.block.solve_blocks", export),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_pay_nothing_for_it(solver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AWQ took three times as long on two small blocks where every operation went through the mode."""
+    name, use = SOLVERS[solver]
+    module, _, function = name.rpartition(".")
+    solve, modes = getattr(importlib.import_module(module), function), []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        modes.append(torch._C._len_torch_dispatch_stack())
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(name, watched)
+    save(build("llama", torch.bfloat16), tmp_path / "parent")
+    use(tmp_path)
+    assert len(modes) >= 8
+    assert set(modes) == {0}

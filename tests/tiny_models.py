@@ -14,6 +14,7 @@ from ptq.report import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples/text/calibration.txt"
+EXCERPT = ROOT / "tests/excerpt.txt"  # twelve places of it: to tokenize all takes longer than a small run
 VOCABULARY = 288  # 256 bytes, two marks, and rows that no text reaches: a multiple of 32, as GPTQ files want
 
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": None}
@@ -143,7 +144,7 @@ def held_out(rows: int, length: int) -> Tensor:
 
 def settings(parent: Path, output: Path, method: str = "gptq", **changes: Any) -> RunConfig:
     """A small run: 8 sequences of 48 tokens (three tokens an input at least), groups of 32 columns."""
-    text = DatasetConfig(files=(str(TEXT),))
+    text = DatasetConfig(files=(str(EXCERPT),))
     calibration = CalibrationConfig(dataset=text, samples=8, sequence_length=48, batch_size=4)
     usual: dict[str, Any] = {"group_size": 32, "calibration": calibration, "device": "cpu"}
     return RunConfig(model=str(parent), output=str(output), method=method, **{**usual, **changes})

@@ -16,6 +16,7 @@ from ptq.errors import NumericsError
 from ptq.formats.codec import Scheme
 from ptq.gptq.block import Choice, choose_codes, factor_of, gptq_block, whole
 from ptq.grid import min_max_grid, nearest_codes, values
+from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss, rounding_loss
 from ptq.models.structure import weight_of
 from ptq.task import TINY, BlockTask, ModuleResult, Solved, counted, finish
@@ -74,6 +75,7 @@ def _listed(rescues: object) -> list[str]:
     return rescues
 
 
+@plain_products()
 def _round_scaled(
     scaled: nn.Module,
     modules: Mapping[str, nn.Module],
@@ -131,6 +133,7 @@ def _copy_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         parameter.copy_(values[name])
 
 
+@plain_products()
 def _fold_all(
     scaled: nn.Module, groups: Sequence[InputGroup], stats: Sequence[InputStats], task: BlockTask
 ) -> tuple[dict[str, tuple[Fold, Tensor]], list[str]]:

@@ -12,6 +12,7 @@ from ptq.config import GPTQConfig
 from ptq.gguf.blocks import values
 from ptq.gguf.solver import SolvedBlocks, solve_blocks
 from ptq.gptq.solver import correction, factorize, require_no_rescue
+from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss
 from ptq.models.structure import linears, set_weight, weight_of
 from ptq.task import TINY, FloatTwin
@@ -49,21 +50,31 @@ def solve_linears(block: nn.Module, runs: Sequence[Run], task: BlockFormats) -> 
     results: dict[str, SolvedLinear] = {}
     for group in trace_groups(modules, runs[:1]) if modules else ():
         stats, drift = _statistics(modules, group, runs, task)
-        settings = task.settings
-        factor = factorize(stats.hessian, damping=settings.damping, activation_order=settings.activation_order)
-        if task.strict:
-            require_no_rescue(factor, _full(task, group.members[0]))
-        shift = None if drift is None else correction(drift, factor, settings.correct_inputs)
-        for name in group.members:
-            W = weight_of(modules[name]).float()
-            target = W if shift is None else W.addmm(W, shift)
-            solved = solve_blocks(
-                task.kinds[name], target, stats.hessian, factor, sweeps=settings.sweeps, block_size=settings.block_size
-            )
-            set_weight(modules[name], values(solved.blocks))
-            energy = max(quadratic_loss(target, stats.hessian), TINY)
-            relative = solved._replace(loss=solved.loss / energy, rounding=solved.rounding / energy)
-            results[name] = SolvedLinear(relative, factor.rescues)
+        results |= _solve_group({name: modules[name] for name in group.members}, stats, drift, task)
+    return results
+
+
+@plain_products()
+def _solve_group(
+    modules: Mapping[str, nn.Module], stats: InputStats, drift: Tensor | None, task: BlockFormats
+) -> dict[str, SolvedLinear]:
+    """The Linears that read one input."""
+    results: dict[str, SolvedLinear] = {}
+    settings = task.settings
+    factor = factorize(stats.hessian, damping=settings.damping, activation_order=settings.activation_order)
+    if task.strict:
+        require_no_rescue(factor, _full(task, next(iter(modules))))
+    shift = None if drift is None else correction(drift, factor, settings.correct_inputs)
+    for name, module in modules.items():
+        W = weight_of(module).float()
+        target = W if shift is None else W.addmm(W, shift)
+        solved = solve_blocks(
+            task.kinds[name], target, stats.hessian, factor, sweeps=settings.sweeps, block_size=settings.block_size
+        )
+        set_weight(module, values(solved.blocks))
+        energy = max(quadratic_loss(target, stats.hessian), TINY)
+        relative = solved._replace(loss=solved.loss / energy, rounding=solved.rounding / energy)
+        results[name] = SolvedLinear(relative, factor.rescues)
     return results
 
 

@@ -16,6 +16,7 @@ from ptq.gptq.descent import descend
 from ptq.gptq.solver import Factor, correction, factorize, require_no_rescue
 from ptq.grid import Grid, min_max_grid, nearest_codes, values
 from ptq.grid_search import search_grid
+from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss
 from ptq.models.structure import linears, weight_of
 from ptq.squares import times
@@ -60,6 +61,7 @@ def gptq_block(
     return results
 
 
+@plain_products()
 def _solve_group(
     modules: Mapping[str, nn.Module],
     parts: Mapping[str, Tensor],
