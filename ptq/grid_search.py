@@ -6,9 +6,11 @@ reach one level further on one side, and a negative scale turns that side toward
 candidate is rounded as the checkpoint will hold it before it is judged.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from ptq_kernels.cpu import grids as library
 from torch import Tensor
 
 from ptq.formats.codec import Scheme
@@ -19,12 +21,12 @@ SHRINKS = tuple(1 - 0.05 * i for i in range(12))
 # Enough to rank channel scales by, at a fifth of the price.
 COARSE = (1.0, 0.9, 0.8, 0.7, 0.6)
 REFITS = 2
-# Weights looked at together: on a CPU so few that the temporaries stay in its caches, elsewhere this many times more.
+# Weights looked at together: where torch does it on a CPU so few that the temporaries stay in its caches, elsewhere
+# this many times more.
 CHUNK_WEIGHTS = 1 << 16
 WITHOUT_CACHES = 64
-
-# Multiplies [n, G, g] by the Hessian of each group.
-Weigh = Callable[[Tensor], Tensor]
+# Groups looked at together: bounds the two or three dozen candidates of each.
+CHUNK_GROUPS = 1 << 15
 
 
 def search_grid(
@@ -51,9 +53,10 @@ def search_grid(
     """
     check_finite(weight, "weight")
     group_size = resolve_group_size(scheme, weight.shape[1])
-    weigh = _weigher(importance.to(weight.dtype), group_size)
-    rows = max(1, CHUNK_WEIGHTS * (1 if weight.device.type == "cpu" else WITHOUT_CACHES) // weight.shape[1])
-    parts = [_search(chunk, weigh, scheme, scale_dtype, shrinks) for chunk in torch.split(weight, rows)]
+    judge = _judge(weight, importance.to(weight.dtype), group_size, 2**scheme.bits - 1)
+    most = CHUNK_WEIGHTS * (1 if judge.by_torch_on_cpu else WITHOUT_CACHES)
+    rows = max(1, min(most, CHUNK_GROUPS * group_size) // weight.shape[1])
+    parts = [_search(chunk, judge, scheme, scale_dtype, shrinks) for chunk in torch.split(weight, rows)]
     scales, zeros = torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])
     return Grid(scales, zeros, scheme.bits, group_size, scheme.symmetric)
 
@@ -63,63 +66,109 @@ def diagonal_blocks(H_KK: Tensor, group_size: int) -> Tensor:
     return torch.stack([H_KK[i : i + group_size, i : i + group_size] for i in range(0, len(H_KK), group_size)])
 
 
-def _weigher(importance: Tensor, group_size: int) -> Weigh:
-    if importance.dim() == 1:
-        h = importance.reshape(-1, group_size)
-        return lambda x: x * h
-    return lambda x: torch.bmm(x.transpose(0, 1), importance).transpose(0, 1)
-
-
 def _search(
-    weight: Tensor, weigh: Weigh, scheme: Scheme, scale_dtype: torch.dtype, shrinks: Sequence[float]
+    weight: Tensor, judge: "_Judge", scheme: Scheme, scale_dtype: torch.dtype, shrinks: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     start = min_max_grid(weight, scheme, scale_dtype=scale_dtype)
     w = grouped(weight, start.group_size)
-    best = _Best(w, weigh, start)
-    for scales, zeros in _candidates(w, start, scheme, shrinks):
-        best.offer(round_scales(scales, scale_dtype), zeros)
+    scales, zeros = _candidates(w, start, scheme, shrinks)
+    scales = torch.cat([start.scales[None], round_scales(scales, scale_dtype)])
+    zeros = torch.cat([start.zeros[None], zeros])
+    best = _cheapest(judge.losses(w, scales, zeros), scales, zeros)
     for _ in range(REFITS):
-        c = best.codes(best.scales, best.zeros) - best.zeros.unsqueeze(-1)
         # least squares for the scale with the codes held
-        weighed = weigh(c)
-        norm = (weighed * c).sum(-1)
-        fitted = torch.where(norm > 0, (weighed * w).sum(-1) / norm, best.scales)
-        best.offer(round_scales(torch.where(fitted == 0, best.scales, fitted), scale_dtype), best.zeros)
+        squares, products = judge.moments(w, best.scales, best.zeros)
+        fitted = torch.where(squares > 0, products / squares, best.scales)
+        scales = round_scales(torch.where(fitted == 0, best.scales, fitted), scale_dtype)
+        scales, zeros = torch.stack([best.scales, scales]), torch.stack([best.zeros, best.zeros])
+        losses = torch.stack([best.losses, *judge.losses(w, scales[1:], zeros[1:])])
+        best = _cheapest(losses, scales, zeros)
     return best.scales, best.zeros
 
 
-def _candidates(w: Tensor, start: Grid, scheme: Scheme, shrinks: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+def _candidates(w: Tensor, start: Grid, scheme: Scheme, shrinks: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Scales, yet to be rounded, and zeros: ``[C, n, G]``."""
+    shrunk = torch.tensor(shrinks, dtype=w.dtype, device=w.device).view(-1, 1, 1)
     if scheme.symmetric:
         largest = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        full = -largest / 2 ** (scheme.bits - 1)
-        for shrink in shrinks:
-            yield shrink * full, start.zeros
-            yield -shrink * full, start.zeros
-        return
-    for shrink in shrinks:
-        for shift in (-1, 0, 1):
-            yield shrink * start.scales, (start.zeros + shift).clamp(0, start.top)
+        full = shrunk * (-largest / 2 ** (scheme.bits - 1))
+        scales = torch.cat([full, -full])
+        return scales, start.zeros.expand_as(scales)
+    zeros = torch.stack([(start.zeros + shift).clamp(0, start.top) for shift in (-1, 0, 1)])
+    scales = shrunk * start.scales
+    return scales.repeat_interleave(len(zeros), 0), zeros.repeat(len(shrunk), 1, 1)
 
 
-class _Best:
-    """The best grid so far of every row and group."""
+class _Cheapest(NamedTuple):
+    """Of every row and group, ``[n, G]``."""
 
-    def __init__(self, w: Tensor, weigh: Weigh, start: Grid) -> None:
-        self._w, self._weigh, self._top = w, weigh, start.top
-        self.scales, self.zeros = start.scales, start.zeros
-        self._least = self._loss(start.scales, start.zeros)
+    losses: Tensor
+    scales: Tensor
+    zeros: Tensor
 
-    def codes(self, scales: Tensor, zeros: Tensor) -> Tensor:
-        rounded = torch.round(self._w / scales.unsqueeze(-1)).add_(zeros.unsqueeze(-1))
-        return rounded.clamp_(0, self._top)
 
-    def _loss(self, scales: Tensor, zeros: Tensor) -> Tensor:
-        error = self.codes(scales, zeros).sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).sub_(self._w)
-        return (self._weigh(error) * error).sum(-1)
+def _cheapest(losses: Tensor, scales: Tensor, zeros: Tensor) -> _Cheapest:
+    """The first of those that lose least, of ``[C, n, G]``."""
+    chosen = losses.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(0, keepdim=True)
+    return _Cheapest(*(each.gather(0, chosen).squeeze(0) for each in (losses, scales, zeros)))
 
-    def offer(self, scales: Tensor, zeros: Tensor) -> None:
-        loss = self._loss(scales, zeros)
-        better = loss < self._least
-        self._least = torch.where(better, loss, self._least)
-        self.scales = torch.where(better, scales, self.scales)
-        self.zeros = torch.where(better, zeros, self.zeros)
+
+def _judge(weight: Tensor, importance: Tensor, group_size: int, top: int) -> "_Judge":
+    diagonal = importance.dim() == 1
+    cost = importance.reshape(-1, group_size).contiguous() if diagonal else importance
+    if diagonal and library.serves(library.Groups(grouped(weight[:1], group_size), cost, top)):
+        return _Compiled(cost, top)
+    return _ByTorch(cost, top, weight.device.type == "cpu")
+
+
+class _Compiled:
+    """What candidates lose, by the C++ library of `ptq_kernels`."""
+
+    by_torch_on_cpu = False
+
+    def __init__(self, cost: Tensor, top: int) -> None:
+        self._cost, self._top = cost, top
+
+    def losses(self, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """``[C, n, G]`` for grids of that shape and ``w [n, G, g]``."""
+        return library.losses(self._groups(w), scales, zeros)
+
+    def moments(self, w: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """``c^T H c`` and ``c^T H w`` with c the codes minus the zeros, ``[n, G]`` each."""
+        return library.moments(self._groups(w), scales, zeros)
+
+    def _groups(self, w: Tensor) -> library.Groups:
+        return library.Groups(w.contiguous(), self._cost, self._top)
+
+
+class _ByTorch:
+    """The same by torch, on any device, under the diagonal of each ``H_g`` or all of it."""
+
+    def __init__(self, cost: Tensor, top: int, by_torch_on_cpu: bool) -> None:
+        self._cost, self._top, self.by_torch_on_cpu = cost, top, by_torch_on_cpu
+
+    def losses(self, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """As `_Compiled.losses`."""
+        found = torch.empty_like(scales)
+        for loss, s, z in zip(found, scales.unsqueeze(-1), zeros.unsqueeze(-1), strict=True):
+            error = self._from_zero(w, s, z).mul_(s).sub_(w)
+            torch.sum(self._weigh(error).mul_(error), -1, out=loss)
+        return found
+
+    def moments(self, w: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_Compiled.moments`."""
+        c = self._from_zero(w, scales.unsqueeze(-1), zeros.unsqueeze(-1))
+        weighed = self._weigh(c)
+        return (weighed * c).sum(-1), (weighed * w).sum(-1)
+
+    def _from_zero(self, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        return torch.round(w / scales).add_(zeros).clamp_(0, self._top).sub_(zeros)
+
+    def _weigh(self, x: Tensor) -> Tensor:
+        """``[n, G, g]`` times the Hessian of each group."""
+        if self._cost.dim() == 2:
+            return x * self._cost
+        return torch.bmm(x.transpose(0, 1), self._cost).transpose(0, 1)
+
+
+_Judge = _Compiled | _ByTorch

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ptq.awq.solver import CONFIRMED, CONFIRMED_ROWS, SCREENED_ROWS
+from ptq.gptq.columns import columns_library
 from ptq.grid_search import COARSE, REFITS, SHRINKS
 from ptq.half_products import fast_half_products
 from ptq.plan import Plan, block_count
@@ -26,10 +27,10 @@ from ptq.predict_memory import Block, Stage, held_share, tokens_of, vocabulary, 
 # What the products of a stage reach, as a share of the rate of a product of 1024 x 1024 (the larger ones are faster).
 FORWARD, HESSIAN, FACTOR, COLUMNS = 0.8, 0.4, 1.0, 1.1
 # Operations on an element: of what a Linear puts out, of a token's row of attention, of an input of a Linear; of a
-# weight for every candidate scale, for every column of a block, and for all else; of a weight and of a logit in a step
-# of refinement.
+# weight for every candidate scale, by torch and in the C++ library, for every column of a block, and for all else; of
+# a weight and of a logit in a step of refinement.
 OUTPUT, ATTENTION, INPUT = 12, 9, 8
-CANDIDATE, COLUMN, WEIGHT, REFINED, LOGIT = 22, 0.86, 800, 200, 60
+CANDIDATE, COMPILED_CANDIDATE, COLUMN, WEIGHT, REFINED, LOGIT = 22, 4, 0.86, 800, 200, 60
 GROUPED = 0.2  # as COLUMNS, of the many small products with the Hessian's diagonal blocks
 JUDGE = 0.002  # seconds that every look at a candidate for AWQ's scales takes, however small
 LINEAR = 0.012  # seconds for every Linear, however small: calls, bookkeeping, files
@@ -168,22 +169,29 @@ def _codes(plan: Plan, block: Block, rates: Rates) -> float:
         candidates += weights * (2 * len(SHRINKS) + REFITS)
     if plan.config.method == "awq":
         products += 6 * squares
-    elements = CANDIDATE * candidates + COLUMN * columns + WEIGHT * weights
+    elements = _candidate(plan) * candidates + COLUMN * columns + WEIGHT * weights
     solving = products / (COLUMNS * rates.products) + elements / rates.elements + LINEAR * len(block.weights)
     return solving + (_awq_search(plan, block, rates) if plan.config.method == "awq" else 0)
 
 
+def _candidate(plan: Plan) -> float:
+    """Operations on a weight for every candidate scale that is judged by the diagonal of a Hessian."""
+    return COMPILED_CANDIDATE if plan.device.type == "cpu" and columns_library() else CANDIDATE
+
+
 def _awq_search(plan: Plan, block: Block, rates: Rates) -> float:
-    """Channel scales, judged on some rows of each weight, then ranges of all rows; both weigh errors group by group."""
-    tried, products, judged = 2 * plan.config.awq.grid, 0.0, 0.0
+    """Channel scales, judged on some rows of each weight; then ranges of all, whose errors are weighed by group."""
+    tried, products, judged, clipped = 2 * plan.config.awq.grid, 0.0, 0.0, 0.0
     for n, k in block.weights:
         rows = tried * min(n, SCREENED_ROWS) + (CONFIRMED + 1) * min(n, CONFIRMED_ROWS)
         products += 2 * rows * k * k
-        judged += rows * k * (2 * len(COARSE) + REFITS) + n * k * (2 * len(SHRINKS) + REFITS)
+        judged += rows * k * (2 * len(COARSE) + REFITS)
+        clipped += n * k * (2 * len(SHRINKS) + REFITS)
     group = plan.config.group_size if plan.config.group_size > 0 else max(k for _, k in block.weights)
-    grouped = 2 * group * judged / (GROUPED * rates.products)
+    grouped = 2 * group * clipped / (GROUPED * rates.products)
+    elements = _candidate(plan) * judged + CANDIDATE * clipped
     calls = JUDGE * len(block.weights) * (tried + CONFIRMED + 1)
-    return products / (COLUMNS * rates.products) + grouped + CANDIDATE * judged / rates.elements + calls
+    return products / (COLUMNS * rates.products) + grouped + elements / rates.elements + calls
 
 
 def _refinement(plan: Plan, block: Block, rates: Rates) -> float:

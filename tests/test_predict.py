@@ -8,7 +8,7 @@ import torch
 from crashes import small_parent, small_run
 from tiny_models import run
 
-from ptq import cli
+from ptq import cli, predict_time
 from ptq.allocator import give_back
 from ptq.config import CalibrationConfig, RefineConfig, RunConfig, scheme_for
 from ptq.formats import CODECS
@@ -150,8 +150,10 @@ def test_compared():
     assert document["seconds"]["predicted"] == pytest.approx(sum(document["stages"].values()), rel=0.01)
 
 
-def test_time_by_hand():
+@pytest.mark.parametrize(("library", "candidate"), [("avx2", 4), (None, 22)])
+def test_time_by_hand(library, candidate, monkeypatch):
     """Products and elements of a rounding run and of GPTQ's codes, with rates that make one of the two vanish."""
+    monkeypatch.setattr(predict_time, "columns_library", lambda: library)
     plan = large_plan("70B", "cpu")
     hidden, inner, depth, heads, kv = LARGE["70B"]
     shapes = [(hidden, hidden)] * 2 + [(hidden * kv // heads, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
@@ -160,7 +162,9 @@ def test_time_by_hand():
     assert products["codes"] == pytest.approx(depth * (squares * (7 + 2 + 6) / (1.1 * 1e12) + 7 * 0.012))
     assert products["forward passes"] + products["Hessians"] + products["disk"] < 1e-6
     elements = predict(plan, Rates(1e30, 1e30, 1e10, 1e30)).seconds
-    assert elements["codes"] == pytest.approx(depth * (weights * (22 * 26 + 0.86 * 8 * 64 + 800) / 1e10 + 7 * 0.012))
+    assert elements["codes"] == pytest.approx(
+        depth * (weights * (candidate * 26 + 0.86 * 8 * 64 + 800) / 1e10 + 7 * 0.012)
+    )
     assert elements["factorizations"] < 1e-6
     # float32 products of a processor that has no units for the model's dtype are not as slow as those in that dtype
     slow, even = (predict(plan, Rates(1e12, native, 1e30, 1e30)).seconds["Hessians"] for native in (1e9, 1e12))

@@ -13,6 +13,7 @@
 #include "columns.h"
 #include "gemm.h"
 #include "gemv.h"
+#include "grids.h"
 #include "tiles_dot.h"
 #ifdef __AMX_BF16__
 #include "amx_exact.h"
@@ -76,7 +77,7 @@ int32_t product(const Input& in, const Weight& w, const Output& out, int32_t mod
 extern "C" {
 
 // Changes with the meaning of any function or of the packed bytes; Python refuses another one.
-int32_t qmm_version() { return 4; }
+int32_t qmm_version() { return 5; }
 
 // 0 where this processor and kernel let the library run what the compiler was allowed to use.
 int32_t qmm_start() {
@@ -140,6 +141,14 @@ void qmm_solve_columns(const Columns* columns, float* weight, float* errors) {
 
 void qmm_descend_columns(const Columns* columns, float* values, const float* slopes, float* moved) {
   descend_columns(*columns, values, slopes, moved);
+}
+
+void qmm_grid_losses(const Groups* groups, int64_t count, const float* scales, const float* zeros, float* losses) {
+  grid_losses(*groups, count, scales, zeros, losses);
+}
+
+void qmm_grid_moments(const Groups* groups, const float* scales, const float* zeros, float* squares, float* products) {
+  grid_moments(*groups, scales, zeros, squares, products);
 }
 
 void qmm_set_torch(const Torch* functions) { torch = *functions; }

@@ -11,7 +11,7 @@ from ptq_kernels.cpu import torch_core
 
 _log = logging.getLogger("ptq_kernels")
 
-VERSION = 4  # qmm_version() of library.cpp
+VERSION = 5  # qmm_version() of library.cpp
 _DIRECTORY = Path(__file__).resolve().parent
 _CPUINFO = Path("/proc/cpuinfo")
 _BUILD = "python -m ptq_kernels.build"
@@ -51,6 +51,15 @@ class Columns(ctypes.Structure):
     ]
 
 
+class Groups(ctypes.Structure):
+    """A weight that is rounded group by group, as grids.h has it."""
+
+    _fields_ = [
+        *(("rows", _LONG), ("groups", _LONG), ("size", _LONG), ("weight", _POINTER), ("cost", _POINTER)),
+        ("top", ctypes.c_float),
+    ]
+
+
 class Library(NamedTuple):
     """The functions of one loaded library; library.cpp says what they take."""
 
@@ -61,6 +70,8 @@ class Library(NamedTuple):
     boxed: Any  # `matmul` as torch's dispatcher calls a kernel
     solve_columns: Callable[..., None]
     descend_columns: Callable[..., None]
+    grid_losses: Callable[..., None]
+    grid_moments: Callable[..., None]
 
 
 class _Processor(NamedTuple):
@@ -110,6 +121,8 @@ def _open(path: Path) -> ctypes.CDLL:
         function.argtypes, function.restype = [_POINTER, _POINTER, _LONG, _LONG, _INT], None
     handle.qmm_solve_columns.argtypes, handle.qmm_solve_columns.restype = [_POINTER] * 3, None
     handle.qmm_descend_columns.argtypes, handle.qmm_descend_columns.restype = [_POINTER] * 4, None
+    handle.qmm_grid_losses.argtypes, handle.qmm_grid_losses.restype = [_POINTER, _LONG, *[_POINTER] * 3], None
+    handle.qmm_grid_moments.argtypes, handle.qmm_grid_moments.restype = [_POINTER] * 5, None
     handle.qmm_matmul.argtypes, handle.qmm_matmul.restype = [_POINTER, _POINTER, _INT, _POINTER, _LONG, _INT], _INT
     return handle
 
@@ -130,7 +143,7 @@ def _loaded(name: str) -> Library | str:
         handle.qmm_set_torch(ctypes.byref(torch_core.functions()))
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded ({error}); rebuild it with `{_BUILD}`"
-    functions = ("pack", "unpack", "matmul", "boxed", "solve_columns", "descend_columns")
+    functions = ("pack", "unpack", "matmul", "boxed", "solve_columns", "descend_columns", "grid_losses", "grid_moments")
     return Library(name, *(getattr(handle, f"qmm_{function}") for function in functions))
 
 
