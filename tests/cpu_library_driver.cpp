@@ -241,6 +241,33 @@ bool columns_agree(int64_t count, int64_t rows, bool descend) {
   return true;
 }
 
+// What groups lose on some grids of 3 bits, and the moments on the first of them, from codes in double.
+bool grids_agree(int64_t rows, int64_t groups, int64_t size, int64_t count) {
+  auto floats = [](int64_t n) { return std::unique_ptr<float[]>(new float[size_t(n)]); };
+  const int64_t all = rows * groups;
+  auto weight = floats(all * size), cost = floats(groups * size), scales = floats(count * all), zeros = floats(count * all);
+  auto losses = floats(count * all), squares = floats(all), products = floats(all);
+  for (int64_t i = 0; i < all * size; i++) weight[i] = random_float();
+  for (int64_t i = 0; i < groups * size; i++) cost[i] = 1 + random_float();
+  for (int64_t i = 0; i < count * all; i++) scales[i] = 0.25f + random_float() / 8, zeros[i] = float(random_bits() % 8);
+  const Groups of{rows, groups, size, weight.get(), cost.get(), 7};
+  qmm_grid_losses(&of, count, scales.get(), zeros.get(), losses.get());
+  qmm_grid_moments(&of, scales.get(), zeros.get(), squares.get(), products.get());
+  for (int64_t at = 0; at < count * all; at++) {
+    double loss = 0, square = 0, product = 0;
+    for (int64_t i = 0; i < size; i++) {
+      const float w = weight[at % all * size + i], h = cost[at % all % groups * size + i];
+      const double level = std::nearbyint(w / scales[at]) + double(zeros[at]);
+      const double c = (level < 0 ? 0 : level > 7 ? 7 : level) - zeros[at], error = c * scales[at] - w;
+      loss += h * error * error, square += h * c * c, product += h * c * w;
+    }
+    if (std::abs(losses[at] - loss) > 1e-4 * (1 + loss)) return false;
+    if (at < all && std::abs(squares[at] - square) > 1e-4 * (1 + square)) return false;
+    if (at < all && std::abs(products[at] - product) > 1e-4 * (1 + square)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -252,6 +279,7 @@ int main(int count, char** arguments) {
     for (int64_t n : {1, 40}) {
       qmm_set_parallel_for(rows == 100 ? two_threads : nullptr);
       if (!columns_agree(n, rows, false) || !columns_agree(n, rows, true)) return std::printf("columns do not agree\n"), 1;
+      if (!grids_agree(rows, 3, n, 4) || !grids_agree(rows, 1, 32 * n, 1)) return std::printf("grids do not agree\n"), 1;
     }
   }
   std::vector<Shape> shapes;
@@ -280,5 +308,5 @@ int main(int count, char** arguments) {
       }
     }
   }
-  return std::printf("columns and %ld products agree with double\n", long(calls)), 0;
+  return std::printf("columns, grids and %ld products agree with double\n", long(calls)), 0;
 }

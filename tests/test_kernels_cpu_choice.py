@@ -104,7 +104,8 @@ def another_library(path: Path, source: str) -> None:
 
 STUB = """extern "C" { int qmm_version() { return %d; } int qmm_start() { return %d; }
 void qmm_set_parallel_for(void*) {} void qmm_set_torch(void*) {} void qmm_boxed() {} void qmm_pack() {}
-void qmm_unpack() {} int qmm_matmul() { return 0; } void qmm_solve_columns() {} void qmm_descend_columns() {} }"""
+void qmm_unpack() {} int qmm_matmul() { return 0; } void qmm_solve_columns() {} void qmm_descend_columns() {}
+void qmm_grid_losses() {} void qmm_grid_moments() {} }"""
 BROKEN = {
     "missing": (None, rf"_qmm_{LEAST}.so was not built; build it with `python -m ptq_kernels.build`"),
     "foreign": ("", rf"_qmm_{LEAST}.so cannot be loaded \(.*file too short\); rebuild it"),
