@@ -25,6 +25,15 @@ def current_libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     library.forget()
 
 
+def the_only_one(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let that library be the one that is used, whose name it returns; skip where this machine cannot."""
+    if reason := library.refuse(name):
+        pytest.skip(reason)
+    found = library.get(name)
+    monkeypatch.setattr(library, "best", lambda: found)
+    return name
+
+
 @cache
 def _compiled(directory: Path) -> Path:
     directory.mkdir()

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from cpu_libraries import current_libraries
+from cpu_libraries import current_libraries, the_only_one
 from ptq_kernels.cpu import columns as kernels
 from ptq_kernels.cpu import library
 from torch import Tensor
@@ -32,11 +32,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=tuple(library.SETS))
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if reason := library.refuse(request.param):
-        pytest.skip(reason)
-    found = library.get(request.param)
-    monkeypatch.setattr(library, "best", lambda: found)
-    return str(request.param)
+    return the_only_one(request.param, monkeypatch)
 
 
 class Problem:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cpu_libraries import current_libraries
+from cpu_libraries import current_libraries, the_only_one
 from ptq_kernels.cpu import grids, library
 from torch import Tensor
 
@@ -30,11 +30,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=tuple(library.SETS))
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if reason := library.refuse(request.param):
-        pytest.skip(reason)
-    found = library.get(request.param)
-    monkeypatch.setattr(library, "best", lambda: found)
-    return str(request.param)
+    return the_only_one(request.param, monkeypatch)
 
 
 def problem(shape: tuple[int, int, int], top: int = 7, count: int = 4) -> tuple[grids.Groups, Tensor, Tensor]:
