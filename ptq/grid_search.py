@@ -118,7 +118,7 @@ def _judge(weight: Tensor, importance: Tensor, group_size: int, top: int) -> "_J
     cost = importance.reshape(-1, group_size).contiguous() if diagonal else importance
     if diagonal and library.serves(library.Groups(grouped(weight[:1], group_size), cost, top)):
         return _Compiled(cost, top)
-    return _ByTorch(cost, top, weight.device.type == "cpu")
+    return _ByTorch(cost, top)
 
 
 class _Compiled:
@@ -144,22 +144,22 @@ class _Compiled:
 class _ByTorch:
     """The same by torch, on any device, under the diagonal of each ``H_g`` or all of it."""
 
-    def __init__(self, cost: Tensor, top: int, by_torch_on_cpu: bool) -> None:
-        self._cost, self._top, self.by_torch_on_cpu = cost, top, by_torch_on_cpu
+    def __init__(self, cost: Tensor, top: int) -> None:
+        self._cost, self._top, self.by_torch_on_cpu = cost, top, cost.device.type == "cpu"
 
     def losses(self, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """As `_Compiled.losses`."""
-        found = torch.empty_like(scales)
-        for loss, s, z in zip(found, scales.unsqueeze(-1), zeros.unsqueeze(-1), strict=True):
-            error = self._from_zero(w, s, z).mul_(s).sub_(w)
-            torch.sum(self._weigh(error).mul_(error), -1, out=loss)
-        return found
+        pairs = zip(scales.unsqueeze(-1), zeros.unsqueeze(-1), strict=True)
+        return torch.stack([self._loss(self._from_zero(w, s, z).mul_(s).sub_(w)) for s, z in pairs])
 
     def moments(self, w: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
         """As `_Compiled.moments`."""
         c = self._from_zero(w, scales.unsqueeze(-1), zeros.unsqueeze(-1))
         weighed = self._weigh(c)
         return (weighed * c).sum(-1), (weighed * w).sum(-1)
+
+    def _loss(self, error: Tensor) -> Tensor:
+        return (self._weigh(error) * error).sum(-1)
 
     def _from_zero(self, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         return torch.round(w / scales).add_(zeros).clamp_(0, self._top).sub_(zeros)
