@@ -104,13 +104,7 @@ def other_tiles(layout: str, device: str, kind: str, every: bool = False) -> Non
     shapes = {
         span: [s for s in SHAPES_OF_SPAN[span] if kind != "pipelined" or s[1] % 8 == 0] for span in SHAPES_OF_SPAN
     }
-    # every other shape with each tile, unless all are asked for
-    matched = [
-        (tile, shape)
-        for i, tile in enumerate(chosen)
-        for j, shape in enumerate(shapes[tile.span])
-        if every or device != "cpu" or (i + j) % 2 == 0
-    ]
+    matched = [(tile, shape) for tile in chosen for shape in shapes[tile.span]]
     if kind == "slim":  # whole steps
         matched = [
             (tile, (n, steps * tile.block_k, groups * 128))
