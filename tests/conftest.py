@@ -18,6 +18,16 @@ if find_spec("hypothesis"):  # a machine lent for a GPU check has pytest and lit
 
 
 @pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is filled with NaN, so an element that nobody writes shows."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def emulator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Every launch of a Triton kernel runs in the emulator (emulated_launches.py)."""
     from emulated_launches import emulated

@@ -1,7 +1,6 @@
 """One block of columns in the C++ libraries. Oracle: the same loop in torch, in float64, which the solver's tests check
 against the papers' algorithms."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -14,20 +13,14 @@ from torch import Tensor
 from ptq.gptq import columns
 from ptq.gptq.columns import Steps, descend_block, solve_block
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 GROUP = 16
 
 
 @pytest.fixture(scope="module", autouse=True)
 def libraries(tmp_path_factory: pytest.TempPathFactory):
     yield from current_libraries(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is filled with NaN, so an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=tuple(library.SETS))

@@ -17,6 +17,8 @@ from ptq.nn import QuantLinear
 from ptq.nn.fuse import fuse_linears
 from ptq.runtime import quant_linears
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = (1, 2, 3, 4, 5, 13, 16, 17, 64, 65, 200)
 SHAPES = [  # N, K, group size: whole, ragged N, padded groups, tiles of 32 and 64 values, per channel, several pieces
@@ -27,14 +29,6 @@ SHAPES = [  # N, K, group size: whole, ragged N, padded groups, tiles of 32 and 
 @pytest.fixture(scope="module", autouse=True)
 def libraries(tmp_path_factory: pytest.TempPathFactory):
     yield from current_libraries(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory is filled with NaN, so an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=library.WITH_INT8)

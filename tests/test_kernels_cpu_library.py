@@ -15,6 +15,8 @@ from ptq_kernels import layouts
 from ptq_kernels.cpu import library, strips
 from ptq_kernels.layouts import PackedWeight
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 BFLOAT16 = UNIT[torch.bfloat16]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65, 100, 129, 300)
@@ -24,14 +26,6 @@ SETS = tuple(library.SETS)
 @pytest.fixture(scope="module", autouse=True)
 def libraries(tmp_path_factory: pytest.TempPathFactory):
     yield from current_libraries(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory is filled with NaN, so an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=SETS)

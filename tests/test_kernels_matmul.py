@@ -11,16 +11,10 @@ import torch._dynamo.testing
 from packed_weights import UNIT, Case, dense_float64, random_case, random_rows, worst_error
 from ptq_kernels import dispatch
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = [(48, 64, 32), (33, 60, 12), (17, 37, 37), (5, 20, 5), (64, 192, 96)]  # N, K, group size
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory is filled with NaN, so an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

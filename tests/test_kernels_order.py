@@ -17,15 +17,9 @@ from ptq_kernels import layouts, order
 from ptq_kernels.cpu import library
 from ptq_kernels.layouts import PackedWeight
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 SCATTERED = order_cases.scattered(60, 12)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory is filled with NaN, so an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu", "cpu-torch"])
