@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ptq.calibration.draw import draw_part, stretches
 from ptq.calibration.text import Row, documents, encodable, parts, pieces, rows, running_text
 from ptq.config import CalibrationConfig, EvaluationConfig
 from ptq.errors import DataError
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHORTEST_CHAT = 16  # tokens; a shorter conversation is mostly template
+WHOLE_TEXT = 1 << 22  # characters, and ...
+WHOLE_ROWS = 10_000  # conversations: local text up to this size is tokenized whole
+SPARE = 16  # of a larger one a random part: so many characters a token that is needed, so many conversations a sample
 
 
 class Window(NamedTuple):
@@ -34,9 +38,11 @@ class Window(NamedTuple):
 def calibration_batches(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Tensor]:
     """``config.samples`` sequences as int64 ``[batch, length]`` tensors on the CPU; batches hold one length each.
 
-    Local text: windows that do not overlap, drawn at random from all of it, in the order of the text. Hub datasets:
-    the first ones after shuffling. With ``chat_template`` a sample is one row, cut at ``sequence_length`` tokens; rows
-    below 16 tokens are left out. The same configuration gives the same tokens. Raises DataError.
+    Local text: windows that do not overlap, drawn at random from all of it, in the order of the text; of a text beyond
+    4 million characters (or 16 a token, where that is more) from documents, or stretches of 65,536 characters, that
+    are drawn before they are tokenized. Hub datasets: the first ones after shuffling. With ``chat_template`` a sample
+    is one row, cut at ``sequence_length`` tokens; rows below 16 tokens are left out. The same configuration gives the
+    same tokens. Raises DataError.
     """
     if config.chat_template and not tokenizer.chat_template:
         raise DataError(
@@ -127,9 +133,9 @@ def _marks(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     return [], [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _document_tokens(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+def _document_tokens(texts: Iterable[Iterator[str]], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
     before, after = _marks(tokenizer)
-    for document in documents(config.dataset, config.seed):
+    for document in texts:
         first = next((piece for piece in document if not piece.isspace()), None)
         if first is None:  # a row that is empty or all blanks, from which there is nothing to learn
             continue
@@ -137,6 +143,15 @@ def _document_tokens(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerB
         for piece in chain([first], document):
             yield _tokens(piece, tokenizer)
         yield after
+
+
+def _texts(config: CalibrationConfig, most: int) -> tuple[Iterator[Iterator[str]], bool]:
+    """The documents to draw from, of local text random ones of about ``most`` characters; and whether those are all."""
+    if config.dataset.name is None:
+        part, whole = draw_part(stretches(documents(config.dataset, config.seed)), len, most, config.seed)
+        if not whole:
+            return (iter([text]) for text in part), False
+    return documents(config.dataset, config.seed), True
 
 
 def _sliding(stream: Iterable[list[int]], window: int, stride: int) -> Iterator[Tensor]:
@@ -153,35 +168,48 @@ def _sliding(stream: Iterable[list[int]], window: int, stride: int) -> Iterator[
 
 def _packed(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Tensor]:
     """``samples`` windows of exactly ``sequence_length`` tokens."""
-    counted = _Counted(_document_tokens(config, tokenizer))
-    kept = _draw(_sliding(counted, config.sequence_length, config.sequence_length), config)
-    if len(kept) < config.samples:
-        required = f"{config.samples} x {config.sequence_length} = {config.samples * config.sequence_length} tokens"
-        raise DataError(
-            f"calibration needs {required}, found {counted.total}; use more text, fewer samples or a shorter "
-            "sequence_length"
-        )
-    return kept
+    needed = config.samples * config.sequence_length
+    most, whole = max(WHOLE_TEXT, SPARE * needed), False
+    while not whole:
+        texts, whole = _texts(config, most)
+        counted = _Counted(_document_tokens(texts, tokenizer))
+        kept = _draw(_sliding(counted, config.sequence_length, config.sequence_length), config)
+        if len(kept) == config.samples:
+            return kept
+        most *= SPARE  # tokens of more than 16 characters: long runs of blanks, say
+    required = f"{config.samples} x {config.sequence_length} = {needed} tokens"
+    raise DataError(
+        f"calibration needs {required}, found {counted.total}; use more text, fewer samples or a shorter "
+        "sequence_length"
+    )
 
 
 def _conversations(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Tensor]:
     """``samples`` rows rendered with the chat template."""
 
-    def sequences() -> Iterator[Tensor]:
-        for row in rows(config.dataset, config.seed):
+    def sequences(conversations: Iterable[Row]) -> Iterator[Tensor]:
+        for row in conversations:
             text = _render(row, tokenizer)
             tokens = chain.from_iterable(_tokens(piece, tokenizer) for piece in pieces([text]))
             sequence = list(islice(tokens, config.sequence_length))
             if len(sequence) >= SHORTEST_CHAT:
                 yield torch.tensor(sequence)
 
-    kept = _draw(sequences(), config)
-    if len(kept) < config.samples:
-        raise DataError(
-            f"calibration needs {config.samples} rows of {SHORTEST_CHAT} tokens or more, found {len(kept)}; "
-            "use more rows or fewer samples"
-        )
-    return kept
+    most, whole = max(WHOLE_ROWS, SPARE * config.samples), False
+    while not whole:
+        conversations: Iterable[Row] = rows(config.dataset, config.seed)
+        if config.dataset.name is None:
+            conversations, whole = draw_part(conversations, lambda row: 1, most, config.seed)
+        else:
+            whole = True
+        kept = _draw(sequences(conversations), config)
+        if len(kept) == config.samples:
+            return kept
+        most *= SPARE
+    raise DataError(
+        f"calibration needs {config.samples} rows of {SHORTEST_CHAT} tokens or more, found {len(kept)}; "
+        "use more rows or fewer samples"
+    )
 
 
 def _render(row: Row, tokenizer: "PreTrainedTokenizerBase") -> str:

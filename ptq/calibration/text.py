@@ -98,14 +98,15 @@ def rows(source: DatasetConfig, seed: int | None) -> Iterator[Row]:
             raise DataError(f"{path}: a .txt, .jsonl or .parquet file is required, found {path.suffix!r}; convert it")
 
 
-def pieces(chunks: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces of at most ``PIECE`` characters, cut where a tokenizer is least likely to notice."""
+def pieces(chunks: Iterable[str], size: int | None = None) -> Iterator[str]:
+    """The same text in pieces of at most ``size`` characters (``PIECE``), cut where a tokenizer hardly notices."""
+    size = size or PIECE
     buffer = ""
     for chunk in chunks:
         buffer += chunk
         start = 0
-        while len(buffer) - start > PIECE:
-            cut = _boundary(buffer, start)
+        while len(buffer) - start > size:
+            cut = _boundary(buffer, start, size)
             yield buffer[start:cut]
             start = cut
         buffer = buffer[start:]
@@ -113,13 +114,13 @@ def pieces(chunks: Iterable[str]) -> Iterator[str]:
         yield buffer
 
 
-def _boundary(text: str, start: int) -> int:
-    """Just after the last paragraph, else line, of ``PIECE`` characters from ``start``; else before the last space."""
+def _boundary(text: str, start: int, size: int) -> int:
+    """Just after the last paragraph, else line, of ``size`` characters from ``start``; else before the last space."""
     for mark, offset in (("\n\n", 2), ("\n", 1), (" ", 0)):
-        cut = text.rfind(mark, start, start + PIECE)
+        cut = text.rfind(mark, start, start + size)
         if cut > start:
             return cut + offset
-    return start + PIECE
+    return start + size
 
 
 def _is_plain(source: DatasetConfig) -> bool:
