@@ -1,5 +1,6 @@
 """One setting for all tests: generated examples are the same in every run, so that a failure is one of the change."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -15,6 +16,12 @@ if find_spec("hypothesis"):  # a machine lent for a GPU check has pytest and lit
 
     settings.register_profile("fixed", derandomize=True)
     settings.load_profile("fixed")
+
+
+def pytest_collection_finish() -> None:
+    """What all test modules import stays to the end: no search for garbage looks at it again, which takes seconds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -17,6 +17,11 @@ from torch import Tensor
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
 DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    from quick_interpreter import quick
+
+    to_the_end = quick()
+    to_the_end.__enter__()
 
 
 def on_device(layout: str, n: int, k: int, group: int, *, symmetric: bool) -> tuple[tile_cases.Case, PackedWeight]:

@@ -18,6 +18,7 @@ import torch
 from packed_weights import random_case, random_rows, worst_error
 from ptq_kernels import layouts, tiles
 from ptq_kernels.triton import configs, launch, workspace
+from quick_interpreter import quick
 from watched_memory import watched
 
 
@@ -68,6 +69,7 @@ def warm(layout: str) -> None:
     launch.forget()
 
 
+@quick()
 @watched()
 def main() -> None:
     part, parts = int(sys.argv[1]), int(sys.argv[2])

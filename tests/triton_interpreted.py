@@ -13,6 +13,7 @@ import ptq_kernels
 import torch
 from packed_weights import random_case, random_rows, worst_error
 from pairwise import pairwise
+from quick_interpreter import quick
 from tile_cases import ROWS, SCALES
 from watched_memory import watched
 
@@ -66,6 +67,7 @@ def check(spec: Spec) -> float:
     return worst_error(y, x, case, bias, 0.0)
 
 
+@quick()
 @watched()
 def main() -> None:
     part, parts = int(sys.argv[1]), int(sys.argv[2])
