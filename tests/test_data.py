@@ -326,6 +326,14 @@ def test_files_share_the_tokens_and_no_window_spans_two(write):
     assert strings([window.tokens[None] for window in windows]) == ["aaa"] + ["bbb"] * 3 + ["ccc"] * 4
 
 
+def test_a_short_evaluation_tokenizes_little_of_a_long_text(write):
+    tokenizer = Characters(adds_bos=False)
+    file = write("a.txt", "".join(f"line {index}\n" for index in range(2000)))
+    windows = list(evaluation_windows(evaluation(file, tokens=20, window=10, stride=10), tokenizer))
+    assert strings([window.tokens[None] for window in windows]) == ["line 0\nlin", "e 1\nline 2"]
+    assert 20 <= tokenizer.longest <= 320
+
+
 def test_text_shorter_than_a_window(write):
     config = evaluation(write("a.txt", "abc"), window=5, stride=5)
     with pytest.raises(DataError, match=r"a.txt: a window of 5 tokens is required, found 4 tokens; use more text or a"):

@@ -81,7 +81,8 @@ def evaluation_windows(config: EvaluationConfig, tokenizer: "PreTrainedTokenizer
     for index, source in enumerate(sources):
         share = remaining // (len(sources) - index)
         before, _ = _marks(tokenizer)
-        counted = _Counted(chain([before], (_tokens(piece, tokenizer) for piece in running_text(source))))
+        text = running_text(source, SPARE * config.tokens)  # of a short evaluation one piece
+        counted = _Counted(chain([before], (_tokens(piece, tokenizer) for piece in text)))
         most = 1 + (share - config.window) // config.stride
         count = 0
         for tokens in islice(_sliding(counted, config.window, config.stride), most):

@@ -60,8 +60,8 @@ def documents(source: DatasetConfig, seed: int) -> Iterator[Iterator[str]]:
                 yield pieces([row.text()])
 
 
-def running_text(source: DatasetConfig) -> Iterator[str]:
-    """All of ``source`` in order as one text in pieces; rows are joined by blank lines.
+def running_text(source: DatasetConfig, size: int) -> Iterator[str]:
+    """All of ``source`` in order as one text in pieces of at most ``size`` characters; rows are joined by blank lines.
 
     This is how perplexities of wikitext are published, whose rows are paragraphs.
     """
@@ -70,7 +70,7 @@ def running_text(source: DatasetConfig) -> Iterator[str]:
         for index, row in enumerate(rows(source, None)):
             yield "\n\n" + row.text() if index else row.text()
 
-    return pieces(_decoded(Path(source.files[0])) if _is_plain(source) else joined())
+    return pieces(_decoded(Path(source.files[0])) if _is_plain(source) else joined(), size)
 
 
 def parts(source: DatasetConfig) -> list[DatasetConfig]:
@@ -99,8 +99,8 @@ def rows(source: DatasetConfig, seed: int | None) -> Iterator[Row]:
 
 
 def pieces(chunks: Iterable[str], size: int | None = None) -> Iterator[str]:
-    """The same text in pieces of at most ``size`` characters (``PIECE``), cut where a tokenizer hardly notices."""
-    size = size or PIECE
+    """The same text in pieces of at most ``size`` and ``PIECE`` characters, cut where a tokenizer hardly notices."""
+    size = PIECE if size is None else min(size, PIECE)
     buffer = ""
     for chunk in chunks:
         buffer += chunk
