@@ -4,8 +4,8 @@
 (fsync, rename, unlink, mkdir), then before every STEP-th after it; ``random DIRECTORY COUNT SEED`` sends SIGKILL at
 random moments; ``full DIRECTORY FIRST STEP`` lets an fsync fail because the disk is full; ``small DIRECTORY FIRST
 STEP`` runs in a file system of FIRST KiB, then of STEP more until one is large enough (root may mount one). Each time
-the same run is made again, with room, and its files are compared with those of a run that was left alone. Prints one
-JSON list of outcomes.
+the same run is made again, with room, and its files are compared with those of a run that was left alone. Several of
+these may follow one another. Prints a JSON list of lists of outcomes.
 """
 
 import hashlib
@@ -181,9 +181,8 @@ def on_small_disks(config: RunConfig, size: int, step: int) -> list[dict[str, An
     return results
 
 
-def main(mode: str, directory: Path, first: int, step: int) -> list[dict[str, Any]]:
+def outcomes(mode: str, directory: Path, first: int, step: int) -> list[dict[str, Any]]:
     """All outcomes of one mode."""
-    torch.set_num_threads(1)
     parent = small_parent(directory / "parent")
     if mode == "small":
         return on_small_disks(small_run(parent, directory / "disk" / "out"), first, step)
@@ -217,4 +216,6 @@ def main(mode: str, directory: Path, first: int, step: int) -> list[dict[str, An
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))
+    torch.set_num_threads(1)
+    wanted = [sys.argv[start : start + 4] for start in range(1, len(sys.argv), 4)]
+    print(json.dumps([outcomes(mode, Path(place), int(first), int(step)) for mode, place, first, step in wanted]))

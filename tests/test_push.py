@@ -269,9 +269,6 @@ def test_the_command_in_a_process_of_its_own(made: Path, hub: hub_server.Hub) ->
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{len(hub.files(REPO))} files, ")
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert again.stderr.splitlines()[-1].startswith(f"ptq: {REPO} exists and holds")
 
 
 def test_the_commands_of_the_docs_run(
