@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,28 +49,35 @@ class Rates(NamedTuple):
 
 
 def measure_rates(device: torch.device, directory: Path, dtype: torch.dtype = torch.float32) -> Rates:
-    """Time products, an operation on elements and a write of 8 MiB, or of half of what is free.
+    """Time products and an operation on elements, once in a process, and a write of 8 MiB, or of half of what is free.
 
     Args:
         device: where the run will be.
         directory: existing, on the disk of the run.
         dtype: of the model.
     """
-    a = torch.randn(1024, 1024, device=device)
-    b, row = a.to(dtype), torch.randn(1 << (14 if device.type == "cpu" else 22), device=device)
-    products = 2 * 1024**3 * _a_second(lambda: a @ a)
-    with fast_half_products(device):
-        native = products if dtype == torch.float32 else 2 * 1024**3 * _a_second(lambda: linear(b, b))
-    # Elements, on a CPU, are so few that one thread does it alone and they stay in its cache.
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    elements = threads * REPEATS * len(row) * _a_second(lambda: [row.mul_(1.0) for _ in range(REPEATS)][-1])
     data = bytes(max(1, min(8 * 1024**2, shutil.disk_usage(directory).free // 2)))
     started = time.perf_counter()
     with tempfile.TemporaryFile(dir=directory) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return Rates(products, native, elements, len(data) / (time.perf_counter() - started))
+    written = len(data) / (time.perf_counter() - started)
+    return Rates(*computing_rates(device, dtype, torch.get_num_threads()), written)
+
+
+@lru_cache
+def computing_rates(device: torch.device, dtype: torch.dtype, threads: int) -> tuple[float, float, float]:
+    """Of ``Rates`` all but the disk's; ``threads`` is how many torch has now. A sweep makes many runs in a process."""
+    a = torch.randn(1024, 1024, device=device)
+    b, row = a.to(dtype), torch.randn(1 << (14 if device.type == "cpu" else 22), device=device)
+    products = 2 * 1024**3 * _a_second(lambda: a @ a)
+    with fast_half_products(device):
+        native = products if dtype == torch.float32 else 2 * 1024**3 * _a_second(lambda: linear(b, b))
+    # Elements, on a CPU, are so few that one thread does it alone and they stay in its cache.
+    workers = threads if device.type == "cpu" else 1
+    elements = workers * REPEATS * len(row) * _a_second(lambda: [row.mul_(1.0) for _ in range(REPEATS)][-1])
+    return products, native, elements
 
 
 def _a_second(work: Callable[[], Tensor]) -> float:

@@ -24,7 +24,7 @@ from ptq import half_products
 from ptq.evaluate import in_memory, streamed
 from ptq.export import export_gguf
 from ptq.half_products import fast_half_products, plain_products
-from ptq.predict_time import measure_rates
+from ptq.predict_time import computing_rates
 from ptq.progress import Progress
 from ptq.runtime import open_checkpoint, open_stream
 
@@ -220,7 +220,7 @@ USERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "a module": ("ptq.plain", quantize_module),
     "a GGUF file": ("ptq.export", export),
-    "the prediction": ("ptq.predict_time", lambda folder: measure_rates(CPU, folder, torch.bfloat16)),
+    "the prediction": ("ptq.predict_time", lambda _: computing_rates.__wrapped__(CPU, torch.bfloat16, 1)),
 }  # fmt: skip
 
 
