@@ -91,10 +91,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Emulator
     Fresh memory holds NaN.
     """
     from ptq_kernels.triton import enqueue
-    from triton.backends.nvidia.compiler import CUDABackend
 
-    monkeypatch.setattr(CUDABackend, "make_cubin", lambda *_: b"")  # machine code, which the emulator does not need
-    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # nor where each line comes from
     emulator = Emulator()
     monkeypatch.setattr(enqueue, "hooked", lambda: True)
     torch.use_deterministic_algorithms(True)

@@ -39,6 +39,7 @@ def recorded(
 ) -> Iterator[list[Launched]]:
     """Every launch, in order; `folder` is for what Triton compiles. `then` is called with Triton's source of each."""
     from ptq_kernels.triton import dequant, launch, pipelined, slim, tiled, wide, workspace
+    from triton.backends.nvidia.compiler import CUDABackend
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
@@ -87,6 +88,8 @@ def recorded(
         def get_device_capability(self, device: int = 0) -> tuple[int, int]:
             return 9, 0
 
+    monkeypatch.setattr(CUDABackend, "make_cubin", lambda *_: b"")  # machine code, which no driver here loads
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")  # nor where each line comes from
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     monkeypatch.setattr(workspace, "_of_stream", {})
     monkeypatch.setattr(workspace, "_spare", {})

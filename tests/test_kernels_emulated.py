@@ -15,6 +15,7 @@ import tile_cases
 import torch
 from emulated_launches import Emulator
 from packed_weights import Case, random_case, random_rows, worst_error
+from representative import representative
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
@@ -101,7 +102,13 @@ def multiply(product: Product) -> torch.Tensor:
     return y
 
 
-@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: p.name)
+def traits(product: Product) -> set[object]:
+    """What compiles to another loop."""
+    bits, kind, span = (tile := product.plan.tile).bits, tile.kind, tile.span
+    return {(bits, kind, span), (bits, kind, tile.block_m), (kind, tile.block_n), (tile.block_m, tile.block_n)}
+
+
+@pytest.mark.parametrize("product", representative(PRODUCTS, traits), ids=lambda p: p.name)
 def test_every_tile_is_right(emulator: Emulator, product: Product) -> None:
     """Oracle: float64, within the rounding of the sum and what the tile rounds a weight by."""
     emulator.seed = PRODUCTS.index(product)

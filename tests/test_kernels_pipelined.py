@@ -15,6 +15,7 @@ import tile_cases
 import torch
 from emulated_launches import Emulator
 from packed_weights import UNIT, dense_float64, random_case, random_rows, worst_error
+from representative import representative
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
@@ -84,7 +85,11 @@ def multiply(product: Product, x: torch.Tensor, case: object) -> torch.Tensor:
     return y
 
 
-@pytest.mark.parametrize("product", PRODUCTS, ids=lambda p: f"{p.span}-{p.tile}-{p.rows}-{p.shape[0]}x{p.shape[1]}")
+@pytest.mark.parametrize(
+    "product",
+    representative(PRODUCTS, lambda p: {p.tile, p.span, (p.span, p.symmetric)}),
+    ids=lambda p: f"{p.span}-{p.tile}-{p.rows}-{p.shape[0]}x{p.shape[1]}",
+)
 def test_every_tile_is_right(emulator: Emulator, product: Product) -> None:
     """Oracle: float64, within the rounding of a weight. Every tile of the table; ragged sizes, rings that turn."""
     n, k, group = product.shape
