@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = ROOT / "kernels" / "bench"
+QUICK = ROOT / "tests" / "quick_interpreter.py"
 BENCH = BENCHES / "gpu_linear.py"
 
 
@@ -86,7 +87,7 @@ def test_the_other_benches_run_in_little(bench: str, records: int, tmp_path: Pat
     pytest.importorskip("triton")
     output = tmp_path / "out.json"
     own = f"PTQ_KERNELS_CONFIGS={tmp_path / 'configs.json'}"
-    run("env", "TRITON_INTERPRET=1", own, sys.executable, BENCHES / bench, output, "--tiny")
+    run("env", "TRITON_INTERPRET=1", own, sys.executable, QUICK, BENCHES / bench, output, "--tiny")
     found = json.loads(output.read_text(encoding="utf-8"))["records"]
     assert len(found) >= records  # as many as the tables had tiles for, when this was written
     assert not [record for record in found if "refused" in record]
@@ -182,8 +183,8 @@ def test_what_the_attention_of_the_decoding_bench_cannot_do(monkeypatch: pytest.
 def test_kinds_whose_checks_failed_are_no_variants(without, rows, others, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     own = f"PTQ_KERNELS_CONFIGS={tmp_path / 'configs.json'}"
-    command = ["env", "TRITON_INTERPRET=1", own, sys.executable, BENCHES / "gpu_variants.py", tmp_path / "out.json"]
-    run(*command, "--tiny", "--rows", *rows, *(["--without", *without] if without else []))
+    command = ["env", "TRITON_INTERPRET=1", own, sys.executable, QUICK, BENCHES / "gpu_variants.py"]
+    run(*command, tmp_path / "out.json", "--tiny", "--rows", *rows, *(["--without", *without] if without else []))
     names = {record["variant"] for record in json.loads((tmp_path / "out.json").read_text())["records"]}
     found = {kind for kind in ("raised", "folded", "pipelined", "slim") if any(f" {kind} " in name for name in names)}
     found |= {"early"} if any(re.search("early [1-9]", name) for name in names) else set()
