@@ -103,8 +103,19 @@ def compile_form(form: Form, capability: int):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form)))
+@pytest.mark.parametrize(
+    ("form", "capability"),
+    [  # always one capability of each form, in turns
+        pytest.param(
+            form,
+            capability,
+            marks=() if (i // 2 + i + capability // 10) % 2 else pytest.mark.slow,
+            id=f"{'-'.join(map(str, form))}-{capability}",
+        )
+        for i, form in enumerate(FORMS)
+        for capability in (80, 90)
+    ],
+)
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="compilation needs Triton without its interpreter"
 )
