@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ptq.errors import ConfigError
 from ptq.formats.checkpoint import ShardWriter, atomic_write_text, read_json, staged_directory
-from ptq.formats.staging import output_path, require_writable
+from ptq.formats.staging import CHAT_TEMPLATES, output_path, require_writable
 from ptq.models.loading import build_skeleton, working_dtype
 from ptq.models.structure import is_transposed
 from ptq.models.tying import state_ties
 from ptq.nn.fuse import FusedLinear
 from ptq.nn.linear import QuantLinear
-from ptq.pipeline import CHAT_TEMPLATES, NOT_COPIED
+from ptq.pipeline import NOT_COPIED
 from ptq.runtime import Checkpoint, load_weights, open_checkpoint
 
 ALL_LINEAR = "all-linear"

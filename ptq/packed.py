@@ -126,8 +126,13 @@ def read_packed(packed: Packed, reader: CheckpointReader, name: str, shape: tupl
     return to_quant_linear(quantized, None, order)
 
 
-def written_tensors(packed: Packed, layers: Iterable[tuple[str, QuantLinear]]) -> tuple[Config, dict[str, Tensor]]:
+def written_tensors(
+    packed: Packed, layers: Iterable[tuple[str, QuantLinear]], dtype: torch.dtype
+) -> tuple[Config, dict[str, Tensor]]:
     """The configuration and tensors with which a file holds these layers, as the one they were read from did.
+
+    Scales are written in what the format has for a model of ``dtype``, where that holds them exactly.
+
 
     Asymmetric GPTQ v1 becomes v2, which says the same without ambiguity.
 
@@ -142,10 +147,9 @@ def written_tensors(packed: Packed, layers: Iterable[tuple[str, QuantLinear]]) -
     for name, layer in layers:
         stored = packed.names.of_module(name)
         quantized, order = _in_columns(layer)
-        dtype = codec.scales_dtype(torch.float32 if layer.bias is None else layer.bias.dtype)
-        exact = exact_dtype(quantized.scales)
-        holds = torch.equal(quantized.scales.to(dtype).float(), quantized.scales)
-        tensors |= codec.encode(stored, quantized, dtype if holds else exact)
+        scales_dtype = codec.scales_dtype(dtype)
+        holds = torch.equal(quantized.scales.to(scales_dtype).float(), quantized.scales)
+        tensors |= codec.encode(stored, quantized, scales_dtype if holds else exact_dtype(quantized.scales))
         order_name = codec.order_name(stored)
         if order is not None:
             assert order_name is not None  # only a format that has it was read with one

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ptq.errors import ConfigError
-from ptq.formats.checkpoint import CheckpointReader
+from ptq.errors import ConfigError, FormatError
+from ptq.formats.checkpoint import CheckpointReader, read_json
 from ptq.yaml_tree import parse
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -37,14 +37,23 @@ def parent_of(model: str, directory: Path) -> dict[str, Any]:
 
 
 def recorded_parent(checkpoint: Path) -> str | None:
-    """The directory or hub model that a checkpoint's ptq_config.yaml says it was made from; None if it says neither."""
+    """The directory or hub model that a checkpoint's ptq_config.yaml says it was made from; None if it says neither.
+
+    A directory that is not here is neither, though ``models/tiny`` looks like a name on the hub: the report knows.
+    """
     try:
         found = parse((checkpoint / "ptq_config.yaml").read_text(encoding="utf-8"), "ptq_config.yaml")
     except (OSError, ConfigError):
         return None
     model = found.get("model") if isinstance(found, dict) else None
-    known = isinstance(model, str) and (Path(model).expanduser().is_dir() or _HUB_NAME.fullmatch(model))
-    return str(model) if known else None
+    if not isinstance(model, str):
+        return None
+    try:
+        local = read_json(checkpoint / "report.json").get("parent", {}).get("name", "") is None
+    except FormatError:
+        local = False
+    known = Path(model).expanduser().is_dir() or (_HUB_NAME.fullmatch(model) and not local)
+    return model if known else None
 
 
 def require_parent(made: CheckpointReader, parent: CheckpointReader, name: str) -> None:

@@ -18,6 +18,7 @@ from ptq.distributed import ALONE, Ranks
 from ptq.errors import ConfigError
 from ptq.evaluation import evaluate_run, require_text
 from ptq.formats.checkpoint import atomic_write_text, read_json
+from ptq.formats.staging import CHAT_TEMPLATES
 from ptq.journal import Journal
 from ptq.journal_directory import RunDirectory, run_directory
 from ptq.journal_signature import signature_of
@@ -45,7 +46,6 @@ from ptq.version import VERSION
 from ptq.walk import units, walk
 
 # Weights and what describes them are written anew; everything else beside them is the parent's.
-CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that a tokenizer of transformers has
 NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
               "config.json", "quantize_config.json", "report.json", "report.html", ".*", "*.md",
               "original")  # fmt: skip

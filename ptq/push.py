@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from ptq.card import model_card
 from ptq.errors import ConfigError, FormatError, PtqError, UnsupportedModelError
 from ptq.formats.checkpoint import read_json, staged_directory
+from ptq.formats.staging import CHAT_TEMPLATES
 from ptq.lint import Lint, lint
 from ptq.page_report import report_page
 from ptq.parent import parent_of
-from ptq.pipeline import CHAT_TEMPLATES
+from ptq.yaml_tree import parse, unparse
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -73,7 +74,8 @@ def folder(directory: str | Path, repo: str, *, force: bool = False, trust_remot
         files["report.html"] = report_page(repo.rpartition("/")[2], shared).encode()
     settings = directory / "ptq_config.yaml"
     if settings.is_file():
-        files[settings.name] = _replaced(settings.read_text(encoding="utf-8"), names).encode()
+        tree = parse(settings.read_text(encoding="utf-8"), str(settings))  # as text a long path stands on two lines
+        files[settings.name] = unparse(_without(tree, names | _private_paths(tree))).encode()
     files["README.md"] = model_card(repo, shared, result).encode()
     return files
 
@@ -191,12 +193,6 @@ def _without(document: Any, paths: set[str]) -> Any:
     if isinstance(document, list):
         return [_without(value, paths) for value in document]
     return PurePath(document).name if isinstance(document, str) and document in paths else document
-
-
-def _replaced(text: str, paths: set[str]) -> str:
-    for path in sorted(paths, key=len, reverse=True):
-        text = text.replace(path, PurePath(path).name)
-    return text
 
 
 def _place(source: Path, target: Path) -> None:

@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ptq.calibration.data import token_hash
 from ptq.compare import PARENT, compare_checkpoints
 from ptq.compare_page import FILES
 from ptq.config import RunConfig, load_config
 from ptq.config_paths import resolve_config_path
-from ptq.errors import ConfigError
+from ptq.errors import ConfigError, FormatError
 from ptq.formats.checkpoint import atomic_write_text, read_json
 from ptq.formats.staging import output_path, require_writable
 from ptq.page_report import report_page
@@ -109,7 +110,7 @@ def sweep(
     runs = {name: replace(config, evaluation=None) for name, config in configs.items()}
     for config in configs.values():  # with the evaluation: its window must fit the model, too
         make_plan(config, weights=False)
-    kept = [name for name, config in runs.items() if not overwrite and _finished(config)]
+    kept = [name for name, config in runs.items() if not overwrite and _finished(config, prepared)]
     for name, config in runs.items():
         if name not in kept:
             require_writable(output_path(Path(config.output), "--out"), overwrite, "--out")
@@ -132,12 +133,17 @@ def sweep(
     return document
 
 
-def _finished(config: RunConfig) -> bool:
-    """Whether the output is a whole checkpoint of this very configuration."""
+def _finished(config: RunConfig, prepared: Prepared) -> bool:
+    """Whether the output is a whole checkpoint of this very configuration, calibrated on what its files hold now."""
     made = Path(config.output) / "ptq_config.yaml"
     try:
-        return made.is_file() and load_config(made) == config
-    except ConfigError:  # of a version with other options
+        if not made.is_file() or load_config(made) != config:
+            return False
+        if not config.calibrates:
+            return True
+        text = token_hash(prepared.batches(make_plan(config, weights=False)))
+        return bool(read_json(Path(config.output) / "report.json")["calibration"]["token_hash"] == text)
+    except (ConfigError, FormatError, KeyError):  # of a version with other options, or damaged
         return False
 
 

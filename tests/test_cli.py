@@ -91,7 +91,7 @@ def test_dry_run_refuses_what_the_run_would(
         assert "short.txt: a window of 32 tokens is required, found" in capsys.readouterr().err
     taken = tmp_path / "taken"
     taken.mkdir()
-    (taken / "config.json").write_text("{}")
+    (taken / "config.json").write_text('{"model_type": "llama"}')
     assert quantize(taken, "--dry-run") == 2
     assert "exists; choose another `output` or pass --overwrite" in capsys.readouterr().err
     assert quantize(taken, "--dry-run", "--overwrite") == 0

@@ -20,6 +20,7 @@ from ptq.errors import ConfigError
 from ptq.evaluation import evaluate_checkpoint
 from ptq.inspection import packed_bits
 from ptq.models.loading import load_tokenizer
+from ptq.prepared import Prepared
 from ptq.progress import Progress
 from ptq.runtime import open_checkpoint
 from ptq.sweep import _finished as finished
@@ -226,9 +227,15 @@ def test_a_sweep_shares_what_it_can(files, made, tmp_path, monkeypatch) -> None:
     text = made.read_text()
     assert "  model_steps: 0\n" in text
     made.write_text(text.replace("  model_steps: 0\n", ""))  # as a version without that option wrote it
-    assert finished(replace(configs["three"], evaluation=None))
+    assert finished(replace(configs["three"], evaluation=None), Prepared())
+    budget = replace(configs["budget"], evaluation=None)
+    assert finished(budget, Prepared())
+    report = Path(budget.output) / "report.json"
+    hashed = json.loads(report.read_text())["calibration"]["token_hash"]
+    report.write_text(report.read_text().replace(hashed, "0" * len(hashed)))  # as on what the file held before
+    assert not finished(budget, Prepared())
     made.write_text(text.replace("model_steps", "other_steps"))
-    assert not finished(replace(configs["three"], evaluation=None))
+    assert not finished(replace(configs["three"], evaluation=None), Prepared())
 
 
 def test_the_sweep_on_the_command_line(files, tmp_path, capsys) -> None:

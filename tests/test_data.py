@@ -169,7 +169,12 @@ def test_parquet_is_read_through_datasets(write, tmp_path):
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "a.parquet")
     batches = calibration_batches(calibration(tmp_path / "a.parquet", column="body"), Characters())
     assert strings(batches) == ["\1abc", "\1def"]
-    with pytest.raises(DataError, match=r"a.parquet, row 1: the column 'text' is required, found body, other"):
+    datasets.Dataset.from_dict({"body": ["of another"]}).to_parquet(tmp_path / "b1.parquet")
+    (tmp_path / "a.parquet").rename(tmp_path / "b[1].parquet")  # the name of one file, not a pattern for the other
+    batches = calibration_batches(calibration(tmp_path / "b[1].parquet", column="body"), Characters())
+    assert strings(batches) == ["\1abc", "\1def"]
+    (tmp_path / "b1.parquet").rename(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet, row 1: the column 'text' is required, found body"):
         calibration_batches(calibration(tmp_path / "a.parquet"), Characters())
 
 

@@ -11,6 +11,7 @@ import torch
 from foreign_files import Kind
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import build, run, save, settings
 from transformers import AutoModelForCausalLM
 
 import ptq
@@ -70,13 +71,24 @@ def test_from_pretrained_by_request_and_what_it_saves(tmp_path, kind):
     theirs, copy = ({n: t for file in (tmp_path / d).glob("*.safetensors") for n, t in load_file(file).items()}
                     for d in ("theirs", "copy"))  # fmt: skip
     assert set(copy) == set(theirs)
-    assert [n for n in theirs if not torch.equal(copy[n].to(theirs[n].dtype), theirs[n])] == []
+    assert [n for n in theirs if not torch.equal(copy[n], theirs[n]) or copy[n].dtype != theirs[n].dtype] == []
     settings = [
         json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("theirs", "copy")
     ]
     assert settings[0] == settings[1]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", quantization_config=PtqConfig())
     assert torch.equal(foreign_files.logits(again), expected)
+
+
+def test_scales_are_saved_in_the_dtype_they_had(tmp_path):
+    parent = save(build("llama", torch.bfloat16), tmp_path / "parent")
+    run(settings(parent, tmp_path / "made", "rtn", format=CT))
+    ptq.load(tmp_path / "made", device="cpu").save_pretrained(tmp_path / "copy")
+    made, copy = (load_file(tmp_path / d / "model.safetensors") for d in ("made", "copy"))
+    assert torch.bfloat16 in {tensor.dtype for name, tensor in made.items() if name.endswith("weight_scale")}
+    assert {name: tensor.dtype for name, tensor in copy.items()} == {
+        name: tensor.dtype for name, tensor in made.items()
+    }
 
 
 def test_asymmetric_v1_is_saved_as_v2(tmp_path):

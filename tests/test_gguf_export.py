@@ -261,7 +261,7 @@ def test_codes_that_do_not_fit_are_refused(parents, tmp_path, changes, type_name
         export(tmp_path / "made", type_name, tmp_path)
 
 
-@pytest.mark.parametrize("record", [None, "- no mapping", "model: [", "model: a-name-alone"])
+@pytest.mark.parametrize("record", [None, "- no mapping", "model: [", "model: a-name-alone", "model: not/here"])
 def test_a_checkpoint_without_a_known_parent_is_refused(parents, tmp_path, solving, record):
     run(settings(parents["llama"], tmp_path / "made", method="rtn", bits=8))
     config = tmp_path / "made/ptq_config.yaml"

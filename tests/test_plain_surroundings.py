@@ -10,7 +10,7 @@ import oracles
 import pytest
 import torch
 from ptq_kernels.cpu import aten_int4, library
-from test_plain import K, output_error
+from test_plain import MLP, K, inputs, output_error, seeded
 from torch import Tensor, nn
 
 import ptq
@@ -168,3 +168,19 @@ def test_scales_raised_to_the_smallest_are_on_record(method, symmetric):
 def strict_task(method, symmetric):
     config = build(RunConfig, {"model": "m", "output": "o", "method": method, "group_size": 16, "strict": True})
     return BlockTask("", {"down": Scheme(4, 16, symmetric)}, config, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_default_dtype_changes_nothing(method):
+    """Scripts set it for the models that they make."""
+    results = []
+    for default in (torch.float32, torch.bfloat16):
+        module, given = seeded(MLP), inputs()
+        torch.set_default_dtype(default)
+        try:
+            ptq.quantize_linears(module, given, method=method, group_size=16)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append(module.state_dict())
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name

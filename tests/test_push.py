@@ -33,7 +33,7 @@ DOCS = (ROOT / "docs/push.md").read_text(encoding="utf-8")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in two shards or more, of a parent with a card and a licence."""
     place = tmp_path_factory.mktemp("push")
-    parent = save(build("llama", torch.bfloat16), place / "parent")
+    parent = save(build("llama", torch.bfloat16), place / "a name with which YAML's line breaks: it's of 80 characters")
     (parent / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\nmodel: x\n---\n# Parent\n")
     (parent / "LICENSE").write_text("terms")
     run(settings(parent, place / "small", "rtn", max_shard_size="60KB"))
@@ -106,7 +106,7 @@ def test_a_tensor_that_the_parent_has_no_place_for(tmp_path: Path, capsys: pytes
 def test_no_path_of_this_machine_is_in_it(made: Path) -> None:
     for name, content in folder(made, REPO).items():
         data = content if isinstance(content, bytes) else content.read_bytes()
-        assert str(made.parent).encode() not in data, name
+        assert made.parent.name.encode() not in data, name
         assert str(ROOT).encode() not in data, name
 
 

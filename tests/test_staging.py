@@ -16,7 +16,10 @@ def contents(directory):
     return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
 
 
-def checkpoint(path, text="old"):
+OLD = '{"model_type": "old"}'
+
+
+def checkpoint(path, text=OLD):
     path.mkdir(parents=True)
     (path / "config.json").write_text(text)
 
@@ -64,7 +67,7 @@ def test_overwrite_replaces_and_removes_the_old(tmp_path):
     (tmp_path / "out" / "stale.safetensors").write_text("old")
     with staged_directory(tmp_path / "out", overwrite=True) as staged:
         (staged / "config.json").write_text("new")
-        assert (tmp_path / "out" / "config.json").read_text() == "old"
+        assert (tmp_path / "out" / "config.json").read_text() == OLD
     assert contents(tmp_path) == {"out/config.json": "new"}
 
 
@@ -83,14 +86,14 @@ def test_a_failed_rename_restores_the_old(tmp_path, monkeypatch):
         staged_directory(tmp_path / "out", overwrite=True) as staged,
     ):
         (staged / "config.json").write_text("new")
-    assert contents(tmp_path) == {"out/config.json": "old"}
+    assert contents(tmp_path) == {"out/config.json": OLD}
 
 
 def test_leftovers_of_a_crash_are_cleaned_up(tmp_path):
     checkpoint(tmp_path / ".out.partial", "half")
     (tmp_path / ".out.partial" / "rubbish").write_text("x")
     checkpoint(tmp_path / ".out.old", "older")
-    checkpoint(tmp_path / "out", "old")
+    checkpoint(tmp_path / "out")
     with staged_directory(tmp_path / "out", overwrite=True) as staged:
         assert not any(staged.iterdir())
         (staged / "config.json").write_text("new")
@@ -98,13 +101,13 @@ def test_leftovers_of_a_crash_are_cleaned_up(tmp_path):
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
-    checkpoint(tmp_path / ".out.old", "old")
+    checkpoint(tmp_path / ".out.old")
     with (
         pytest.raises(ConfigError, match="exists; choose another"),
         staged_directory(tmp_path / "out", overwrite=False),
     ):
         pass
-    assert contents(tmp_path) == {"out/config.json": "old"}
+    assert contents(tmp_path) == {"out/config.json": OLD}
 
 
 def test_an_empty_directory_and_a_link_to_one_are_taken(tmp_path):
@@ -126,13 +129,21 @@ def test_what_must_not_be_overwritten(tmp_path):
         enter(tmp_path / "out", False)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match=r"home has files but no config.json; choose another --out or"):
+    with pytest.raises(ConfigError, match=r"home has files but no config.json of a model; choose another --out or"):
         enter(tmp_path / "home", True)
+    (tmp_path / "home" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"home has files but no config.json of a model; choose another --out or"):
+        enter(tmp_path / "home", True)
+    (tmp_path / "out" / "adapters").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"overwritten, \S+out has the folder adapters; choose another --out or empty"
+    ):
+        enter(tmp_path / "out", True)
     with pytest.raises(ConfigError, match=r"must be a directory, found the file \S+thesis.tex; choose another --out"):
         enter(tmp_path / "home" / "thesis.tex", True)
     with pytest.raises(ConfigError, match=r"thesis.tex/out cannot be created: Not a directory; choose another --out"):
         enter(tmp_path / "home" / "thesis.tex" / "out", True)
-    assert contents(tmp_path) == {"out/config.json": "old", "home/thesis.tex": "x"}
+    assert contents(tmp_path) == {"out/config.json": OLD, "home/thesis.tex": "x", "home/config.json": "{}"}
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def apply_fold(block: nn.Module, fold: Fold, scales: Tensor, dtype: torch.dtype 
         The scales that were applied, ``[K]``.
     """
     producer = block.get_submodule(fold.producer)
-    per_row = torch.ones(_outputs(producer), device=scales.device).scatter_(0, fold.rows, scales)
+    per_row = torch.ones(_outputs(producer), dtype=scales.dtype, device=scales.device).scatter_(0, fold.rows, scales)
     if fold.producer in dict(linears(block)):
         weight_of(producer).div_(per_row[:, None])
     else:

@@ -5,6 +5,7 @@ piece of about a million characters at once.
 """
 
 import codecs
+import glob
 import io
 import json
 from collections.abc import Iterable, Iterator
@@ -190,7 +191,7 @@ def _row(row: dict[str, Any], column: str, place: str) -> Row:
 
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     _open(path).close()  # datasets' own error for a missing file is about patterns
-    options = {"path": "parquet", "data_files": str(path), "split": "train", "streaming": True}
+    options = {"path": "parquet", "data_files": glob.escape(str(path)), "split": "train", "streaming": True}
     yield from _dataset_rows(str(path), column, None, **options)
 
 

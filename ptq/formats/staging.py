@@ -14,6 +14,8 @@ from typing import Any
 from ptq.errors import ConfigError, FormatError, PtqError
 
 OUTPUT = "`output`"  # the key of a configuration that names a run's directory
+CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that a checkpoint has, of a tokenizer of transformers
+_IGNORED = (CHAT_TEMPLATES, ".cache")  # of folders in a checkpoint; the hub's client keeps the second in its downloads
 
 
 @contextmanager
@@ -118,10 +120,16 @@ def require_writable(final: Path, overwrite: bool, option: str = OUTPUT) -> None
         return
     if not overwrite:
         raise ConfigError(f"output directory {final} exists; choose another {option} or pass --overwrite")
-    if not (final / "config.json").is_file():
+    try:
+        known = {"model_type", "architectures"} & {*read_json(final / "config.json")}
+    except (FormatError, OSError):
+        known = set()
+    folders = [path.name for path in sorted(final.iterdir()) if path.is_dir() and path.name not in _IGNORED]
+    if not known or folders:
+        found = f"the folder {folders[0]}" if known else "files but no config.json of a model"
         raise ConfigError(
-            f"only a checkpoint directory is overwritten, {final} has files but no config.json; choose another "
-            f"{option} or empty it yourself"
+            f"only a checkpoint directory is overwritten, {final} has {found}; choose another {option} or empty it "
+            "yourself"
         )
 
 

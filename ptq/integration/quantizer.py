@@ -162,7 +162,7 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
 
         layers = [(name, _packed_at(model, name)) for name in self.packed.schemes]
         _refuse_more(model, self.packed.schemes)
-        stored, tensors = written_tensors(self.packed, layers)
+        stored, tensors = written_tensors(self.packed, layers, getattr(model, "dtype"))  # noqa: B009
         self.quantization_config.stored = stored
         packed = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
         buffers = {f"{name}.{leaf}" for name in packed for leaf in ("qweight", "scales", "zeros", "perm")}
