@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from ptq.calibration.capture import InputGroup, collect, trace_groups
+from tiny_experts import build
 from ptq.errors import FormatError, UnsupportedModelError
 from ptq.gptq.block import stages
 from ptq.models.conversion import Conversions, put_together
-from ptq.models.experts import UnfusedExperts, unfuse_experts
+from ptq.models.experts import UnfusedExperts, experts_of, unfuse_experts
 from ptq.models.structure import linears
 
 
@@ -110,6 +111,24 @@ def test_a_convolution_is_no_stack_of_experts():
     model = nn.Sequential(nn.Conv1d(16, 16, 16))
     unfuse_experts(model)
     assert not isinstance(model[0], UnfusedExperts)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
+def test_the_layout_is_proven_whatever_tensors_a_program_makes_by_default(name):
+    """Oracle: what is found when nothing was set."""
+    plain, models = build(name), (build(name), build(name))
+    unfuse_experts(plain)
+    layouts = [module.layout for module in experts_of(plain).values()]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        unfuse_experts(models[0])
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        unfuse_experts(models[1])
+    for model in models:
+        assert [module.layout for module in experts_of(model).values()] == layouts
 
 
 def stacking():

@@ -198,7 +198,8 @@ def unfuse_experts(root: nn.Module) -> None:
     for path, module in list(root.named_modules()):
         stacked = [name for name, p in module.named_parameters(recurse=False) if _is_stack(module, p)]
         if stacked and not isinstance(module, UnfusedExperts):
-            layout = _find_layout(module)
+            with torch.device("cpu"):  # whatever the program around it builds its tensors on
+                layout = _find_layout(module)
             # Small stacks are gates of recurrent layers and the like; where most of the weights are, they matter.
             held = sum(module.get_parameter(name).numel() for name in stacked) * _alike(root, module)
             if layout is None and 2 * held <= size:
@@ -283,10 +284,10 @@ def _proven(module: nn.Module, layout: Layout) -> bool:
     experts = small.get_parameter("down_proj").shape[0]
     hidden, _ = _sizes(small.get_parameter("down_proj"), layout)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2 * experts, hidden, generator=generator)
+    x = torch.randn(2 * experts, hidden, generator=generator, dtype=torch.float32)
     x[:2] = 0
     index = torch.stack([torch.randperm(experts, generator=generator)[:2] for _ in x])
-    given = (x, index, torch.rand(index.shape, generator=generator)) if layout.routed else (x,)
+    given = (x, index, torch.rand(index.shape, generator=generator, dtype=torch.float32)) if layout.routed else (x,)
     try:
         expected = _eager(type(module))(small, *given)
         _take_apart(small, layout)
@@ -315,7 +316,8 @@ def _shrunk(module: nn.Module, layout: Layout) -> nn.Module:
             n = shapes.get(name.removesuffix("_bias"), 0)
             k = size[inner] if name == "down_proj" else size[hidden]
             shape = (n,) if name.endswith("_bias") else (k, n) if layout.transposed else (n, k)
-            small._parameters[name] = nn.Parameter(torch.randn(len(parameter), *shape, generator=generator))
+            value = torch.randn(len(parameter), *shape, generator=generator, dtype=torch.float32)
+            small._parameters[name] = nn.Parameter(value)
     for name, value in vars(module).items():
         if type(value) is int:
             small.__dict__[name] = size.get(value, value)
@@ -331,5 +333,6 @@ def _shrunk_child(child: nn.Module | None, size: dict[int, int]) -> nn.Module | 
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 shape = [size.get(extent, extent) for extent in parameter.shape]
-                module._parameters[name] = nn.Parameter(torch.rand(shape, generator=generator) + 0.5)
+                value = torch.rand(shape, generator=generator, dtype=torch.float32) + 0.5
+                module._parameters[name] = nn.Parameter(value)
     return small
