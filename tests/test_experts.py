@@ -3,17 +3,23 @@
 Oracles: second moments in float64; what transformers' own converters are described to do.
 """
 
+import copy
+import pickle
+
 import pytest
 import torch
+from tiny_experts import build
+from tiny_models import logits, tokens
 from torch import nn
 
 from ptq.calibration.capture import InputGroup, collect, trace_groups
-from tiny_experts import build
 from ptq.errors import FormatError, UnsupportedModelError
 from ptq.gptq.block import stages
 from ptq.models.conversion import Conversions, put_together
 from ptq.models.experts import UnfusedExperts, experts_of, unfuse_experts
 from ptq.models.structure import linears
+
+IDS = tokens(2, 12)
 
 
 def mixture():
@@ -107,12 +113,6 @@ def test_an_unknown_layout_is_an_error(module):
         unfuse_experts(model)
 
 
-def test_a_convolution_is_no_stack_of_experts():
-    model = nn.Sequential(nn.Conv1d(16, 16, 16))
-    unfuse_experts(model)
-    assert not isinstance(model[0], UnfusedExperts)
-
-
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
 def test_the_layout_is_proven_whatever_tensors_a_program_makes_by_default(name):
     """Oracle: what is found when nothing was set."""
@@ -129,6 +129,25 @@ def test_the_layout_is_proven_whatever_tensors_a_program_makes_by_default(name):
         unfuse_experts(models[1])
     for model in models:
         assert [module.layout for module in experts_of(model).values()] == layouts
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4"])
+@pytest.mark.parametrize("again", [lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy])
+def test_a_pickle_of_experts_is_the_same_model(name, again):
+    """Oracle: the logits of the model that was pickled; the class is the one made for all such modules."""
+    model = build(name)
+    unfuse_experts(model)
+    found = again(model)
+    assert torch.equal(logits(found, IDS), logits(model, IDS))
+    assert [type(module) for module in experts_of(found).values()] == [
+        type(module) for module in experts_of(model).values()
+    ]
+
+
+def test_a_convolution_is_no_stack_of_experts():
+    model = nn.Sequential(nn.Conv1d(16, 16, 16))
+    unfuse_experts(model)
+    assert not isinstance(model[0], UnfusedExperts)
 
 
 def stacking():

@@ -8,8 +8,10 @@ forward of the class itself, and the one that gives the same result is taken.
 
 import copy
 import inspect
+import operator
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,11 @@ class UnfusedExperts(nn.Module):
         if shape is None:
             return super().__getattr__(name)
         return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """A class that is made at run time is found under no name: a pickle holds the one that it was made of."""
+        _, _, *state = cast("tuple[Any, ...]", super().__reduce_ex__(max(2, operator.index(protocol))))
+        return _bare, (_own(type(self)),), *state
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Same arguments and result as the class's own forward."""
@@ -141,7 +148,8 @@ class UnfusedExperts(nn.Module):
                 name, _, kind = path.partition(".")
                 fused = name if name == "down_proj" or not self.layout.gated else "gate_up_proj"
                 fused = fused if kind == "weight" else f"{fused}_bias"
-                yield f"{index}.{path}", fused, _cutter(self.layout, index, name, kind)
+                # a partial, not a closure: what a model remembers of its files is pickled with it
+                yield f"{index}.{path}", fused, partial(_cut, self.layout, index, name, kind)
 
     @property
     def one_tensor_each(self) -> bool:
@@ -149,24 +157,25 @@ class UnfusedExperts(nn.Module):
         return not self.layout.transposed and not self.layout.interleaved
 
 
-def _cutter(layout: Layout, index: int, name: str, kind: str) -> Callable[[Tensor], Tensor]:
-    def cut(fused: Tensor) -> Tensor:
-        part = fused[index]
-        if kind == "weight" and layout.transposed:
-            part = part.t()
-        if layout.gated and name != "down_proj":
-            second = name == "up_proj"
-            part = part[int(second) :: 2] if layout.interleaved else part.chunk(2)[int(second)]
-        return part
-
-    return cut
+def _cut(layout: Layout, index: int, name: str, kind: str, fused: Tensor) -> Tensor:
+    part = fused[index]
+    if kind == "weight" and layout.transposed:
+        part = part.t()
+    if layout.gated and name != "down_proj":
+        second = name == "up_proj"
+        part = part[int(second) :: 2] if layout.interleaved else part.chunk(2)[int(second)]
+    return part
 
 
 def _eager(cls: type[nn.Module]) -> Callable[..., Any]:
     """A class's own loop over its experts, below what transformers wraps around it."""
-    own = next(base for base in cls.__mro__ if not issubclass(base, UnfusedExperts))
-    eager: Callable[..., Any] = inspect.unwrap(getattr(own, "forward"))  # noqa: B009  (mypy sees no Module here)
+    eager: Callable[..., Any] = inspect.unwrap(getattr(_own(cls), "forward"))  # noqa: B009  (mypy sees no Module here)
     return eager
+
+
+def _own(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that transformers has, of one that may have been made of it."""
+    return next(base for base in cls.__mro__ if not issubclass(base, UnfusedExperts))
 
 
 def experts_of(root: nn.Module) -> dict[str, UnfusedExperts]:
@@ -249,6 +258,12 @@ _unfused_classes: dict[type[nn.Module], type[nn.Module]] = {}
 def _unfused_class(cls: type[nn.Module]) -> type[nn.Module]:
     made = type(cls.__name__, (UnfusedExperts, cls), {"__module__": cls.__module__})
     return _unfused_classes.setdefault(cls, made)
+
+
+def _bare(cls: type[nn.Module]) -> nn.Module:
+    """A module of the class made of another one, before its state is put in."""
+    made = _unfused_class(cls)
+    return made.__new__(made)
 
 
 def _sizes(down: Tensor, layout: Layout) -> tuple[int, int]:
