@@ -15,6 +15,7 @@ from ptq.formats.checks import FLOATS
 from ptq.formats.codec import Codec, Config, Scheme
 from ptq.models.loading import build_skeleton, model_dtype, read_config
 from ptq.models.names import SourceNames, unplaced
+from ptq.models.stock import initialization_error, left_out
 from ptq.models.structure import is_transposed, linears, weight_shape
 from ptq.readers import REFUSES, Facts, Verdict, split_problems, unknown_roles, verdicts
 
@@ -89,6 +90,7 @@ def lint(path: str | Path, *, trust_remote_code: bool = False) -> Lint:
     facts = Facts(
         codec.name, known, schemes, shapes, floats, permuted, _roles(model, schemes), _heads(hf_config),
         transposed=any(is_transposed(found[name]) for name in schemes),
+        left_out=left_out(model, names, schemes), init_error=initialization_error(model, schemes),
     )  # fmt: skip
     if settings.get("quant_method") != known.get("quant_method"):
         notes.append(

@@ -29,6 +29,9 @@ class Facts(NamedTuple):
     roles: Mapping[str, str]  # "column" or "row" parallel, for the Linears of which the model's class says so
     heads: tuple[int, int]  # of queries, of keys and values
     transposed: bool = False  # some packed Linears are transformers' Conv1D (GPT-2)
+    # Of the model's class in transformers (`ptq.models.stock`); "" where there is nothing to say.
+    left_out: str = ""  # a packed Linear of an expert that it reads past
+    init_error: str = ""  # what it raises once Linears hold packed weights
 
     @property
     def experts(self) -> bool:
@@ -108,14 +111,20 @@ def _transformers_compressed(facts: Facts) -> Iterator[Finding]:
     yield SLOWER, "needs compressed-tensors; expanded to dense weights, so no memory is saved"
     if _regroups(facts.settings):
         yield REFUSES, "compressed-tensors 0.20 refuses actorder 'group'"  # [run]
-    if facts.symmetric:
+    if facts.left_out:
+        # [run] it lists them as unexpected and the stacks as missing, and goes on.
+        left = f"does not gather experts that are stored one by one ({facts.left_out}) and gives its own random numbers"
+        yield REFUSES, f"the model's class {left}; use ptq.load, or `import ptq` before from_pretrained"
+    if facts.symmetric and not facts.init_error:
         return
-    if facts.experts:
+    what = "asymmetric weights load" if not facts.symmetric else f"the class ({facts.init_error}) loads"
+    if facts.experts and not facts.symmetric:
         yield REFUSES, "zero points of experts never reach what unpacks them"  # [run]
     elif facts.mixed:
-        yield REFUSES, "asymmetric weights load with dequantize=True only, which takes one scheme for all"  # [run]
+        yield REFUSES, f"{what} with dequantize=True only, which takes one scheme for all"  # [run]
     else:
-        yield SLOWER, "pass quantization_config=CompressedTensorsConfig(dequantize=True)"  # [run]
+        why = f", as the class stops at packed weights ({facts.init_error})" if facts.init_error else ""
+        yield SLOWER, f"pass quantization_config=CompressedTensorsConfig(dequantize=True){why}"  # [run]
 
 
 def _vllm(facts: Facts) -> Iterator[Finding]:
@@ -175,6 +184,8 @@ def _sglang(facts: Facts) -> Iterator[Finding]:
 
 def _engine(facts: Facts) -> Iterator[Finding]:
     """What vLLM and SGLang have in common."""
+    if facts.left_out:
+        yield UNKNOWN, f"no evidence covers experts stored one by one ({facts.left_out}) of a class that stacks them"
     for members in _fused(facts.schemes, facts.floats):
         if len({facts.schemes.get(name) for name in members}) > 1:
             # [source] both run these as one product, with one scheme; skip rules are looked up for all shards.

@@ -107,6 +107,22 @@ CASES: dict[str, tuple[Facts, tuple[str, str], tuple[str, str], tuple[str, str]]
         facts("compressed-tensors", A4, others={LINEARS[5]: Scheme(8, 128, False)}),
         (REFUSES, "takes one scheme"), OK, OK,
     ),
+    "experts that the class leaves out": (
+        facts("compressed-tensors", S4, names=EXPERTS, left_out=EXPERTS[0]), (REFUSES, f"({EXPERTS[0]})"),
+        (UNKNOWN, EXPERTS[0]), (UNKNOWN, EXPERTS[0]),
+    ),
+    "gptq experts that the class leaves out": (
+        facts("gptq", S4, names=EXPERTS, left_out=EXPERTS[0]), (REFUSES, "packed experts"), (UNKNOWN, EXPERTS[0]),
+        (UNKNOWN, EXPERTS[0]),
+    ),
+    "a class that wants weights": (
+        facts("compressed-tensors", S4, init_error="no weight"), (SLOWER, "dequantize=True), as the class stops"),
+        OK, OK,
+    ),
+    "a class that wants weights, mixed": (
+        facts("compressed-tensors", S4, init_error="no weight", others={LINEARS[5]: Scheme(8, 128, True)}),
+        (REFUSES, "the class (no weight) loads with dequantize=True only"), OK, OK,
+    ),
     "compressed-tensors asymmetric experts": (
         facts("compressed-tensors", A4, names=EXPERTS), (REFUSES, "zero points of experts"),
         (UNKNOWN, "asymmetric experts"), OK,

@@ -34,12 +34,19 @@ CONFIGS = {
         {**USUAL, "num_local_experts": EXPERTS, "intermediate_size_mlp": 64, "head_dim": 16},
     ),
 }  # fmt: skip
+# Of those classes that the tests of calibration need not see, what transformers' own reader is asked about.
+OTHERS = {
+    "granitemoe": ("GraniteMoeConfig", {**USUAL, "num_local_experts": EXPERTS}),
+    "aria": ("AriaTextConfig", {**USUAL, "moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    "olmoe": ("OlmoeConfig", {**USUAL, "num_experts": EXPERTS}),
+    "phimoe": ("PhimoeConfig", {**USUAL, "num_local_experts": EXPERTS}),
+}  # fmt: skip
 
 
 def build(name, **changes):
     import transformers
 
-    config, options = CONFIGS[name]
+    config, options = (CONFIGS | OTHERS)[name]
     made = getattr(transformers, config)(**{**options, **changes}, dtype=torch.float32)
     model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     with torch.no_grad():

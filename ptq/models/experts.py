@@ -175,7 +175,7 @@ def _eager(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _own(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that transformers has, of one that may have been made of it."""
-    return next(base for base in cls.__mro__ if not issubclass(base, UnfusedExperts))
+    return next(base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, UnfusedExperts))
 
 
 def experts_of(root: nn.Module) -> dict[str, UnfusedExperts]:
