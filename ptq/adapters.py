@@ -1,10 +1,12 @@
 """LoRA adapters (PEFT) on packed models: which layers get one, training-ready configurations, a merged dense copy."""
 
+import inspect
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from ptq.errors import ConfigError
 from ptq.formats.checkpoint import ShardWriter, atomic_write_text, read_json, staged_directory
 from ptq.formats.staging import CHAT_TEMPLATES, output_path, require_writable
+from ptq.models.experts import experts_of
 from ptq.models.loading import build_skeleton, working_dtype
 from ptq.models.structure import is_transposed
 from ptq.models.tying import state_ties
@@ -142,8 +145,39 @@ def _registered(config: Any, model: nn.Module) -> Any:
         raise ConfigError(
             "adapters need every projection by itself; this model was loaded with fuse=True: load it without"
         )
+    if experts_of(model):
+        _leave_experts_apart()
     config._register_custom_module({QuantLinear: LoraQuantLinear})
     return config
+
+
+def _leave_experts_apart() -> None:
+    """Keep PEFT from rewriting adapters of models whose experts are Linears.
+
+    For some model types it takes gate_proj, up_proj and down_proj to mean the stacked parameters that transformers
+    keeps, in the configuration and in an adapter's file: neither the experts nor dense Linears of these names would get
+    an adapter. It goes by the model type of config.json alone, so there is no other place to tell it.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    for name, result in (
+        ("convert_peft_config_for_transformers", "peft_config"),
+        ("convert_peft_adapter_state_dict_for_transformers", "adapter_state_dict"),
+    ):
+        original = getattr(conversion, name)
+        if not hasattr(original, "__wrapped__"):
+            setattr(conversion, name, _unless_apart(original, result))
+
+
+def _unless_apart(convert: Callable[..., Any], result: str) -> Callable[..., Any]:
+    """A conversion of PEFT that hands its argument ``result`` back as it is for a model whose experts are Linears."""
+
+    @wraps(convert)
+    def converted(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(convert).bind(*args, **kwargs).arguments
+        return given[result] if experts_of(given["model"]) else convert(*args, **kwargs)
+
+    return converted
 
 
 def _all_linear(model: nn.Module) -> list[str]:

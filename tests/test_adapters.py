@@ -7,15 +7,15 @@ import sys
 
 import peft
 import pytest
+import tiny_experts
 import torch
 from tiny_models import (
+    ARCHITECTURES,
     BFLOAT16_ERROR,
     FLOAT32_ERROR,
-    GROUPED,
     build,
     distance,
     logits,
-    randomize,
     run,
     save,
     sensitivity,
@@ -49,15 +49,6 @@ def adapter(checkpoint, tmp_path_factory):
     place = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(place)
     return place, logits(model.eval(), BATCH)
-
-
-def mixtral():
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
-    config = MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=16)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    randomize(model)
-    return model
 
 
 def adapted(checkpoint, dtype="auto", **options):
@@ -201,15 +192,20 @@ def test_the_merged_copy_is_the_adapted_model(checkpoint, adapter, tmp_path, dty
     ("gpt2", {"format": "gptq"}),  # Conv1D, biases, tied head
     ("qwen2", {"format": "awq", "symmetric": False, "exclude": ["lm_head", "down_proj"]}),  # biases, float Linears
     ("llama", {"format": "compressed-tensors", "exclude": []}),  # a packed head
-    ("mixtral", {"format": "gptq"}),  # experts, which transformers keeps in one parameter
+    ("mixtral", {"format": "gptq"}),  # experts, which transformers gathers into one parameter
+    ("qwen3_moe", {"format": "gptq"}),  # and PEFT takes for it
 ])  # fmt: skip
 def test_what_a_merge_writes_for_other_models(name, method_options, tmp_path):
     """An adapter with arbitrary numbers on every Linear but the head, float ones included."""
     from transformers import AutoModelForCausalLM
 
-    parent = save(mixtral() if name == "mixtral" else build(name, torch.float32), tmp_path / "parent")
+    parent = save((build if name in ARCHITECTURES else tiny_experts.build)(name), tmp_path / "parent")
     run(settings(parent, tmp_path / "packed", "rtn", **method_options))
     model = adapted(tmp_path / "packed", init_lora_weights=False, lora_alpha=1)
+    layers = (
+        path for path, m in model.get_base_model().named_modules() if isinstance(m, QuantLinear | torch.nn.Linear)
+    )
+    assert {path for path in layers if not path.endswith("base_layer") and "lora_" not in path} <= {"lm_head"}
     model.save_pretrained(tmp_path / "adapter")
     out = adapters.merge(tmp_path / "packed", tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(out)
