@@ -18,7 +18,7 @@ from ptq.formats.checkpoint import ShardWriter, atomic_write_text, read_json, st
 from ptq.formats.staging import CHAT_TEMPLATES, output_path, require_writable
 from ptq.models.experts import experts_of
 from ptq.models.loading import build_skeleton, working_dtype
-from ptq.models.structure import is_transposed
+from ptq.models.structure import is_transposed, linears
 from ptq.models.tying import state_ties
 from ptq.nn.fuse import FusedLinear
 from ptq.nn.linear import QuantLinear
@@ -187,7 +187,9 @@ def _all_linear(model: nn.Module) -> list[str]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     adapted = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, LoraLayer))
     modules = {path: module for path, module in model.named_modules() if not path.startswith(adapted)}
-    paths = [p for p, m in modules.items() if isinstance(m, QuantLinear | nn.Linear | LoraLayer) and m is not head]
+    products = {path for path, module in linears(model) if isinstance(module, nn.Linear)}  # some Linears do more
+    fit = {path for path, m in modules.items() if path in products or isinstance(m, QuantLinear | LoraLayer)}
+    paths = [path for path, module in modules.items() if path in fit and module is not head]
     last = {path.rpartition(".")[2] for path in paths}
     meant = [path for path in modules if path.rpartition(".")[2] in last]
     return sorted(last) if set(meant) == set(paths) else paths

@@ -213,6 +213,13 @@ def test_what_a_merge_writes_for_other_models(name, method_options, tmp_path):
     assert distance(found, want) < sensitivity(merged, BATCH, FLOAT32_ERROR)
 
 
+def test_a_router_is_no_linear():
+    """Llama 4's is one by its class, and puts out two tensors."""
+    targets = adapters.lora_config(tiny_experts.build("llama4")).target_modules
+    assert any(path.endswith("q_proj") for path in targets)
+    assert not any("router" in path for path in targets)
+
+
 def test_an_adapter_is_switched_off_and_generates(checkpoint, adapter):
     plain = ptq.load(checkpoint, device="cpu")
     model = adapters.load_adapter(ptq.load(checkpoint, device="cpu"), adapter[0])
