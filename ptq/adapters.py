@@ -1,32 +1,36 @@
 """LoRA adapters (PEFT) on packed models: which layers get one, training-ready configurations, a merged dense copy."""
 
 import inspect
-import json
-import shutil
+import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ptq.adapter_merge import check_mergeable, check_whole, dense_tensors, write_description
 from ptq.errors import ConfigError
-from ptq.formats.checkpoint import ShardWriter, atomic_write_text, read_json, staged_directory
-from ptq.formats.staging import CHAT_TEMPLATES, output_path, require_writable
+from ptq.formats.checkpoint import ShardWriter, read_json, staged_directory
+from ptq.formats.staging import output_path, require_writable
 from ptq.models.experts import experts_of
-from ptq.models.loading import build_skeleton, working_dtype
-from ptq.models.structure import is_transposed, linears
-from ptq.models.tying import state_ties
+from ptq.models.loading import build_skeleton
+from ptq.models.structure import linears
 from ptq.nn.fuse import FusedLinear
 from ptq.nn.linear import QuantLinear
-from ptq.pipeline import NOT_COPIED
-from ptq.runtime import Checkpoint, load_weights, open_checkpoint
+from ptq.runtime import load_weights, open_checkpoint
 
 ALL_LINEAR = "all-linear"
 INITIAL = (True, False, "gaussian")  # what does not look into the base weight
+# Options of LoraConfig with which the layer is no longer W x + s B A x, or A and B are no longer all of it.
+VARIANTS = (
+    *("use_dora", "use_qalora", "use_bdlora", "velora_config", "kasa_config", "monteclora_config", "arrow_config"),
+    "alora_invocation_tokens",
+)
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def lora_config(model: nn.Module, target_modules: str | list[str] = ALL_LINEAR, **options: Any) -> Any:
@@ -38,12 +42,13 @@ def lora_config(model: nn.Module, target_modules: str | list[str] = ALL_LINEAR, 
         options: everything else of ``LoraConfig``: ``r``, ``lora_alpha``, ``lora_dropout``, ...
 
     Raises:
-        ConfigError: PEFT is not installed, the model was loaded with ``fuse=True``, or a variant of LoRA that needs
-            the dense weight (DoRA, PiSSA and the like).
+        ConfigError: PEFT is not installed, the model was loaded with ``fuse=True``, or a variant of LoRA (DoRA, PiSSA,
+            QALoRA, aLoRA and the like).
     """
     require_peft()
     from peft import LoraConfig
 
+    _refuse_variants(options)  # before PEFT, which knows some of them by wrong types alone
     targets = _all_linear(model) if target_modules == ALL_LINEAR else target_modules
     task = {"task_type": "CAUSAL_LM"} if hasattr(model, "prepare_inputs_for_generation") else {}
     return _registered(LoraConfig(target_modules=targets, **{**task, **options}), model)
@@ -58,21 +63,12 @@ def load_adapter(model: nn.Module, adapter: str | Path, *, trainable: bool = Fal
         trainable: go on training it.
 
     Raises:
-        ConfigError: no adapter there, not a LoRA adapter, or as for `lora_config`.
+        ConfigError: no adapter there, damaged or not a LoRA adapter, one that was trained on another model, or as for
+            `lora_config`.
+        FormatError: adapter_config.json is damaged.
     """
     require_peft()
-    from peft import PeftConfig, PeftModel
-
-    directory = Path(adapter).expanduser()
-    if not (directory / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"an adapter must be a directory with adapter_config.json, as save_pretrained of PEFT writes it; {adapter} "
-            "is not"
-        )
-    config = _registered(PeftConfig.from_pretrained(str(directory)), model)
-    with warnings.catch_warnings():  # PEFT asks transformers for a name that is about to go
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return PeftModel.from_pretrained(model, str(directory), config=config, is_trainable=trainable)
+    return _load(model, Path(adapter).expanduser(), trainable)[0]
 
 
 def merge(
@@ -100,7 +96,7 @@ def merge(
     Raises:
         ConfigError: as for `load_adapter`; ``out`` is in the way or is the checkpoint; the adapter holds more than
             LoRA on Linears, or is on a Linear whose weight the checkpoint shares with another module.
-        FormatError: a damaged checkpoint.
+        FormatError: a damaged checkpoint or adapter_config.json.
     """
     require_peft()
     final = output_path(Path(out), "--out")
@@ -109,15 +105,16 @@ def merge(
     if final == source.directory.resolve():
         raise ConfigError(f"the merged copy must go to another directory than the checkpoint's; found {out} for both")
     load_weights(source, "", torch.device("cpu"))
-    adapted = load_adapter(source.model, adapter)
-    _check_mergeable(adapted.peft_config["default"], adapter)
+    adapted, tensors = _load(source.model, Path(adapter).expanduser(), False)
+    check_mergeable(adapted, adapter)
+    check_whole(source, tensors, adapter)
     skeleton = build_skeleton(source.hf_config, source.dtype, trust_remote_code=trust_remote_code)
     with staged_directory(final, overwrite) as staged:
         writer = ShardWriter(staged)
-        for name, value in _dense_tensors(source, adapted.get_base_model(), skeleton):
+        for name, value in dense_tensors(source, adapted, skeleton):
             writer.add({name: value})
         writer.finish()
-        _write_description(source, staged)
+        write_description(source, staged)
     return final
 
 
@@ -129,18 +126,87 @@ def require_peft() -> None:
         raise ConfigError("adapters need the package peft, which is not installed: pip install peft") from error
 
 
+def _load(model: nn.Module, adapter: Path, trainable: bool) -> tuple[Any, dict[str, Tensor]]:
+    """A model with a saved adapter on it, and what the adapter's file holds."""
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    config = _registered(_saved_config(adapter), model)
+    if not any((adapter / name).is_file() for name in WEIGHTS):  # PEFT would look for it on the hub
+        raise ConfigError(
+            f"an adapter must have its tensors in {' or '.join(WEIGHTS)}; {adapter} has neither: save or fetch it again"
+        )
+    try:
+        tensors = load_peft_weights(str(adapter), device="cpu")
+    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"an adapter's tensors must be readable; those of {adapter} are not: {_sentence(error)}: the file may be "
+            "incomplete, save or fetch it again"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a name that is about to go
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error here
+            adapted = PeftModel.from_pretrained(model, str(adapter), config=config, is_trainable=trainable)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"an adapter must fit the model that it is put on; PEFT cannot put {adapter} there: {_sentence(error)}: "
+            "take the model that it was trained on, or a packed copy of that"
+        ) from error
+    _check_names(adapted, set(tensors), adapter)
+    return adapted, tensors
+
+
+def _saved_config(adapter: Path) -> Any:
+    from peft import PeftConfig
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"an adapter must be a directory with adapter_config.json, as save_pretrained of PEFT writes it; {adapter} "
+            "is not"
+        )
+    _refuse_variants(read_json(adapter / "adapter_config.json"))
+    try:
+        return PeftConfig.from_pretrained(str(adapter))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"adapter_config.json must be as save_pretrained of PEFT writes it; PEFT cannot read the one of {adapter}: "
+            f"{_sentence(error)}: save or fetch it again"
+        ) from error
+
+
+def _check_names(adapted: Any, found: set[str], adapter: Path) -> None:
+    """PEFT itself goes on without what is missing, and says nothing of what is left over."""
+    from peft import get_peft_model_state_dict
+
+    needed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    missing, left = needed - found, found - needed - set(adapted.state_dict())  # embeddings may lie beside it whole
+    if missing or left:
+        lacks = f"it lacks {len(missing)} such as {_some(missing)}" if missing else ""
+        over = f"{len(left)} of its tensors have no place there, such as {_some(left)}" if left else ""
+        raise ConfigError(
+            f"an adapter must hold the tensors of the layers that it is put on, and no more; {adapter} does not: "
+            f"{'; '.join(filter(None, (lacks, over)))}: take the model that it was trained on, or save it again"
+        )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:2])
+
+
+def _sentence(error: Exception) -> str:
+    """PEFT's and torch's messages have lines and lines; the first two say what does not fit."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}".removesuffix(".")
+
+
 def _registered(config: Any, model: nn.Module) -> Any:
     """Check a configuration and tell it what to put over a QuantLinear."""
     from ptq.nn.lora import LoraQuantLinear
 
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
         raise ConfigError(f"an adapter on packed weights must be of type LORA; found {config.peft_type.value}")
-    for key, allowed in (("init_lora_weights", INITIAL), ("use_dora", (False,))):
-        if getattr(config, key) not in allowed:
-            raise ConfigError(
-                f"an adapter on packed weights must not need the dense ones: {key} must be "
-                f"{' or '.join(map(repr, allowed))}, found {getattr(config, key)!r}"
-            )
     if any(isinstance(module, FusedLinear) for module in model.modules()):
         raise ConfigError(
             "adapters need every projection by itself; this model was loaded with fuse=True: load it without"
@@ -149,6 +215,20 @@ def _registered(config: Any, model: nn.Module) -> Any:
         _leave_experts_apart()
     config._register_custom_module({QuantLinear: LoraQuantLinear})
     return config
+
+
+def _refuse_variants(options: Mapping[str, Any]) -> None:
+    initial = options.get("init_lora_weights", True)
+    if initial not in INITIAL:
+        raise ConfigError(
+            f"an adapter on packed weights must not need the dense ones: init_lora_weights must be "
+            f"{' or '.join(map(repr, INITIAL))}, found {initial!r}"
+        )
+    for key in VARIANTS:
+        if options.get(key):
+            raise ConfigError(
+                f"an adapter on packed weights must be plain LoRA: leave {key} out, found {options[key]!r}"
+            )
 
 
 def _leave_experts_apart() -> None:
@@ -193,67 +273,3 @@ def _all_linear(model: nn.Module) -> list[str]:
     last = {path.rpartition(".")[2] for path in paths}
     meant = [path for path in modules if path.rpartition(".")[2] in last]
     return sorted(last) if set(meant) == set(paths) else paths
-
-
-def _check_mergeable(config: Any, adapter: str | Path) -> None:
-    for key in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias"):
-        if getattr(config, key, None):
-            raise ConfigError(
-                f"an adapter can be merged if it is LoRA on Linears alone; {adapter} has {key}: "
-                f"{getattr(config, key)}: keep it beside the packed model with ptq.adapters.load_adapter"
-            )
-
-
-def _dense_tensors(source: Checkpoint, model: nn.Module, skeleton: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the dense copy under the checkpoint's names: what is not packed, then the Linears."""
-    from peft.tuners.lora import LoraLayer
-
-    from ptq.nn.lora import merged_weights
-
-    adapted = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
-    float_names = {}  # stored tensors that an adapter changes
-    for path, layer in adapted.items():
-        for leaf in ("weight", "bias"):
-            if getattr(layer.get_base_layer(), leaf) is not None and not (path in source.schemes and leaf == "weight"):
-                float_names[_own_tensor(source, f"{path}.{leaf}")] = path, leaf
-    packed = {source.names.of_module(path) for path in source.schemes}
-    for name in source.reader.names():
-        owner, _, leaf = name.rpartition(".")
-        if owner in packed and leaf != "bias":
-            continue
-        value = source.reader.tensor(name)
-        dtype = working_dtype(source.model, name, value, source.dtype)
-        if name in float_names:
-            path, leaf = float_names[name]
-            value = merged_weights(adapted[path])[leaf]
-        yield name, value.to(dtype)
-    for path in source.schemes:
-        module: Any = model.get_submodule(path)
-        weight = merged_weights(module)["weight"] if path in adapted else module.dequantize(torch.float32)
-        turned = is_transposed(skeleton.get_submodule(path))  # Conv1D holds [K, N]
-        yield f"{source.names.of_module(path)}.weight", (weight.T if turned else weight).to(source.dtype)
-
-
-def _own_tensor(source: Checkpoint, name: str) -> str:
-    stored = source.names.find(name)
-    if stored is None or source.names.is_tied(name):
-        raise ConfigError(
-            f"an adapter can be merged into a tensor that belongs to its Linear alone; {name} is shared with another "
-            "module or part of a fused one: leave it out of target_modules, or keep the adapter beside the model"
-        )
-    return stored
-
-
-def _write_description(source: Checkpoint, staged: Path) -> None:
-    skipped = (*NOT_COPIED, "ptq_config.yaml")
-    for entry in source.directory.iterdir():
-        if entry.is_file() and not any(fnmatchcase(entry.name, pattern) for pattern in skipped):
-            shutil.copyfile(entry, staged / entry.name)
-    if (source.directory / CHAT_TEMPLATES).is_dir():
-        shutil.copytree(source.directory / CHAT_TEMPLATES, staged / CHAT_TEMPLATES)
-    settings = read_json(source.directory / "config.json")
-    for key in ("quantization_config", "torch_dtype"):
-        settings.pop(key, None)
-    settings["dtype"] = str(source.dtype).removeprefix("torch.")
-    state_ties(source.hf_config, settings)
-    atomic_write_text(staged / "config.json", json.dumps(settings, indent=2) + "\n")

@@ -1,14 +1,16 @@
-"""LoRA on packed models. Oracles: autograd on the dequantized weight, the packed bytes before and after training, and
-plain transformers on the merged copy.
+"""LoRA on packed models. Oracles: the dense model of the dequantized weights, the packed bytes before and after
+training, and plain transformers on the merged copy.
 """
 
 import json
+import shutil
 import sys
 
 import peft
 import pytest
 import tiny_experts
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     ARCHITECTURES,
     BFLOAT16_ERROR,
@@ -25,8 +27,8 @@ from tiny_models import (
 
 import ptq
 from ptq import adapters, cli
-from ptq.errors import ConfigError
-from ptq.formats.codec import QuantizedWeight
+from ptq.adapter_merge import PREFIX
+from ptq.errors import ConfigError, PtqError
 from ptq.nn import QuantLinear
 from ptq.plan import make_plan
 
@@ -78,41 +80,6 @@ def gradients(model):
 
 def frozen(model):
     return {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
-
-
-def packed_layer(bits, symmetric, permuted):
-    n, k, size = 48, 64, 16
-    draw = torch.Generator().manual_seed(bits)
-    codes = torch.randint(0, 2**bits, (n, k), generator=draw, dtype=torch.uint8)
-    zeros = torch.full((n, k // size), 2 ** (bits - 1), dtype=torch.uint8)
-    if not symmetric:
-        zeros = torch.randint(0, 2**bits, zeros.shape, generator=draw, dtype=torch.uint8)
-    scales = torch.rand((n, k // size), generator=draw) + 0.5
-    order = torch.arange(k)[torch.randperm(k, generator=draw)] // size if permuted else None
-    return QuantLinear.from_quantized(QuantizedWeight(codes, scales, zeros, bits, size, symmetric), None, g_idx=order)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize(("bits", "symmetric", "permuted"), [(2, True, False), (3, False, True), (4, True, True),
-                                                             (4, False, False), (8, True, False)])  # fmt: skip
-def test_the_gradient_is_that_of_the_dequantized_weight(bits, symmetric, permuted, prepared, dtype):
-    """Against autograd in float64. Bound: sums of N float32 products, in any order, err by N * 2**-24 of the sum of
-    their magnitudes; in bfloat16 weight and result are each rounded, by 2**-8 of their size at most."""
-    layer = packed_layer(bits, symmetric, permuted)
-    draw = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 5, 64, generator=draw).to(dtype)
-    grad = torch.randn(2, 5, 48, generator=draw).to(dtype)
-    weight = layer.dequantize(torch.float32).double()
-    if prepared:
-        layer.prepare_()
-    packed, dense = x.clone().requires_grad_(), x.double().requires_grad_()
-    layer(packed).backward(grad)
-    torch.nn.functional.linear(dense, weight).backward(grad.double())
-    error = 48 * 2.0**-24 + (0 if dtype == torch.float32 else 2 * 2.0**-8)
-    bound = error * (grad.double().abs() @ weight.abs())
-    assert packed.grad.dtype == dtype
-    assert bool(((packed.grad.double() - dense.grad).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -197,20 +164,39 @@ def test_the_merged_copy_is_the_adapted_model(checkpoint, adapter, tmp_path, dty
 ])  # fmt: skip
 def test_what_a_merge_writes_for_other_models(name, method_options, tmp_path):
     """An adapter with arbitrary numbers on every Linear but the head, float ones included."""
-    from transformers import AutoModelForCausalLM
-
-    parent = save((build if name in ARCHITECTURES else tiny_experts.build)(name), tmp_path / "parent")
-    run(settings(parent, tmp_path / "packed", "rtn", **method_options))
-    model = adapted(tmp_path / "packed", init_lora_weights=False, lora_alpha=1)
+    base = save((build if name in ARCHITECTURES else tiny_experts.build)(name), tmp_path / "parent")
+    run(settings(base, tmp_path / "packed", "rtn", **method_options))
+    base = tmp_path / "packed"
+    model = adapted(base, init_lora_weights=False, lora_alpha=1)
     layers = (
         path for path, m in model.get_base_model().named_modules() if isinstance(m, QuantLinear | torch.nn.Linear)
     )
     assert {path for path in layers if not path.endswith("base_layer") and "lora_" not in path} <= {"lm_head"}
-    model.save_pretrained(tmp_path / "adapter")
-    out = adapters.merge(tmp_path / "packed", tmp_path / "adapter", tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert_merged(base, model, tmp_path)
+
+
+def assert_merged(base, model, place):
+    """The merged copy in plain transformers, of which it fills every tensor, is the model with its adapter."""
+    from transformers import AutoModelForCausalLM
+
+    model.save_pretrained(place / "adapter")
+    out = adapters.merge(base, place / "adapter", place / "merged")
+    merged, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values())
     found, want = logits(merged, BATCH), logits(model.eval(), BATCH)
     assert distance(found, want) < sensitivity(merged, BATCH, FLOAT32_ERROR)
+
+
+def test_trained_biases_are_merged(tmp_path):
+    """Those of norms and of packed Linears without an adapter as well."""
+    parent = save(build("gpt2"), tmp_path / "parent")
+    run(settings(parent, tmp_path / "packed", "rtn", format="gptq"))
+    model = adapted(tmp_path / "packed", init_lora_weights=False, lora_alpha=1, target_modules=["c_attn"], bias="all")
+    with torch.no_grad():
+        for index, (name, value) in enumerate(model.named_parameters()):
+            if name.endswith("bias"):
+                value += torch.randn(value.shape, generator=torch.Generator().manual_seed(index))
+    assert_merged(tmp_path / "packed", model, tmp_path)
 
 
 def test_a_router_is_no_linear():
@@ -262,10 +248,13 @@ def test_merging_in_place_is_refused(checkpoint):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"use_dora": True}, "use_dora must be False, found True"),
+    ({"use_dora": True}, "plain LoRA: leave use_dora out, found True"),
+    ({"use_qalora": True}, "plain LoRA: leave use_qalora out"),  # PEFT takes it for granted and ignores it
+    ({"alora_invocation_tokens": [1]}, r"leave alora_invocation_tokens out, found \[1\]"),
+    ({"monteclora_config": True}, "leave monteclora_config out"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights must be True or False or 'gaussian', found 'pissa'"),
 ])  # fmt: skip
-def test_variants_that_need_dense_weights_are_refused(checkpoint, options, message):
+def test_variants_of_lora_are_refused(checkpoint, options, message):
     with pytest.raises(ConfigError, match=message):
         adapters.lora_config(ptq.load(checkpoint, device="cpu"), **options)
 
@@ -294,12 +283,50 @@ def test_a_merge_onto_the_checkpoint_is_refused(checkpoint, adapter):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\]"), ({"lora_bias": True}, "lora_bias: True")],
+    [
+        ({"modules_to_save": ["lm_head"]}, r"has modules_to_save: \['lm_head'\]"),
+        ({"lora_bias": True}, "has lora_bias: True"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "is over model.embed_tokens, of class Embedding"),
+    ],
 )
 def test_an_adapter_with_more_than_products_is_not_merged(checkpoint, tmp_path, options, message):
     adapted(checkpoint, **options).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ConfigError, match=f"has {message}"):
+    with pytest.raises(ConfigError, match=message):
         adapters.merge(checkpoint, tmp_path / "adapter", tmp_path / "out")
+
+
+def changed(settings=None, **tensors):
+    """What writes a saved adapter anew with other settings or tensors, None for none."""
+
+    def write(place):
+        path = place / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **(settings or {})}))
+        every = {**load_file(place / "adapter_model.safetensors"), **{f"{PREFIX}{n}": v for n, v in tensors.items()}}
+        save_file({n: v for n, v in every.items() if v is not None}, place / "adapter_model.safetensors")
+
+    return write
+
+
+A_WEIGHT = "model.layers.1.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda place: (place / "adapter_model.safetensors").unlink(), "adapter_model.bin; .* has neither"),
+    (lambda place: (place / "adapter_model.safetensors").write_bytes(b"{"), "must be readable; .*SafetensorError"),
+    (lambda place: (place / "adapter_config.json").write_text("{,"), "adapter_config.json must be JSON"),
+    (changed({"peft_type": "X"}), "PEFT cannot read the one of .*'X'"),
+    (changed({"alora_invocation_tokens": [1]}), "leave alora_invocation_tokens out"),
+    (changed(**{A_WEIGHT: torch.ones(4, 128)}), f"must fit the model.*size mismatch.*{A_WEIGHT[:-7]}"),
+    (changed(**{A_WEIGHT: None}), f"it lacks 1 such as {PREFIX}{A_WEIGHT}: take"),
+    (changed(**{A_WEIGHT.replace(".1.", ".2."): torch.ones(4, 64)}), "1 of its tensors have no place .*layers.2.self"),
+    (changed(**{"model.embed_tokens.weight": torch.ones(288, 64)}), "brings another model.embed_tokens.weight: keep"),
+])  # fmt: skip
+def test_an_adapter_that_is_damaged_or_of_another_model(checkpoint, adapter, tmp_path, damage, message):
+    shutil.copytree(adapter[0], tmp_path / "adapter")
+    damage(tmp_path / "adapter")
+    with pytest.raises(PtqError, match=message):
+        adapters.merge(checkpoint, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_place_for_the_copy_is_looked_for_first(tmp_path):
