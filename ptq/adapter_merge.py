@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ptq.errors import ConfigError
 from ptq.formats.checkpoint import atomic_write_text, read_json
 from ptq.formats.staging import CHAT_TEMPLATES
+from ptq.models.conversion import Conversions
+from ptq.models.experts import UnfusedExperts, experts_of
 from ptq.models.loading import working_dtype
 from ptq.models.structure import is_transposed
 from ptq.models.tying import state_ties
@@ -60,34 +62,52 @@ def check_whole(source: Checkpoint, tensors: dict[str, Tensor], adapter: str | P
 
 
 def dense_tensors(source: Checkpoint, peft_model: Any, skeleton: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the dense copy, mostly under the checkpoint's names: what is not packed, then the Linears."""
+    """The tensors of the dense copy, mostly under the checkpoint's names: what is not packed, Linears, stacks."""
     from peft.tuners.lora import LoraLayer
 
     model = peft_model.get_base_model()
     adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
-    changed = _changed(source, peft_model, adapted)
+    stacks = _stacks(source, skeleton, adapted)
+    stacked = tuple(f"{path}." for path in stacks)
+    changed = _changed(source, peft_model, adapted, stacked)
+    skipped = {
+        stored
+        for name, _ in skeleton.named_parameters()
+        if name.startswith(stacked)
+        for stored in source.names.sources(name)
+    }
     packed = {source.names.of_module(path) for path in source.schemes}
     for name in source.reader.names():
         owner, _, leaf = name.rpartition(".")
-        if owner in packed and leaf != "bias":
+        if name in skipped or (owner in packed and leaf != "bias"):
             continue
         value = source.reader.tensor(name)
         dtype = working_dtype(source.model, name, value, source.dtype)
         yield name, (_dense(model, changed[name]) if name in changed else value).to(dtype)
     for path in source.schemes:
-        weight = _dense(model, f"{path}.weight")
-        turned = is_transposed(skeleton.get_submodule(path))  # Conv1D holds [K, N]
-        yield f"{source.names.of_module(path)}.weight", (weight.T if turned else weight).to(source.dtype)
+        if not path.startswith(stacked):
+            weight = _dense(model, f"{path}.weight")
+            turned = is_transposed(skeleton.get_submodule(path))  # Conv1D holds [K, N]
+            yield f"{source.names.of_module(path)}.weight", (weight.T if turned else weight).to(source.dtype)
+    for path, experts in stacks.items():
+        for fused, shape in experts.shapes.items():
+            name = f"{path}.{fused}"
+            dtype = working_dtype(source.model, name, torch.empty(0), source.dtype)
+            stack = torch.empty(shape, dtype=dtype)
+            for local, owner, cut in experts.slices():
+                if owner == fused:
+                    cut(stack).copy_(_dense(model, f"{path}.{local}"))  # what is cut out is a view
+            yield name, stack
 
 
-def _changed(source: Checkpoint, peft_model: Any, adapted: set[str]) -> dict[str, str]:
+def _changed(source: Checkpoint, peft_model: Any, adapted: set[str], stacked: tuple[str, ...]) -> dict[str, str]:
     """Stored tensors that the adapter changes, and the parameter of the model that each is."""
     all_biases = peft_model.peft_config["default"].bias == "all"
     changed = {}
     for name, _ in peft_model.get_base_model().named_parameters(remove_duplicate=False):
         plain = name.replace(".base_layer.", ".")
         owner, _, leaf = plain.rpartition(".")
-        if "lora_" in name:
+        if "lora_" in name or plain.startswith(stacked):
             continue
         trained = all_biases and "bias" in leaf
         if trained or (owner in adapted and not (owner in source.schemes and leaf == "weight")):
@@ -109,6 +129,25 @@ def _dense(model: nn.Module, name: str) -> Tensor:
     if isinstance(module, QuantLinear) and leaf == "weight":
         return module.dequantize(torch.float32)
     return model.get_parameter(name)
+
+
+def _stacks(source: Checkpoint, skeleton: nn.Module, adapted: set[str]) -> dict[str, UnfusedExperts]:
+    """Experts that must be written in the stacks of the model's class.
+
+    Those that transformers would not gather from single tensors, and those with an adapter that were stored in a stack.
+    """
+    conversions = Conversions(skeleton)
+    found = {}
+    for path, experts in experts_of(skeleton).items():
+        for local, _, _ in experts.slices():
+            member = f"{path}.{local}".rpartition(".")[0]
+            own = member in source.schemes or source.names.find(f"{member}.weight") is not None
+            name = f"{source.names.of_module(member)}.weight"
+            gathered = conversions.piece(name, conversions.rename(name)) is not None
+            if (own and not gathered) or (member in adapted and not own):
+                found[path] = experts
+                break
+    return found
 
 
 def _own_tensor(source: Checkpoint, name: str) -> str:

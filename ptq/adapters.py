@@ -83,7 +83,8 @@ def merge(
     """Write a dense copy of a packed (or float) checkpoint with an adapter added to its weights.
 
     Each weight is dequantized in float32, the adapter's product is added, and the sum is rounded once. Memory holds
-    the packed model, the adapter and one dense weight.
+    the packed model, the adapter and one dense weight, or one of a layer's stacks of experts where the model's class
+    reads nothing else.
 
     Args:
         checkpoint: directory or hub name.
