@@ -43,11 +43,20 @@ def place_packed(model: nn.Module, reader: CheckpointReader, settings: Config, p
     schemes = _schemes(codec, known, {name: names.of_module(name) for name in found})
     # No codec has a tensor called weight: where there is one, the Linear was left in float.
     schemes = {n: s for n, s in schemes.items() if f"{names.of_module(n)}.weight" not in stored}
+    schemes = {n: s for n, s in schemes.items() if not _is_new(model, n, f"{names.of_module(n)}.", stored)}
     _refuse_strays(codec, {names.of_module(n): schemes.get(n) for n in found}, stored)
     _require_orders(known, stored)
     for name, scheme in schemes.items():
         replace_module(model, name, placeholder(found[name], scheme))
     return Packed(settings, codec, schemes, SourceNames(model, stored))
+
+
+def _is_new(model: nn.Module, name: str, prefix: str, stored: set[str]) -> bool:
+    """Whether a Linear is of a head, as a classifier's, that the file's class of model has not: it begins untrained."""
+    architectures = getattr(getattr(model, "config", None), "architectures", None) or [type(model).__name__]
+    if type(model).__name__ in architectures or name.startswith(f"{getattr(model, 'base_model_prefix', '')}."):
+        return False
+    return not any(tensor.startswith(prefix) for tensor in stored)
 
 
 def _schemes(codec: Codec, config: Config, spelled: Mapping[str, str]) -> dict[str, Scheme]:

@@ -6,6 +6,7 @@ Oracle: `ptq.load` and dense models with the same weights; for what transformers
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,14 @@ import pytest
 import tiny_models
 import torch
 from foreign_files import CLOSE, Kind, logits
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CompressedTensorsConfig, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CompressedTensorsConfig,
+    pipeline,
+)  # fmt: skip
 
 import ptq
 from ptq.errors import FormatError, PtqError
@@ -166,6 +174,24 @@ def test_a_model_without_its_head(ours):
     ids = torch.arange(3, 40, 3)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).last_hidden_state, ours[1].model(ids).last_hidden_state, **CLOSE)
+
+
+def test_a_model_with_a_head_of_its_own(ours, tmp_path):
+    """The head begins as transformers makes it, stays a float Linear, and is in a copy."""
+    made = shutil.copytree(ours[0], tmp_path / "made")
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    model = AutoModelForSequenceClassification.from_pretrained(made, num_labels=3)
+    assert len(packed(model)) == 14
+    assert type(model.score) is torch.nn.Linear
+    assert model.score.weight.std() > 0
+    ids = torch.arange(3, 40, 3)[None]
+    with torch.no_grad():
+        hidden = ours[1].model(ids).last_hidden_state[:, -1]
+        torch.testing.assert_close(model(ids).logits, hidden @ model.score.weight.T, **CLOSE)
+        model.save_pretrained(tmp_path / "copy")
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "copy")
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_gradients_pass_to_adapters(ours):
