@@ -142,8 +142,7 @@ def _stacks(source: Checkpoint, skeleton: nn.Module, adapted: set[str]) -> dict[
         for local, _, _ in experts.slices():
             member = f"{path}.{local}".rpartition(".")[0]
             own = member in source.schemes or source.names.find(f"{member}.weight") is not None
-            name = f"{source.names.of_module(member)}.weight"
-            gathered = conversions.piece(name, conversions.rename(name)) is not None
+            gathered = conversions.gathers(f"{source.names.of_module(member)}.weight")
             if (own and not gathered) or (member in adapted and not own):
                 found[path] = experts
                 break

@@ -59,6 +59,11 @@ class Conversions:
             return Piece(stored, renamed, targets, pattern, part, expert, converter)
         return None
 
+    def gathers(self, stored: str) -> bool:
+        """Whether a tensor of one expert is put into a stacked parameter; if not, transformers reads past it."""
+        piece = self.piece(stored, self.rename(stored))
+        return piece is not None and piece.expert is not None
+
 
 def _common(one: str, other: str) -> str:
     """The longest common start that ends with a dot."""

@@ -26,9 +26,7 @@ def left_out(model: nn.Module, names: SourceNames, packed: Iterable[str]) -> str
     for name in packed:
         if name.startswith(tuple(f"{path}." for path in stacked)):
             spelled = names.of_module(name)
-            weight = f"{spelled}.weight"
-            piece = conversions.piece(weight, conversions.rename(weight))
-            if piece is None or piece.expert is None:
+            if not conversions.gathers(f"{spelled}.weight"):
                 return spelled
     return ""
 
