@@ -1,7 +1,7 @@
 """Quantizing any PyTorch module, without Hugging Face."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
@@ -88,7 +88,7 @@ def quantize_linears(
     _untie(module, schemes)
     with _evaluating(module), _eagerly():
         weight = module.get_parameter(f"{next(iter(schemes))}.weight")
-        probe = _Probe(module, batches[0]) if method == "awq" else None
+        probe = _Probe(module, batches) if method == "awq" else None
         runs = [_runner(module, batch) for batch in batches]
         twin = _twin(module, batches) if config.follows_float else None
         task = BlockTask("", schemes, config, weight.dtype, probe, twin, branching=True)
@@ -239,15 +239,18 @@ def _copied(batch: Any) -> Any:
 
 
 class _Probe:
-    """Runs a float32 stand-in for the module on the first batch: all its outputs, as one vector.
+    """Runs a float32 stand-in for the module on the first batch that is not empty: all its outputs, as one vector.
 
     Each output is divided by the largest magnitude it has for the module itself, so that a small one counts as well.
     """
 
-    def __init__(self, module: nn.Module, batch: Any) -> None:
-        self._batch = _map_floats(batch, Tensor.float)
-        outputs = self._outputs(copy.deepcopy(module).float())
-        if not outputs:
+    def __init__(self, module: nn.Module, batches: Sequence[Any]) -> None:
+        for batch in batches:
+            self._batch = _map_floats(batch, Tensor.float)
+            outputs = self._outputs(copy.deepcopy(module).float())
+            if outputs:
+                break
+        else:
             raise ConfigError(
                 "method awq proves by the module's output that folding scales leaves it unchanged; the output of "
                 f"{type(module).__name__} holds no floating-point tensor: return one, or use method='gptq'"

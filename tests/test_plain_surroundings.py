@@ -184,3 +184,13 @@ def test_the_default_dtype_changes_nothing(method):
         results.append(module.state_dict())
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
+
+
+def test_an_empty_first_batch_says_nothing():
+    results = []
+    for first in ([], [torch.randn(0, K)]):
+        module = seeded(MLP)
+        ptq.quantize_linears(module, [*first, *inputs()], method="awq", group_size=16)
+        results.append(module.state_dict())
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
