@@ -68,14 +68,10 @@ def dense_tensors(source: Checkpoint, peft_model: Any, skeleton: nn.Module) -> I
     model = peft_model.get_base_model()
     adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
     stacks = _stacks(source, skeleton, adapted)
-    stacked = tuple(f"{path}." for path in stacks)
+    # What else an experts module has, as a norm, is no part of a stack.
+    stacked = {f"{path}.{local}" for path, experts in stacks.items() for local, _, _ in experts.slices()}
     changed = _changed(source, peft_model, adapted, stacked)
-    skipped = {
-        stored
-        for name, _ in skeleton.named_parameters()
-        if name.startswith(stacked)
-        for stored in source.names.sources(name)
-    }
+    skipped = {stored for name in stacked for stored in source.names.sources(name)}
     packed = {source.names.of_module(path) for path in source.schemes}
     for name in source.reader.names():
         owner, _, leaf = name.rpartition(".")
@@ -85,7 +81,7 @@ def dense_tensors(source: Checkpoint, peft_model: Any, skeleton: nn.Module) -> I
         dtype = working_dtype(source.model, name, value, source.dtype)
         yield name, (_dense(model, changed[name]) if name in changed else value).to(dtype)
     for path in source.schemes:
-        if not path.startswith(stacked):
+        if f"{path}.weight" not in stacked:
             weight = _dense(model, f"{path}.weight")
             turned = is_transposed(skeleton.get_submodule(path))  # Conv1D holds [K, N]
             yield f"{source.names.of_module(path)}.weight", (weight.T if turned else weight).to(source.dtype)
@@ -100,14 +96,14 @@ def dense_tensors(source: Checkpoint, peft_model: Any, skeleton: nn.Module) -> I
             yield name, stack
 
 
-def _changed(source: Checkpoint, peft_model: Any, adapted: set[str], stacked: tuple[str, ...]) -> dict[str, str]:
+def _changed(source: Checkpoint, peft_model: Any, adapted: set[str], stacked: set[str]) -> dict[str, str]:
     """Stored tensors that the adapter changes, and the parameter of the model that each is."""
     all_biases = peft_model.peft_config["default"].bias == "all"
     changed = {}
     for name, _ in peft_model.get_base_model().named_parameters(remove_duplicate=False):
         plain = name.replace(".base_layer.", ".")
         owner, _, leaf = plain.rpartition(".")
-        if "lora_" in name or plain.startswith(stacked):
+        if "lora_" in name or plain in stacked:
             continue
         trained = all_biases and "bias" in leaf
         if trained or (owner in adapted and not (owner in source.schemes and leaf == "weight")):

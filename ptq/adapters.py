@@ -155,8 +155,19 @@ def _load(model: nn.Module, adapter: Path, trainable: bool) -> tuple[Any, dict[s
             f"an adapter must fit the model that it is put on; PEFT cannot put {adapter} there: {_sentence(error)}: "
             "take the model that it was trained on, or a packed copy of that"
         ) from error
+    tensors = _renamed(adapted, tensors)
     _check_names(adapted, set(tensors), adapter)
     return adapted, tensors
+
+
+def _renamed(adapted: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file under the names that PEFT reads them by: old ones may be as transformers 4 spelled them."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    if not hasattr(getattr(adapted, "config", None), "model_type"):
+        return tensors
+    convert = conversion.convert_peft_adapter_state_dict_for_transformers
+    return dict(convert(model=adapted, peft_config=adapted.peft_config["default"], adapter_state_dict=dict(tensors)))
 
 
 def _saved_config(adapter: Path) -> Any:

@@ -142,7 +142,6 @@ def written_tensors(
 
     Scales are written in what the format has for a model of ``dtype``, where that holds them exactly.
 
-
     Asymmetric GPTQ v1 becomes v2, which says the same without ambiguity.
 
     Raises:

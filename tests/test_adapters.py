@@ -374,3 +374,19 @@ def test_a_plain_module_and_a_second_adapter():
     model.add_adapter("second", adapters.lora_config(model, r=2))
     for layer in (model.base_model.model[0], model.base_model.model[2]):
         assert set(layer.lora_A) == {"default", "second"}
+
+
+def test_an_adapter_with_the_names_of_transformers_4(tmp_path):
+    """PEFT renames them as it reads; oracle: the adapter that was saved."""
+    from test_vision_language import build as build_pair
+
+    targets = r".*language_model.*(q_proj|v_proj)"
+    made = peft.get_peft_model(build_pair("gemma3"), peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+    made.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    old = {name.replace(".model.language_model.", ".language_model.model."): t for name, t in load_file(file).items()}
+    save_file(old, file, metadata={"format": "pt"})
+    found = adapters.load_adapter(build_pair("gemma3"), tmp_path).state_dict()
+    assert old
+    for name, value in made.state_dict().items():
+        assert "lora_" not in name or torch.equal(found[name], value)
