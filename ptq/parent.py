@@ -49,9 +49,10 @@ def recorded_parent(checkpoint: Path) -> str | None:
     if not isinstance(model, str):
         return None
     try:
-        local = read_json(checkpoint / "report.json").get("parent", {}).get("name", "") is None
-    except FormatError:
-        local = False
+        parent = read_json(checkpoint / "report.json").get("parent")
+    except (FormatError, OSError):
+        parent = None
+    local = isinstance(parent, dict) and parent.get("name", "") is None
     known = Path(model).expanduser().is_dir() or (_HUB_NAME.fullmatch(model) and not local)
     return model if known else None
 

@@ -141,10 +141,10 @@ def _finished(config: RunConfig, prepared: Prepared) -> bool:
             return False
         if not config.calibrates:
             return True
-        text = token_hash(prepared.batches(make_plan(config, weights=False)))
-        return bool(read_json(Path(config.output) / "report.json")["calibration"]["token_hash"] == text)
+        hashed = read_json(Path(config.output) / "report.json")["calibration"]["token_hash"]
     except (ConfigError, FormatError, KeyError):  # of a version with other options, or damaged
         return False
+    return bool(token_hash(prepared.batches(make_plan(config, weights=False))) == hashed)
 
 
 def _complete(output: Path, name: str, document: Mapping[str, Any]) -> None:
