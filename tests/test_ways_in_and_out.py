@@ -127,19 +127,22 @@ def test_a_head_of_its_own_is_used_whatever_the_configuration_ties(name, options
 
 
 def test_a_quantized_checkpoint_keeps_a_head_of_its_own(factor, tmp_path):
-    """Oracle: transformers, whose model has the same packed Linears; also under a configuration that ties the head."""
+    """Oracle: transformers, whose model has the same packed Linears; also under a configuration that ties the head.
+
+    Another head's logits (up to 25) would be off by a tenth; a product's own rounding depends on its processor and rows.
+    """
     parent, out, batch = with_both("llama", factor, tmp_path / "parent"), tmp_path / "out", tiny_models.tokens(2, 24)
     tiny_models.run(tiny_models.settings(parent, out, "rtn"))
     assert says_tied(out) == (factor == 1)
     want = tiny_models.logits(AutoModelForCausalLM.from_pretrained(out), batch)
     for found in every_reading(out, batch):
-        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-4)
     head = AutoModelForCausalLM.from_pretrained(parent).lm_head.weight
     assert torch.equal(ptq.load(out, device="cpu").lm_head.weight, head)
     settings = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
     for found in every_reading(out, batch):
-        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-4)
 
 
 def test_a_packed_head_is_made_of_the_head_and_not_of_the_embedding(factor, tmp_path):
