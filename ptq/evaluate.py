@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ptq.allocator import give_back
 from ptq.errors import DataError, NumericsError
 from ptq.half_products import fast_half_products
 from ptq.models.streamed import StreamedModel
@@ -21,8 +22,8 @@ from ptq.models.streamed import StreamedModel
 SEGMENT_TOKENS = 65536
 # Windows that run together.
 BATCH = 8
-# Rows of logits turned into float32 probabilities at a time.
-CHUNK_ROWS = 256
+# Logits turned into float32 probabilities at a time: on a CPU so few that they stay in its caches.
+CHUNK, CHUNK_OF_CPU = 2**25, 2**20
 
 
 class TextWindow(Protocol):
@@ -43,7 +44,8 @@ class Metrics(NamedTuple):
     tokens: int
 
 
-# Batches of tokens int64 [B, T] to their logits [B, T, V], in order.
+# Batches of tokens int64 [B, T] to the logits [T, V] of every sequence, in order: those of a whole batch take gigabytes
+# where a vocabulary is large, and several models are compared at once.
 Scorer = Callable[[Sequence[Tensor]], Iterator[Tensor]]
 
 
@@ -56,7 +58,7 @@ def in_memory(model: nn.Module) -> Scorer:
         for batch in batches:
             with fast_half_products(device):
                 logits = model(input_ids=batch.to(device), use_cache=False).logits
-            yield logits
+            yield from logits
 
     return score
 
@@ -78,11 +80,13 @@ def streamed(model: StreamedModel, alter: Callable[[nn.Module, str], Any] | None
                     if alter is not None:
                         alter(block, model.block_path(index))
                     hidden = [model.run_block(index, i, h).cpu() for i, h in enumerate(hidden)]
+        give_back()
         with model.outer():
-            for i, batch in enumerate(batches):
-                with fast_half_products(model.device):  # not across a yield: other models are scored in between
-                    logits = model.logits(batch, hidden[i])
-                yield logits
+            for batch, states in zip(batches, hidden, strict=True):
+                for tokens, state in zip(batch.split(1), states.split(1), strict=True):
+                    with fast_half_products(model.device):  # not across a yield: other models are scored in between
+                        logits = model.logits(tokens, state)[0]
+                    yield logits
 
     return score
 
@@ -101,12 +105,11 @@ def compare(
     sums = {name: _Sums() for name in ("parent", *others)}
     stream = iter(windows)
     while segment := _segment(stream):
-        groups = list(_batches(segment, batch_size))
-        batches = [torch.stack([w.tokens for w in group]) for group in groups]
+        batches = [torch.stack([w.tokens for w in group]) for group in _batches(segment, batch_size)]
         scorers = [parent(batches), *(score(batches) for score in others.values())]
-        for group, batch in zip(groups, batches, strict=True):
+        for window in segment:
             logits = [next(scorer) for scorer in scorers]
-            _add(sums, group, batch, logits)
+            _add(sums, window, logits)
             del logits  # before the next ones are computed
     if sums["parent"].tokens == 0:
         raise DataError("evaluation needs at least one window of text; found none: give more text or a shorter window")
@@ -135,6 +138,11 @@ def _batches(windows: Sequence[TextWindow], batch_size: int) -> Iterator[list[Te
         yield batch
 
 
+def chunk_on(device: torch.device) -> int:
+    """How many logits of a model are scored at a time."""
+    return CHUNK_OF_CPU if device.type == "cpu" else CHUNK
+
+
 class _Sums:
     def __init__(self) -> None:
         self.nll = self.kl = 0.0
@@ -148,36 +156,37 @@ class _Sums:
         return Metrics(ppl, self.kl / self.tokens, self.same / self.tokens, self.tokens)
 
 
-def _add(sums: Mapping[str, _Sums], group: Sequence[TextWindow], batch: Tensor, logits: Sequence[Tensor]) -> None:
-    """Add one batch: ``logits`` of the parent and of the others, in the order of ``sums``."""
-    for row, window in enumerate(group):
-        first = max(1, window.first_target)
-        targets = batch[row, first:].to(logits[0].device)
-        for start in range(0, len(targets), CHUNK_ROWS):
-            part = slice(first - 1 + start, first - 1 + min(start + CHUNK_ROWS, len(targets)))
-            chunk = targets[start : start + CHUNK_ROWS]
-            parent = torch.log_softmax(logits[0][row, part].float(), -1)
-            top = parent.argmax(-1)
-            for i, (name, total) in enumerate(sums.items()):
-                own = parent if i == 0 else torch.log_softmax(logits[i][row, part].float(), -1)
-                nll = -own.gather(-1, chunk[:, None]).sum(dtype=torch.float64)
-                if not bool(torch.isfinite(nll)):
-                    raise NumericsError(
-                        f"logits must be finite; those of {name} are NaN or infinite: the checkpoint is damaged, or "
-                        "its activations overflow float16 (use bfloat16 or float32)"
-                    )
-                total.nll += float(nll)
-                total.tokens += len(chunk)
-                if i:
-                    total.kl += _divergence(parent, own, name)
-                    total.same += int((own.argmax(-1) == top).sum())
+def _add(sums: Mapping[str, _Sums], window: TextWindow, logits: Sequence[Tensor]) -> None:
+    """Add one window: ``logits`` ``[T, V]`` of the parent and of the others, in the order of ``sums``."""
+    first = max(1, window.first_target)
+    targets = window.tokens[first:].to(logits[0].device)
+    rows = max(1, chunk_on(targets.device) // logits[0].shape[-1])
+    for start in range(0, len(targets), rows):
+        chunk = targets[start : start + rows]
+        part = slice(first - 1 + start, first - 1 + start + len(chunk))
+        parent = torch.log_softmax(logits[0][part].float(), -1)
+        probability, top = parent.exp(), parent.max(-1).indices
+        for i, (name, total) in enumerate(sums.items()):
+            own = parent if i == 0 else torch.log_softmax(logits[i][part].float(), -1)
+            nll = -own.gather(-1, chunk[:, None]).sum(dtype=torch.float64)
+            if not bool(torch.isfinite(nll)):
+                raise NumericsError(
+                    f"logits must be finite; those of {name} are NaN or infinite: the checkpoint is damaged, or "
+                    "its activations overflow float16 (use bfloat16 or float32)"
+                )
+            total.nll += float(nll)
+            total.tokens += len(chunk)
+            if i:
+                total.kl += _divergence(parent, probability, own, name)
+                total.same += int((own.max(-1).indices == top).sum())
 
 
-def _divergence(parent: Tensor, own: Tensor, name: str) -> float:
+def _divergence(parent: Tensor, probability: Tensor, own: Tensor, name: str) -> float:
     """Sum of KL divergences over rows of log probabilities; what the parent gives probability 0 counts 0."""
-    probability = parent.exp()
     terms = (parent - own).mul_(probability)
-    kl = float(terms.masked_fill_(probability == 0, 0).sum(dtype=torch.float64))  # where 0 * log 0 came out as NaN
+    kl = float(terms.sum(-1).sum(dtype=torch.float64))
+    if math.isnan(kl):  # where 0 * log 0 came out as NaN; looking for them first takes longer than all the rest
+        kl = float(terms.masked_fill_(probability == 0, 0).sum(dtype=torch.float64))
     if not math.isfinite(kl):
         raise NumericsError(
             f"the KL divergence of {name} to its parent must be finite, found {kl}: it gives probability 0 to tokens "

@@ -42,14 +42,13 @@ def evaluate_run(plan: Plan, output: Path) -> dict[str, Any]:
                 quantized = rtn_solve(weight_of(module), scheme, scale_dtype=plan.dtype)
                 set_weight(module, quantized.dequantize())
 
+    parent, result = open_stream(opened(plan.directory), plan.device), opened(output)
     others: dict[str, Scorer] = {}
     if plan.config.solves_with_text:
-        others["round-to-nearest"] = streamed(open_stream(opened(plan.directory), plan.device), rounded)
-    result = opened(output)
+        others["round-to-nearest"] = streamed(parent, rounded)  # with the parent's embeddings and head
     others["result"] = streamed(open_stream(result, plan.device))
-    parent = streamed(open_stream(opened(plan.directory), plan.device))
     tokenizer = load_tokenizer(plan.directory, plan.config.trust_remote_code)
-    metrics = compare(parent, others, evaluation_windows(settings, tokenizer))
+    metrics = compare(streamed(parent), others, evaluation_windows(settings, tokenizer))
     sizes = {"parent": plan.reader.files(), "result": result.reader.files()}
     return _document(settings, metrics, {name: sum(files.values()) for name, files in sizes.items()})
 

@@ -11,8 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ptq.calibration.capture import CHUNK_ROWS, STARVED
-from ptq.evaluate import BATCH, SEGMENT_TOKENS
-from ptq.evaluate import CHUNK_ROWS as SCORED_ROWS
+from ptq.evaluate import SEGMENT_TOKENS, chunk_on
 from ptq.gptq.candidates import CHUNK_WEIGHTS as CANDIDATE_WEIGHTS
 from ptq.gptq.inverse import ROWS
 from ptq.models.structure import linears
@@ -27,7 +26,7 @@ COPIES = 4  # of the weights that several candidates are solved for together: st
 # forward and back.
 REFINED = 7 * FLOAT
 SAVED = 9  # bytes that the way back needs, for every output of a Linear
-SCORED = 8  # float32 copies of some rows of logits: two distributions, their distance, and its sum in float64
+SCORED = 6  # float32 copies of some logits: two distributions, the parent's again, how far they are apart
 LOGITS = 4  # held at once, in the dtype of the model: of the two models, and the gradient twice
 
 
@@ -131,12 +130,11 @@ def evaluation_work(plan: Plan) -> dict[str, int]:
     if settings is None:
         return {}
     models = 3 if plan.config.solves_with_text else 2  # the parent, that rounded to nearest, the result
-    batch = min(BATCH * settings.window, settings.tokens)
-    logits = models * plan.dtype.itemsize * batch + SCORED * FLOAT * min(SCORED_ROWS, settings.window)
+    logits = min(settings.window, settings.tokens) * vocabulary(plan)
     return {
-        "embeddings and heads": models * outer_bytes(plan),
+        "embeddings and heads": 2 * outer_bytes(plan),  # what is rounded shares the parent's
         "hidden states": models * min(settings.tokens, SEGMENT_TOKENS) * width(plan) * plan.dtype.itemsize,
-        "logits": logits * vocabulary(plan),
+        "logits": models * plan.dtype.itemsize * logits + SCORED * FLOAT * min(logits, chunk_on(plan.device)),
     }
 
 

@@ -35,7 +35,8 @@ CANDIDATE, COMPILED_CANDIDATE, COLUMN, WEIGHT, REFINED, LOGIT = 22, 4, 0.86, 800
 GROUPED = 0.2  # as COLUMNS, of the many small products with the Hessian's diagonal blocks
 JUDGE = 0.002  # seconds that every look at a candidate for AWQ's scales takes, however small
 LINEAR = 0.012  # seconds for every Linear, however small: calls, bookkeeping, files
-SAMPLE = 0.05  # seconds that a rate is measured for
+SAMPLE = 0.05  # seconds that a rate is measured for,
+TIMES = 5  # and how often at least
 REPEATS = 16  # of a short operation that is timed
 
 
@@ -81,12 +82,16 @@ def computing_rates(device: torch.device, dtype: torch.dtype, threads: int) -> t
 
 
 def _a_second(work: Callable[[], Tensor]) -> float:
-    """How often it can be done in a second, by the fastest time: what else runs on the machine only ever slows it."""
-    fastest, end = float("inf"), time.perf_counter() + SAMPLE
-    while (started := time.perf_counter()) < end:
+    """How often it can be done in a second, by the fastest time: what else runs on the machine only ever slows it.
+
+    The first times are no measure where threads, tables and memory are made for them: they can take ten times as long.
+    """
+    times: list[float] = []
+    while sum(times) < SAMPLE or len(times) < TIMES:
+        started = time.perf_counter()
         float(work().flatten()[0])  # waits for a GPU
-        fastest = min(fastest, time.perf_counter() - started)
-    return 1 / fastest
+        times.append(time.perf_counter() - started)
+    return 1 / min(times)
 
 
 def seconds_of(

@@ -48,13 +48,13 @@ def naive(parent: Toy, other: Toy, text: list[Window]) -> tuple[float, float, fl
     return math.exp(nll_p / count), math.exp(nll_q / count), kl / count, same / count
 
 
-@pytest.mark.parametrize("chunk", [3, 256])
+@pytest.mark.parametrize("rows", [0, 3, 256])
 @pytest.mark.parametrize("segment", [40, 65536])
 @pytest.mark.parametrize("first_target", [1, 9])
 def test_metrics_follow_their_definitions(
-    monkeypatch: pytest.MonkeyPatch, chunk: int, segment: int, first_target: int
+    monkeypatch: pytest.MonkeyPatch, rows: int, segment: int, first_target: int
 ) -> None:
-    monkeypatch.setattr(evaluate, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(evaluate, "CHUNK_OF_CPU", rows * VOCABULARY)
     monkeypatch.setattr(evaluate, "SEGMENT_TOKENS", segment)
     parent, other = Toy(0), Toy(1)
     text = windows(7, 16, first_target) + windows(2, 11, first_target)

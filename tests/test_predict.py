@@ -1,6 +1,7 @@
 """What a run is predicted to need. Oracle: the run's own peak, sizes on disk, and sums worked out by hand."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,17 @@ def test_rates_are_positive_and_leave_nothing(tmp_path):
         assert rates.elements > 1e6
         assert rates.disk > 1e3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_times_of_a_rate_do_not_count():
+    """Threads, tables and memory are made for them: one product took ten times as long, and more than the sample."""
+    pauses = iter([4 * predict_time.SAMPLE, 2 * predict_time.SAMPLE])
+
+    def work():
+        time.sleep(next(pauses, predict_time.SAMPLE / 50))
+        return torch.ones(1)
+
+    assert predict_time._a_second(work) > 1 / predict_time.SAMPLE
 
 
 def test_a_peak_that_is_gone_again_is_seen():

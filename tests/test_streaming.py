@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from tiny_models import ARCHITECTURES, build, logits, save, settings, tokens
+from tiny_models import (
+    ARCHITECTURES,
+    BFLOAT16_ERROR,
+    FLOAT32_ERROR,
+    build,
+    distance,
+    logits,
+    save,
+    sensitivity,
+    settings,
+    tokens,
+)
 from torch import nn
 
 from ptq.block import quantize_block
@@ -60,10 +71,45 @@ def test_logits_are_the_whole_models_own(name, dtype, tmp_path):
     save(model, tmp_path)
     stream = open_stream(open_checkpoint(tmp_path), CPU)
     assert stream.blocks_path == ARCHITECTURES[name].blocks
-    for batch, found in zip(BATCHES, streamed(stream)(BATCHES), strict=True):
-        assert found.dtype == dtype
+    scored = streamed(stream)
+    error = FLOAT32_ERROR if dtype == torch.float32 else BFLOAT16_ERROR
+    for batch in BATCHES:
+        found = [*scored([batch])]
+        assert {one.dtype for one in found} == {dtype}
         with fast_half_products(CPU):  # as the scorer multiplies
-            assert torch.equal(found.float(), logits(model, batch))
+            want, allowed = logits(model, batch), sensitivity(model, batch, error)
+        if len(batch) == 1:
+            assert torch.equal(found[0].float(), want[0])
+        assert distance(torch.stack(found).float(), want) <= allowed  # the head takes one sequence at a time
+    assert [*map(len, scored(BATCHES))] == [batch.shape[1] for batch in BATCHES for _ in batch]
+    assert held(stream.model) == set()
+
+
+def test_a_model_is_scored_beside_an_altered_one_that_shares_what_is_not_in_blocks(tmp_path):
+    """Oracle: a stream of its own for each; in memory stays nothing, also of scores that are not taken to the end."""
+    save(build("llama"), tmp_path)
+
+    def opened():
+        return open_stream(open_checkpoint(tmp_path), CPU)
+
+    def halved(block, _path):
+        for module in block.parameters():
+            module.data.mul_(0.5)
+
+    stream, batches = opened(), BATCHES[:2]
+    expected = [*zip(streamed(opened())(batches), streamed(opened(), halved)(batches), strict=True)]
+    scores = zip(streamed(stream)(batches), streamed(stream, halved)(batches), strict=True)
+    for (plain, altered), (want, other) in zip(scores, expected, strict=True):
+        assert torch.equal(plain, want)
+        assert torch.equal(altered, other)
+        assert not torch.equal(plain, altered)
+    assert held(stream.model) == set()
+    one, two = streamed(stream)(batches), streamed(stream, halved)(batches)
+    next(one), next(two)
+    one.close()
+    assert "lm_head.weight" in held(stream.model)
+    assert torch.equal(next(two), expected[1][1])
+    two.close()
     assert held(stream.model) == set()
 
 
@@ -221,7 +267,7 @@ def test_parameters_of_a_container_are_loaded(tmp_path):
     for module in skeleton.modules():
         unload_module(module)
     stream = stream_of(tmp_path, skeleton)
-    (found,) = streamed(stream)([tokens(2, 5) % 16])
+    found = torch.stack([*streamed(stream)([tokens(2, 5) % 16])])
     assert torch.equal(found, whole(tokens(2, 5) % 16, False).logits)
     assert held(skeleton) == set()
 

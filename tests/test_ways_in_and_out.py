@@ -109,7 +109,7 @@ def every_reading(directory, batch):
     loaded = ptq.load(directory, device="cpu")
     yield tiny_models.logits(loaded, batch)
     checkpoint = runtime.open_checkpoint(directory)
-    yield from streamed(runtime.open_stream(checkpoint, torch.device("cpu")))([batch])
+    yield torch.stack([*streamed(runtime.open_stream(checkpoint, torch.device("cpu")))([batch])])
     loaded.save_pretrained(directory.parent / "copy")
     yield tiny_models.logits(AutoModelForCausalLM.from_pretrained(directory.parent / "copy"), batch)
 
@@ -129,7 +129,7 @@ def test_a_head_of_its_own_is_used_whatever_the_configuration_ties(name, options
 def test_a_quantized_checkpoint_keeps_a_head_of_its_own(factor, tmp_path):
     """Oracle: transformers, whose model has the same packed Linears; also under a configuration that ties the head.
 
-    Another head's logits (up to 25) would be off by a tenth; a product's own rounding depends on its processor and rows.
+    Another head's logits (up to 25) would be off by a tenth; products round as the processor and their rows have it.
     """
     parent, out, batch = with_both("llama", factor, tmp_path / "parent"), tmp_path / "out", tiny_models.tokens(2, 24)
     tiny_models.run(tiny_models.settings(parent, out, "rtn"))

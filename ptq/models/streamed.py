@@ -45,6 +45,7 @@ class StreamedModel:
         self.model, self.blocks_path, self.device = model, blocks, device
         self._load, self._unload = load, unload
         self.blocks: Sequence[nn.Module] = list(model.get_submodule(blocks).children())
+        self._entered = 0  # how many stay in `outer`
         self._width: int | None = None  # of the tuple that a block returns; None: a tensor
         self.calls: list[list[BlockCall]] = []
 
@@ -54,12 +55,16 @@ class StreamedModel:
 
     @contextmanager
     def outer(self) -> Iterator[None]:
-        """Everything but the blocks in memory."""
+        """Everything but the blocks in memory, once also where this is entered within itself."""
         try:
-            self._load(self.model, "")
+            self._entered += 1
+            if self._entered == 1:
+                self._load(self.model, "")
             yield
         finally:
-            self._unload(self.model)
+            self._entered -= 1
+            if not self._entered:
+                self._unload(self.model)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
