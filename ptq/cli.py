@@ -66,6 +66,10 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
     except KeyboardInterrupt as interruption:
         left = f": {interruption}" if str(interruption) else ""  # said by what has something on the disk
         return _fail(options, f"interrupted{left}", INTERRUPTED)
+    except ImportError as error:
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        return _fail(options, "interrupted", INTERRUPTED)  # as modules in C say it that were being loaded
     except BrokenPipeError:
         return 1
     except PtqError as error:

@@ -311,6 +311,19 @@ def test_control_c_where_there_is_no_output(
     assert capsys.readouterr().err == "ptq: interrupted\n"
 
 
+def test_control_c_while_a_module_in_c_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends in an ImportError then, as seen of scipy's; any other ImportError is not hidden."""
+
+    def fail(cause: BaseException | None) -> None:
+        raise ImportError("initialization failed") from cause
+
+    monkeypatch.setattr("ptq.inspection.inspect", lambda *_, **__: fail(KeyboardInterrupt()))
+    assert cli.main(["inspect", str(MODEL)]) == 130
+    monkeypatch.setattr("ptq.inspection.inspect", lambda *_, **__: fail(None))
+    with pytest.raises(ImportError, match="initialization failed"):
+        cli.main(["inspect", str(MODEL)])
+
+
 def test_an_unforeseen_error_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk, "quantize_block", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
