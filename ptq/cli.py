@@ -87,7 +87,7 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(options, f"the disk is full ({error}): free space or choose another `output`", 1)
+            return _fail(options, f"the disk is full ({error}): free space or write elsewhere", 1)
         return _fail(options, f"a file could not be read or written: {error}", 1)
 
 

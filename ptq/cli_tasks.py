@@ -31,7 +31,8 @@ def run_tasks(options: argparse.Namespace) -> dict[str, Any]:
         given = ("include", "fewshot", "limit", "chat_template")
         idle = [f"--{name.replace('_', '-')}" for name in given if getattr(options, name) not in (None, False)]
         if idle:
-            raise ConfigError(f"{', '.join(idle)} need --tasks NAMES; found none: name tasks, or leave them out")
+            need = "need" if idle[1:] else "needs"
+            raise ConfigError(f"{', '.join(idle)} {need} --tasks NAMES; found none: name tasks, or leave them out")
         return {}
     if options.include and not Path(options.include).is_dir():
         raise ConfigError(f"--include must be a directory with task files; {options.include} is none")

@@ -11,7 +11,7 @@ from torch import nn
 from ptq.errors import ConfigError, FormatError
 from ptq.formats import codec_for_config, readable_config
 from ptq.formats.checkpoint import CheckpointReader, read_json
-from ptq.formats.checks import FLOATS
+from ptq.formats.checks import FLOATS, read_order
 from ptq.formats.codec import Codec, Config, Scheme
 from ptq.models.loading import build_skeleton, model_dtype, read_config
 from ptq.models.names import SourceNames, unplaced
@@ -238,7 +238,7 @@ def _second_copy(directory: Path, settings: Config) -> list[str]:
 def _values(
     codec: Codec, schemes: Mapping[str, Scheme], names: SourceNames, reader: CheckpointReader
 ) -> tuple[list[str], bool]:
-    """Scales that no writer should write, and whether the groups of some Linear are not contiguous."""
+    """Scales and groups that no writer should write, and whether the groups of some Linear are not contiguous."""
     problems, permuted = [], False
     stored = set(reader.names())
     for name, scheme in schemes.items():
@@ -249,8 +249,11 @@ def _values(
             problems.append(f"{spelled}: {bad} of {scales.numel()} scales are zero or not finite")
         order = codec.order_name(spelled)
         if order in stored:
-            groups = reader.tensor(order).long()
-            permuted |= not torch.equal(groups, torch.arange(len(groups)) // scheme.columns(len(groups)))
+            groups = reader.tensor(order)
+            try:
+                permuted |= read_order(order, {order: groups}, len(groups), scheme.columns(len(groups))) is not None
+            except FormatError as error:
+                problems.append(str(error))
     return problems, permuted
 
 

@@ -37,7 +37,7 @@ from ptq.plan import (
     head_targets,
     make_plan,
 )
-from ptq.predict import compared, home_of, predict
+from ptq.predict import compared, home_of, missing_disk, predict
 from ptq.predict_time import measure_rates
 from ptq.prepared import Prepared
 from ptq.progress import Progress
@@ -204,6 +204,8 @@ def _solve_and_write(
     before = resident_bytes()
     home = home_of(plan)
     prediction = predict(plan, measure_rates(plan.device, place.path, plan.dtype), anonymous_bytes(), home)
+    if not resumed and (short := missing_disk(prediction, config)):
+        progress.say(f"{short}; should it run full, the same command goes on once there is space")
     started = time.perf_counter()
     with PeakMemory() as peak, progress.stage("solve", max(0, block_count(plan) - resumed)):
         walk(plan, ranks.share(batches), journal, progress, ranks, home)

@@ -127,13 +127,17 @@ def free_disk(output: Path) -> int:
 
 def require_disk(prediction: Prediction, config: RunConfig) -> None:
     """Raise ConfigError where a run cannot fit on the disk of its output."""
+    if short := missing_disk(prediction, config):
+        raise ConfigError(f"{short}: free some space, or choose another `output`")
+
+
+def missing_disk(prediction: Prediction, config: RunConfig) -> str:
+    """What is needed and what is free where the disk of a run's output is too small for it; otherwise nothing."""
     output = output_path(Path(config.output))
     needed, free = sum(prediction.disk.values()), free_disk(output)
-    if needed > free:
-        raise ConfigError(
-            f"the run needs {_gigabytes(needed)} on the disk of {output} at its peak, {_gigabytes(free)} are free: "
-            "free some space, or choose another `output`"
-        )
+    if needed <= free:
+        return ""
+    return f"the run needs {_gigabytes(needed)} on the disk of {output} at its peak, {_gigabytes(free)} are free"
 
 
 def compared(prediction: Prediction, memory: int, seconds: float) -> dict[str, dict[str, float]]:

@@ -196,6 +196,12 @@ def test_index_damage(tmp_path, damage, message):
         CheckpointReader(tmp_path)
 
 
+def test_a_link_to_nothing_is_no_shard_of_an_index(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(FormatError, match=r"model.safetensors must be a file; it is a directory or a link to nothing"):
+        CheckpointReader(tmp_path)
+
+
 def with_header(header, data=b""):
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data

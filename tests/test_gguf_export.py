@@ -4,6 +4,7 @@ Oracles: transformers' own GGUF reader (it undoes the order of rows and dequanti
 values of the checkpoint that was exported. llama.cpp itself is in benchmarks/gguf.
 """
 
+import errno
 import io
 import re
 import shutil
@@ -21,7 +22,7 @@ from tiny_models import TEXT, build, divergence, held_out, logits, run, save, se
 
 from ptq import cli, runtime
 from ptq.config import CalibrationConfig, DatasetConfig, RunConfig
-from ptq.errors import ConfigError, FormatError, NumericsError, UnsupportedModelError
+from ptq.errors import ConfigError, FormatError, NumericsError, PtqError, UnsupportedModelError
 from ptq.export import Exported, export_gguf, show
 from ptq.gguf.blocks import values
 from ptq.gguf.file import gguf_file
@@ -213,6 +214,20 @@ def test_a_run_that_fails_leaves_nothing(parents, tmp_path, monkeypatch):
     monkeypatch.setattr("ptq.export._content", fail)
     with pytest.raises(KeyboardInterrupt):
         export(parents["llama"], "F16", tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    """The writer fails once more when it is closed: what it holds has no room either."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("ptq.gguf.file._write_front", lambda _, partial: full(partial.touch()))
+    monkeypatch.setattr(gguf.GGUFWriter, "close", full)
+    path = tmp_path / "a.gguf"
+    with pytest.raises(PtqError, match="no space left to write"), gguf_file(path, "llama", {}, [], overwrite=False):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 

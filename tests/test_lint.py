@@ -116,6 +116,7 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "float of another shape": (put("lm_head.weight", lambda t: t[:9]), "lm_head.weight must have shape [288, 64]"),
     "zero scale": (put(f"{Q}.scales", first_zero), f"{Q}: 1 of 128 scales are zero or not finite"),
     "not a number": (put(f"{Q}.scales", lambda t: t * torch.nan), f"{Q}: 128 of 128 scales are zero or not finite"),
+    "groups beyond the scales": (put(f"{Q}.g_idx", lambda t: t + 99), f"{Q}.g_idx: groups must be 0..1, as there are"),
     "packed and float": (
         put("lm_head.weight", lambda t: t[:64].clone(), f"{Q}.weight"),
         f"{Q} must be packed or in float",

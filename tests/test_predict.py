@@ -1,6 +1,7 @@
 """What a run is predicted to need. Oracle: the run's own peak, sizes on disk, and sums worked out by hand."""
 
 import dataclasses
+import io
 import time
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from ptq.formats import CODECS
 from ptq.models.loading import build_skeleton
 from ptq.models.names import SourceNames
 from ptq.models.structure import find_blocks, linears, weight_shape
+from ptq.pipeline import quantize
 from ptq.plan import Plan, make_plan
 from ptq.predict import compared, describe_prediction, home_of, predict
 from ptq.predict_time import Rates, measure_rates
+from ptq.progress import Progress
 from ptq.report import PeakMemory, anonymous_bytes
 
 RATES = Rates(products=1e12, native=4e12, elements=1e10, disk=1e9)
@@ -114,6 +117,15 @@ def test_predicted_against_actual(method, tmp_path):
     assert document["seconds"]["actual"] > 0
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert found.disk["output"] == pytest.approx(written, rel=0.25)  # headers weigh much in files of 12 KB
+
+
+def test_a_run_says_before_it_solves_that_the_disk_may_run_full(tmp_path, monkeypatch):
+    monkeypatch.setattr("ptq.predict.free_disk", lambda output: 0)
+    said = io.StringIO()
+    quantize(small_run(small_parent(tmp_path / "parent"), tmp_path / "out", "rtn"), progress=Progress(said))
+    before = said.getvalue().partition("block 1/")[0]
+    assert "at its peak, 0.00 GB are free; should it run full, the same command goes on once there is space" in before
+    assert (tmp_path / "out" / "report.json").is_file()
 
 
 def test_rates_are_positive_and_leave_nothing(tmp_path):

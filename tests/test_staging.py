@@ -195,6 +195,14 @@ def test_a_full_disk_is_a_sentence(tmp_path, number):
         raise OSError(number, "full")
 
 
+def test_what_numpy_says_of_a_full_disk_is_a_sentence(tmp_path):
+    with (
+        pytest.raises(PtqError, match=r"no space left to write \S+a: 8 bytes are needed"),
+        full_disk_as_error(tmp_path / "a", 8),
+    ):
+        raise OSError("8 requested and 3 written")
+
+
 def test_other_errors_of_the_disk_are_passed_on(tmp_path):
     with pytest.raises(OSError, match="broken") as caught:
         write_then(OSError(errno.EIO, "broken"), tmp_path / "out")

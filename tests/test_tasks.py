@@ -158,6 +158,7 @@ def test_a_tokenizer_of_another_model_is_named(monkeypatch):
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "eval needs --text FILE or --tasks NAMES; found neither"),
     (["--text", "a.txt", "--limit", "3", "--chat-template"], "--limit, --chat-template need --tasks NAMES; found none"),
+    (["--text", "a.txt", "--limit", "3"], "--limit needs --tasks NAMES; found none"),
     (["--tasks", "capitals", "--include", "no-such"], "--include must be a directory with task files; no-such is none"),
     (["--tasks", "capitals", "--fail-if", "perplexity>9"], "--fail-if needs --text FILE; found --tasks alone"),
 ])  # fmt: skip

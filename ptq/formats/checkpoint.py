@@ -219,6 +219,10 @@ class CheckpointReader:
             if len(files) != 1:
                 raise FormatError(_nothing_to_read(self.directory, len(files)))
         absent = [file for file in files if Path(file).name != file or not (self.directory / file).is_file()]
+        if absent and weight_map is None:
+            raise FormatError(
+                f"{self.directory / files[0]} must be a file; it is a directory or a link to nothing: fetch it again"
+            )
         if absent:
             raise FormatError(
                 f"{INDEX} names {len(files)} shards, {len(absent)} of them are not in {self.directory}: "

@@ -163,7 +163,8 @@ def full_disk_as_error(path: Path, needed: int | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        cut_short = error.errno is None and " requested and " in str(error)  # as NumPy's tofile says it
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not cut_short:
             raise
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(existing).free

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def gguf_file(
             partial.replace(path)
             sync_directory(path.parent)
     finally:
-        writer.close()
+        with suppress(OSError):  # of a full disk again, by what it still has to write
+            writer.close()
         partial.unlink(missing_ok=True)
 
 
