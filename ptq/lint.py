@@ -11,8 +11,9 @@ from torch import nn
 from ptq.errors import ConfigError, FormatError
 from ptq.formats import codec_for_config, readable_config
 from ptq.formats.checkpoint import CheckpointReader, read_json
-from ptq.formats.checks import FLOATS, read_order
+from ptq.formats.checks import FLOATS
 from ptq.formats.codec import Codec, Config, Scheme
+from ptq.lint_values import float_values, packed_values
 from ptq.models.loading import build_skeleton, model_dtype, read_config
 from ptq.models.names import SourceNames, unplaced
 from ptq.models.stock import initialization_error, left_out
@@ -47,7 +48,7 @@ class Lint(NamedTuple):
 
 
 def lint(path: str | Path, *, trust_remote_code: bool = False) -> Lint:
-    """Check a quantized checkpoint directory. Headers, scales and column orders are read, codes are not.
+    """Check a quantized checkpoint directory. Everything but the codes is read.
 
     Raises:
         ConfigError: no checkpoint directory, or not a quantized one.
@@ -80,9 +81,10 @@ def lint(path: str | Path, *, trust_remote_code: bool = False) -> Lint:
         return Lint(directory, ["quantization_config packs no Linear that this model has"], [], [], {})
     problems, notes = _tensors(model, codec, schemes, names, reader)
     problems += _second_copy(directory, settings)
-    permuted = False
+    permuted: frozenset[str] = frozenset()
     if not problems:
-        problems, permuted = _values(codec, schemes, names, reader)
+        problems, permuted = packed_values(codec, schemes, names, reader)
+        problems += float_values(model, schemes, names, reader)
     if problems:  # where it would load if it were sound is of no use
         return Lint(directory, problems, notes, [], {})
     shapes = {name: weight_shape(found[name]) for name in schemes}
@@ -233,28 +235,6 @@ def _second_copy(directory: Path, settings: Config) -> list[str]:
         "some the other"
         for key in differing
     ]
-
-
-def _values(
-    codec: Codec, schemes: Mapping[str, Scheme], names: SourceNames, reader: CheckpointReader
-) -> tuple[list[str], bool]:
-    """Scales and groups that no writer should write, and whether the groups of some Linear are not contiguous."""
-    problems, permuted = [], False
-    stored = set(reader.names())
-    for name, scheme in schemes.items():
-        spelled = names.of_module(name)
-        scales = reader.tensor(next(t for t in codec.tensor_names(spelled, scheme) if t.endswith(("scales", "_scale"))))
-        bad = int((~torch.isfinite(scales) | (scales == 0)).sum())
-        if bad:
-            problems.append(f"{spelled}: {bad} of {scales.numel()} scales are zero or not finite")
-        order = codec.order_name(spelled)
-        if order in stored:
-            groups = reader.tensor(order)
-            try:
-                permuted |= read_order(order, {order: groups}, len(groups), scheme.columns(len(groups))) is not None
-            except FormatError as error:
-                problems.append(str(error))
-    return problems, permuted
 
 
 def _is_output(model: nn.Module, name: str) -> bool:

@@ -25,7 +25,7 @@ class Facts(NamedTuple):
     schemes: Mapping[str, Scheme]  # of packed Linears, by module
     shapes: Mapping[str, tuple[int, int]]  # (N, K) of packed Linears
     floats: tuple[str, ...]  # Linears that are not packed, but for heads
-    permuted: bool  # some columns' groups are not contiguous (act-order)
+    permuted: frozenset[str]  # packed Linears whose groups are not contiguous (act-order)
     roles: Mapping[str, str]  # "column" or "row" parallel, for the Linears of which the model's class says so
     heads: tuple[int, int]  # of queries, of keys and values
     transposed: bool = False  # some packed Linears are transformers' Conv1D (GPT-2)
@@ -276,7 +276,7 @@ def split_problems(facts: Facts, parts: int) -> list[str]:
             continue
         scheme, (n, k) = facts.schemes[name], facts.shapes[name]
         if role == "row":
-            problem = _row_problem(facts, scheme, k, parts)
+            problem = _row_problem(facts, name, k, parts)
         else:
             # [source] keys and values are repeated where there are fewer of their heads than GPUs.
             repeated = name.endswith((".k_proj", ".v_proj")) and keys and parts % keys == 0
@@ -286,11 +286,12 @@ def split_problems(facts: Facts, parts: int) -> list[str]:
     return found
 
 
-def _row_problem(facts: Facts, scheme: Scheme, columns: int, parts: int) -> str | None:
+def _row_problem(facts: Facts, name: str, columns: int, parts: int) -> str | None:
+    scheme = facts.schemes[name]
     each, rest = divmod(columns, parts)
     if rest:
         return f"{columns} columns do not divide by {parts}"
-    if facts.permuted:
+    if name in facts.permuted:
         return "its groups are not contiguous (act-order), so a share of its columns needs all scales"
     if scheme.group_size != -1 and each % scheme.group_size:
         return f"{columns} / {parts} = {each} columns are no whole groups of {scheme.group_size}"

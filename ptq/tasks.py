@@ -62,12 +62,14 @@ def evaluate_tasks(
         ``fewshot`` by task; ``limit``; ``harness``: its version.
 
     Raises:
-        ConfigError: the harness is not installed, an unknown task, no such model or device.
+        ConfigError: the harness is not installed, an unknown or faulty task, no such model or device.
         PtqError: a checkpoint that cannot be read, a tokenizer with tokens the model cannot embed.
     """
     _require_harness()
     _check(settings)
     manager = _manager(settings)
+    if settings.include is not None:
+        _require_sound(manager, settings)
     progress = progress or Progress()
     found = {}
     for name, path in models.items():
@@ -145,9 +147,22 @@ def _manager(settings: TaskSettings) -> Any:
     )
 
 
+def _require_sound(manager: Any, settings: TaskSettings) -> None:
+    """Raise ConfigError for task files of one's own that the harness stops at, before a model is loaded for them."""
+    try:
+        load = getattr(manager, "load", manager.load_task_or_group)  # the old name is deprecated
+        load(manager.match_tasks(list(settings.names)))
+    except Exception as error:  # of whatever kind: such a file may name any Python function
+        raise ConfigError(
+            f"the harness must be able to load {', '.join(settings.names)} with the files in {settings.include}; it "
+            f"stops with {type(error).__name__}: {error}"
+        ) from error
+
+
 def _run(
     path: str, settings: TaskSettings, manager: Any, device: str, dtype: str, trust_remote_code: bool
 ) -> dict[str, Any]:
+    from jinja2 import TemplateError
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -166,6 +181,11 @@ def _run(
                 harnessed, tasks=list(names), task_manager=manager, num_fewshot=settings.fewshot, limit=settings.limit,
                 apply_chat_template=settings.chat_template, log_samples=False, bootstrap_iters=BOOTSTRAPS,
             )  # fmt: skip
+    except TemplateError as error:
+        raise ConfigError(
+            f"the templates of {', '.join(names)} (doc_to_text and its kin) must be Jinja that fits the questions; the "
+            f"harness stops with {type(error).__name__}: {error}"
+        ) from error
     except ValueError as error:  # more examples than a task has, for one
         raise ConfigError(
             f"the harness must be able to run {', '.join(names)} as asked, it says: {error}; see fewshot and limit"

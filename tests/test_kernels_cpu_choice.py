@@ -224,9 +224,13 @@ def test_the_instruction_sets_of_a_machine(
         assert all(library.SETS[name] <= library._processor().flags for name in expected)
 
 
-def test_the_bench_measures_what_it_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bench_measures_what_it_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A new process with pinned threads prints the table; here only that every column is there and was right."""
     path = tmp_path / "cells.json"
+    assert bench_cpu.main(["128x64", "12800000x12800000"]) == 2
+    assert "a shape must fit into memory: 12800000x12800000 needs 4259840 GB" in capsys.readouterr().err
     assert bench_cpu.main(["128x64"], [1, 20], [1, 2], str(path), seconds=0.001) == 0
     cells = json.loads(path.read_text())["cells"]
     assert {(cell["rows"], cell["threads"]) for cell in cells} == {(m, t) for m in (1, 20) for t in (1, 2)}

@@ -117,6 +117,15 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "zero scale": (put(f"{Q}.scales", first_zero), f"{Q}: 1 of 128 scales are zero or not finite"),
     "not a number": (put(f"{Q}.scales", lambda t: t * torch.nan), f"{Q}: 128 of 128 scales are zero or not finite"),
     "groups beyond the scales": (put(f"{Q}.g_idx", lambda t: t + 99), f"{Q}.g_idx: groups must be 0..1, as there are"),
+    "zeros of asymmetric weights": (put(f"{Q}.qzeros", lambda t: t + 1), f"{Q}.qzeros: gptq stores 7 for every zero"),
+    "float not a number": (
+        put("model.norm.weight", lambda t: t.index_fill(0, torch.tensor([3]), torch.nan)),
+        "model.norm.weight: 1 of 64 values are not finite",
+    ),
+    "embedding beyond its dtype": (
+        put("model.embed_tokens.weight", lambda t: t.index_fill(0, torch.tensor([3]), torch.inf)),
+        "model.embed_tokens.weight: 64 of 18432 values are not finite",
+    ),
     "packed and float": (
         put("lm_head.weight", lambda t: t[:64].clone(), f"{Q}.weight"),
         f"{Q} must be packed or in float",
@@ -169,7 +178,7 @@ def test_a_float_tensor_without_a_place_is_a_note(made: Callable[..., Path], tmp
 def test_columns_out_of_order_cannot_be_split_by_rows(made: Callable[..., Path], tmp_path: Path) -> None:
     result = lint(damaged(made(), tmp_path / "x", put(f"{DOWN}.g_idx", lambda t: t.flip(0))))
     assert result.failure is None
-    assert any("act-order" in problem for problem in result.parallel[2])
+    assert [problem.split(":")[0] for problem in result.parallel[2] if "act-order" in problem] == [DOWN]
 
 
 def edited(source: Path, target: Path, file: str = "config.json", **changes: Any) -> Path:

@@ -24,7 +24,7 @@ def facts(codec: str, scheme: Scheme, **changes: Any) -> Facts:
     settings_ = CODECS[codec].quantization_config({**schemes, "lm_head": None}, damping=None, version="0")
     settings_ = {key: value for key, value in (settings_ | changes.pop("set", {})).items() if value != "absent"}
     shapes = dict.fromkeys(schemes, changes.pop("shape", (256, 256)))
-    found = Facts(codec, settings_, schemes, shapes, (), False, {}, (8, 4))
+    found = Facts(codec, settings_, schemes, shapes, (), frozenset(), {}, (8, 4))
     return found._replace(**changes)
 
 

@@ -142,6 +142,22 @@ def test_what_cannot_be_run_is_a_sentence(changes, message):
         evaluate_tasks({"result": str(PARENT)}, wanted, progress=Progress())
 
 
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("{{answer}}", "{{answer", "with the files in .*; it stops with TemplateSyntaxError: unexpected"),
+    # only once it comes to the last question
+    # which fails at the last question only
+    ("{{country}}", "{{country.no.name if country == 'Egypt' else country}}",
+     "templates of capitals .* must be Jinja that fits the questions; the harness stops with UndefinedError: 'str ob"),
+    ('"{{answer}}"', "!function nowhere.answer", "with the files in .*; it stops with"),
+    ("capitals.jsonl", "no-such.jsonl", "with the files in .*; it stops with FileNotFoundError"),
+])  # fmt: skip
+def test_a_faulty_task_file_is_a_sentence(old, new, message, tmp_path):
+    source = (ROOT / "examples/tasks/capitals.yaml").read_text()
+    (tmp_path / "capitals.yaml").write_text(source.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        evaluate_tasks({"result": str(PARENT)}, TaskSettings(("capitals",), str(tmp_path)), progress=Progress())
+
+
 def test_a_tokenizer_of_another_model_is_named(monkeypatch):
     """One whose tokens the model cannot embed, which would otherwise end in an index error, on a GPU in an assert."""
 

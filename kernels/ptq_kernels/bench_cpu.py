@@ -34,6 +34,8 @@ BITS, GROUP = 4, 128
 # Relative, of the whole result: bfloat16 weights and rows give about 2.5e-3, normal rows in 8 bits about 1e-2.
 MOST_ERROR, MOST_INT8_ERROR = 1e-2, 2e-2
 INT8, COMPILED = "library int8", "compiled int4"
+# Two copies each in bfloat16, float32 and at least two packed layouts, the reference in float32 and float64.
+_BYTES_A_WEIGHT = 26
 _PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -300,6 +302,20 @@ def run(
     return cells
 
 
+def _refusal(shapes: Sequence[str]) -> str | None:
+    """Why nothing can be measured."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for shape in shapes:
+        columns, rows = (int(part) for part in shape.split("x"))
+        needed = columns * rows * _BYTES_A_WEIGHT
+        if needed > memory:
+            return (
+                f"a shape must fit into memory: {shape} needs {needed / 1e9:.0f} GB in all its forms, this machine has "
+                f"{memory / 1e9:.0f} GB"
+            )
+    return None
+
+
 def main(
     shapes: Sequence[str] = SHAPES,
     rows: Sequence[int] = ROWS,
@@ -309,6 +325,10 @@ def main(
     seconds: float = 0.3,
 ) -> int:
     """Run the bench in a new process with pinned threads; its exit code. `compiled` adds torch.compile's int4 path."""
+    refusal = _refusal(shapes)
+    if refusal:
+        print(f"bench: {refusal}", file=sys.stderr)
+        return 2
     options = [
         "--shapes",
         *shapes,

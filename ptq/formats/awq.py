@@ -67,15 +67,11 @@ class AwqCodec:
         qweight = checks.take(tensors, f"{name}.qweight", (torch.int32,), 2)
         columns, rows = qweight.shape[0], qweight.shape[1] * 8
         group_size, groups = checks.groups_of(name, columns, scheme)
-        qzeros = checks.take(tensors, f"{name}.qzeros", (torch.int32,), 2)
-        checks.require_shape(f"{name}.qzeros", qzeros, (groups, rows // 8))
         scales = checks.read_scales(f"{name}.scales", tensors, (groups, rows))
-        zeros = _unpack_rows(qzeros)
-        checks.require_zeros(f"{name}.qzeros", zeros, BITS, symmetric=scheme.symmetric)
         return QuantizedWeight(
             codes=_unpack_rows(qweight).t().contiguous(),
             scales=scales.t().contiguous(),
-            zeros=zeros.t().contiguous(),
+            zeros=self.read_zeros(name, tensors, (rows, groups), scheme),
             bits=BITS,
             group_size=group_size,
             symmetric=scheme.symmetric,
@@ -86,6 +82,15 @@ class AwqCodec:
     ) -> tuple[QuantizedWeight, Tensor | None]:
         """As `decode`: groups are contiguous in this format."""
         return self.decode(name, tensors, scheme), None
+
+    def read_zeros(self, name: str, tensors: Mapping[str, Tensor], grid: tuple[int, int], scheme: Scheme) -> Tensor:
+        """Zero points ``[N, G]``. Raises FormatError for damage and for zeros other than 8 in a symmetric weight."""
+        rows, groups = grid
+        qzeros = checks.take(tensors, f"{name}.qzeros", (torch.int32,), 2)
+        checks.require_shape(f"{name}.qzeros", qzeros, (groups, rows // 8))
+        zeros = _unpack_rows(qzeros)
+        checks.require_zeros(f"{name}.qzeros", zeros, BITS, symmetric=scheme.symmetric)
+        return zeros.t().contiguous()
 
     def order_name(self, name: str) -> str | None:
         """The format has no act-order."""

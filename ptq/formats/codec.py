@@ -81,6 +81,9 @@ class Codec(Protocol):
         ``k // group_size``.
         """
 
+    def read_zeros(self, name: str, tensors: Mapping[str, Tensor], grid: tuple[int, int], scheme: Scheme) -> Tensor:
+        """Zero points uint8 ``[N, G]`` (``grid``) of one module. Raises FormatError for damage and ambiguous ones."""
+
     def order_name(self, name: str) -> str | None:
         """The tensor with the group of each column; None where the format cannot say it."""
 

@@ -90,6 +90,16 @@ class CompressedTensorsCodec:
         order = checks.read_order(f"{name}.weight_g_idx", tensors, quantized.codes.shape[1], quantized.group_size)
         return quantized, order
 
+    def read_zeros(self, name: str, tensors: Mapping[str, Tensor], grid: tuple[int, int], scheme: Scheme) -> Tensor:
+        """Zero points ``[N, G]``; symmetric weights store none. Raises FormatError for damage."""
+        rows, groups = grid
+        if scheme.symmetric:
+            device = tensors[f"{name}.weight_scale"].device
+            return torch.full(grid, 1 << (scheme.bits - 1), dtype=torch.uint8, device=device)
+        stored = checks.take(tensors, f"{name}.weight_zero_point", (torch.int32,), 2)
+        checks.require_shape(f"{name}.weight_zero_point", stored, (words_for(rows, scheme.bits), groups))
+        return unpack_stream(stored.t().contiguous(), scheme.bits, rows).t().contiguous()
+
     def order_name(self, name: str) -> str | None:
         """The tensor with the group of each column."""
         return f"{name}.weight_g_idx"
@@ -103,16 +113,10 @@ class CompressedTensorsCodec:
         packed = checks.take(tensors, f"{name}.weight_packed", (torch.int32,), 2)
         checks.require_shape(f"{name}.weight_packed", packed, (rows, words_for(columns, bits)))
         scales = checks.read_scales(f"{name}.weight_scale", tensors, (rows, groups))
-        if scheme.symmetric:
-            zeros = torch.full_like(scales, 1 << (bits - 1), dtype=torch.uint8)
-        else:
-            stored = checks.take(tensors, f"{name}.weight_zero_point", (torch.int32,), 2)
-            checks.require_shape(f"{name}.weight_zero_point", stored, (words_for(rows, bits), groups))
-            zeros = unpack_stream(stored.t().contiguous(), bits, rows).t().contiguous()
         return QuantizedWeight(
             codes=unpack_stream(packed, bits, columns),
             scales=scales,
-            zeros=zeros,
+            zeros=self.read_zeros(name, tensors, (rows, groups), scheme),
             bits=bits,
             group_size=group_size,
             symmetric=scheme.symmetric,

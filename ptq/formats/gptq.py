@@ -98,21 +98,25 @@ class GptqCodec:
         rows, columns = qweight.shape[1], qweight.shape[0] * 32 // bits
         checks.require_shape(f"{name}.qweight", qweight, (columns * bits // 32, rows))
         group_size, groups = checks.groups_of(name, columns, scheme)
-        qzeros = checks.take(tensors, f"{name}.qzeros", (torch.int32,), 2)
-        checks.require_shape(f"{name}.qzeros", qzeros, (groups, words_for(rows, bits)))
         scales = checks.read_scales(f"{name}.scales", tensors, (groups, rows))
-        if self.wraps and not scheme.symmetric:
-            zeros = _wrapped_zeros(qzeros, bits, rows)
-        else:
-            zeros = self._true_zeros(f"{name}.qzeros", unpack_stream(qzeros, bits, rows), scheme)
         return QuantizedWeight(
             codes=unpack_stream(qweight.t().contiguous(), bits, columns),
             scales=scales.t().contiguous(),
-            zeros=zeros.t().contiguous(),
+            zeros=self.read_zeros(name, tensors, (rows, groups), scheme),
             bits=bits,
             group_size=group_size,
             symmetric=scheme.symmetric,
         )
+
+    def read_zeros(self, name: str, tensors: Mapping[str, Tensor], grid: tuple[int, int], scheme: Scheme) -> Tensor:
+        """Zero points ``[N, G]``. Raises FormatError for damage and for ambiguous ones."""
+        rows, groups = grid
+        qzeros = checks.take(tensors, f"{name}.qzeros", (torch.int32,), 2)
+        checks.require_shape(f"{name}.qzeros", qzeros, (groups, words_for(rows, scheme.bits)))
+        if self.wraps and not scheme.symmetric:
+            return _wrapped_zeros(qzeros, scheme.bits, rows).t().contiguous()
+        stored = unpack_stream(qzeros, scheme.bits, rows)
+        return self._true_zeros(f"{name}.qzeros", stored, scheme).t().contiguous()
 
     def _true_zeros(self, name: str, stored: Tensor, scheme: Scheme) -> Tensor:
         """Undo the offset on unpacked fields, where no borrow can reach the neighbour."""
