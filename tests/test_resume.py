@@ -47,6 +47,14 @@ def parent(tmp_path_factory):
     return small_parent(tmp_path_factory.mktemp("resume") / "parent")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_commit_is_put_off():
+    """However slow the disk is while other programs write to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "SECONDS", 3600.0)
+        yield
+
+
 def stop(config, after):
     with pytest.raises(KeyboardInterrupt):
         quantize(config, progress=Stopping(after))
