@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import re
 import sys
 import traceback
@@ -229,11 +230,9 @@ def _eval(options: argparse.Namespace) -> int:
     if options.text:
         document |= _eval_text(options)
     if options.json:
-        import json
+        from ptq.formats.staging import atomic_write_text, json_text
 
-        from ptq.formats.checkpoint import atomic_write_text
-
-        atomic_write_text(Path(options.json), json.dumps(document, indent=1) + "\n")
+        atomic_write_text(Path(options.json), json_text(document))
     if options.text:
         require_passed(conditions, document["models"]["result"])
     return 0
@@ -317,7 +316,7 @@ def _export(options: argparse.Namespace) -> int:
             model=options.checkpoint, output="", method="gptq", device=options.device or "auto", calibration=calibration
         )  # fmt: skip
         check_rules(run, "")
-        check_rules(calibration, "calibration.")
+        check_rules(calibration, "--", {"sequence_length": "length"})
     done = export_gguf(
         options.checkpoint, options.type, options.out, run,
         overwrite=options.overwrite, trust_remote_code=options.trust_remote_code,
@@ -366,12 +365,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _threads(text: str) -> int:
+    """For argparse: as many as there are processors at most, as they are pinned."""
+    most = os.cpu_count() or 1
+    if (count := _count(text)) > most:
+        raise argparse.ArgumentTypeError(f"at most {most} threads have a processor each here, found {text}")
+    return count
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu"], help="GPUs are timed by scripts/gpu_check")
     sizes = "input x output features (default: four of a Llama-3-8B, and 512x1536)"
     parser.add_argument("--shapes", nargs="+", metavar="KxN", type=_shape, help=sizes)
     parser.add_argument("--rows", nargs="+", type=_count, help="rows of the input (default: 1 to 512)")
-    parser.add_argument("--threads", nargs="+", type=_count, default=[1], help="numbers of threads (default 1)")
+    parser.add_argument("--threads", nargs="+", type=_threads, default=[1], help="numbers of threads (default 1)")
     parser.add_argument("--compiled", action="store_true", help="add torch.compile's int4 path (needs a compiler)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
     _debug_argument(parser)

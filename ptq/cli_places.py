@@ -16,10 +16,12 @@ def expand_places(options: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: ``~name`` of nobody; a file to be written whose directory is not there or takes no files, or that
-            is a directory itself.
+            is a directory itself; an empty path.
     """
     for name in (*_READ, *_WRITTEN, "out"):
         value = getattr(options, name, None)
+        if value == "" or (isinstance(value, list) and "" in value):  # which would mean the working directory
+            raise ConfigError(f"{name} must be a path or a name, found nothing; write . for the working directory")
         if isinstance(value, list):
             setattr(options, name, [expanded(each) for each in value])
         elif value is not None:

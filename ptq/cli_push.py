@@ -35,16 +35,20 @@ def push_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _push(options: argparse.Namespace) -> int:
     from ptq.errors import ConfigError
-    from ptq.push import Target, folder, push, write_folder
+    from ptq.push import Target, check_target, folder, push, write_folder
 
     if options.out and not options.dry_run:
         raise ConfigError("--out is where a dry run writes; add --dry-run or leave it out")
+    target = Target(options.repo, options.revision, options.private, options.overwrite)
+    check_target(target)
+    checkpoint = Path(options.checkpoint).expanduser().resolve()
+    out = Path(options.out).resolve() if options.out else checkpoint.with_name(f"{checkpoint.name}-push")
+    if checkpoint in out.parents:
+        raise ConfigError(f"--out must not be inside the checkpoint, found {out}: name a directory beside it")
     files = folder(options.checkpoint, options.repo, force=options.force, trust_remote_code=options.trust_remote_code)
     if options.dry_run:
-        checkpoint = Path(options.checkpoint).expanduser().resolve()
-        out = write_folder(files, options.out or checkpoint.with_name(f"{checkpoint.name}-push"))
-        print(f"{len(files)} files in {out}; nothing was pushed")
+        print(f"{len(files)} files in {write_folder(files, out)}; nothing was pushed")
         return 0
-    done = push(files, Target(options.repo, options.revision, options.private, options.overwrite))
+    done = push(files, target)
     print(f"{done.files} files, {done.size / 1e6:.1f} MB: {done.url}")
     return 0

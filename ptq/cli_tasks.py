@@ -13,7 +13,7 @@ def task_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", metavar="DIR", help="directory with task files of your own")
     parser.add_argument("--fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task at most (default: all)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a task at a time (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="sequences of a task at a time (default 8)")
     parser.add_argument("--chat-template", action="store_true", help="put questions of tasks as a conversation")
 
 
@@ -24,12 +24,18 @@ def run_tasks(options: argparse.Namespace) -> dict[str, Any]:
         ConfigError: neither tasks nor a text, a condition without a text, options of tasks without any, and as
             `ptq.tasks.evaluate_tasks`.
     """
+    if options.tasks is not None and not options.tasks.strip(","):
+        raise ConfigError(f"--tasks must name tasks, separated by commas; found {options.tasks!r}")
     if not options.text and (options.fail_if or not options.tasks):
         wanted = "--fail-if needs --text FILE" if options.tasks else "eval needs --text FILE or --tasks NAMES"
         raise ConfigError(f"{wanted}; found {'--tasks alone' if options.tasks else 'neither'}")
     if not options.tasks:
-        given = ("include", "fewshot", "limit", "chat_template")
-        idle = [f"--{name.replace('_', '-')}" for name in given if getattr(options, name) not in (None, False)]
+        given = ("include", "fewshot", "limit", "batch_size", "chat_template")
+        idle = [
+            f"--{name.replace('_', '-')}"
+            for name in given
+            if getattr(options, name) is not None and getattr(options, name) is not False
+        ]
         if idle:
             need = "need" if idle[1:] else "needs"
             raise ConfigError(f"{', '.join(idle)} {need} --tasks NAMES; found none: name tasks, or leave them out")
@@ -41,7 +47,7 @@ def run_tasks(options: argparse.Namespace) -> dict[str, Any]:
     models = {"parent": options.parent} if options.parent else {}
     settings = TaskSettings(
         tuple(name for name in options.tasks.split(",") if name), options.include, options.fewshot, options.limit,
-        options.batch_size, options.chat_template,
+        8 if options.batch_size is None else options.batch_size, options.chat_template,
     )  # fmt: skip
     document = evaluate_tasks(
         {**models, "result": options.checkpoint}, settings, device=options.device, dtype=options.dtype,

@@ -148,7 +148,7 @@ def _reported(directory: Path) -> dict[str, float]:
     """Relative output error of each Linear on the calibration text, where the checkpoint comes with a report."""
     file = directory / "report.json"
     rows: Mapping[str, Mapping[str, Any]] = read_json(file).get("modules", {}) if file.is_file() else {}
-    return {name: row["relative_loss"] for name, row in rows.items() if "relative_loss" in row}
+    return {name: row["relative_loss"] for name, row in rows.items() if row.get("relative_loss") is not None}
 
 
 @torch.no_grad()

@@ -1,13 +1,12 @@
 """A comparison of checkpoints on disk: ``compare.json``, one self-contained ``compare.html``, and ``compare.png``."""
 
-import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ptq.formats.checkpoint import atomic_write_text
+from ptq.formats.staging import atomic_write_text, json_text
 from ptq.page import Series, chart, folded, page, paragraph, section, table
 
 Document = Mapping[str, Any]
@@ -21,7 +20,7 @@ def write_comparison(document: Document, directory: Path) -> list[str]:
         What to tell the person: the files written, and how to get the one that was not.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(directory / "compare.json", json.dumps(document, indent=1) + "\n")
+    atomic_write_text(directory / "compare.json", json_text(document))
     atomic_write_text(directory / "compare.html", comparison_page(document))
     said = [f"comparison  {directory / 'compare.html'}", f"figures     {directory / 'compare.json'}"]
     if find_spec("matplotlib") is None:

@@ -92,9 +92,14 @@ def streamed(model: StreamedModel, alter: Callable[[nn.Module, str], Any] | None
 
 
 def compare(
-    parent: Scorer, others: Mapping[str, Scorer], windows: Iterable[TextWindow], *, batch_size: int = BATCH
+    parent: Scorer,
+    others: Mapping[str, Scorer],
+    windows: Iterable[TextWindow],
+    *,
+    batch_size: int = BATCH,
+    name: str = "parent",
 ) -> dict[str, Metrics]:
-    """Metrics of a parent (under "parent") and of every other model against it.
+    """Metrics of a parent (under its ``name``) and of every other model against it.
 
     Text of any length: windows are scored in segments of about 65,536 tokens.
 
@@ -102,7 +107,7 @@ def compare(
         DataError: no windows.
         NumericsError: logits are NaN or infinite, or a KL divergence is.
     """
-    sums = {name: _Sums() for name in ("parent", *others)}
+    sums = {each: _Sums() for each in (name, *others)}
     stream = iter(windows)
     while segment := _segment(stream):
         batches = [torch.stack([w.tokens for w in group]) for group in _batches(segment, batch_size)]
@@ -111,9 +116,9 @@ def compare(
             logits = [next(scorer) for scorer in scorers]
             _add(sums, window, logits)
             del logits  # before the next ones are computed
-    if sums["parent"].tokens == 0:
+    if sums[name].tokens == 0:
         raise DataError("evaluation needs at least one window of text; found none: give more text or a shorter window")
-    return {name: total.metrics(name == "parent") for name, total in sums.items()}
+    return {each: total.metrics(each == name) for each, total in sums.items()}
 
 
 def perplexity(model: nn.Module, windows: Iterable[TextWindow], *, batch_size: int = BATCH) -> float:

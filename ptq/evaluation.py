@@ -82,9 +82,7 @@ def evaluate_checkpoint(
     scorers = {name: streamed(open_stream(each, target)) for name, each in opened.items()}
     windows = evaluation_windows(settings, load_tokenizer(first.directory, trust_remote_code))
     reference, *rest = scorers
-    metrics = compare(scorers[reference], {name: scorers[name] for name in rest}, windows)
-    if parent is None:
-        metrics = {"result": metrics["parent"]}
+    metrics = compare(scorers[reference], {name: scorers[name] for name in rest}, windows, name=reference)
     return _document(settings, metrics, {name: sum(each.reader.files().values()) for name, each in opened.items()})
 
 

@@ -16,6 +16,7 @@ from ptq.formats.staging import (
     full_disk_as_error,
     output_path,
     publish,
+    remove_checkpoint,
     require_writable,
     restore,
     sync_tree,
@@ -58,6 +59,12 @@ class RunDirectory(NamedTuple):
         require_writable(self.final, overwrite)
         self.clear()
 
+    def finish(self) -> None:
+        """Leave nothing but the output."""
+        remove_checkpoint(_aside(self.final))
+        (self.path / RUN).unlink(missing_ok=True)  # first, so that no half of a finished run looks unfinished
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def clear(self) -> None:
         """Forget everything; the lock is kept."""
         for entry in self.path.iterdir():
@@ -78,6 +85,14 @@ def signature_in(directory: Path) -> tuple[dict[str, Any], str]:
         return unseal(directory / RUN)
     except FormatError as error:
         raise FormatError(f"{error}; start over with --fresh") from error
+
+
+def sweep_up(output: Path) -> None:
+    """Remove what is left beside an output that is whole and needs nothing more. Raises ConfigError if it is in use."""
+    place = place_of(output_path(output))
+    if place.path.is_dir() and (place.published or not (place.path / RUN).exists()):
+        with _locked(place):
+            place.finish()
 
 
 @contextmanager
@@ -110,9 +125,7 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
                 if isinstance(error, KeyboardInterrupt):
                     raise KeyboardInterrupt(f"{left}{', without --fresh' if fresh else ''}") from error
                 raise
-            shutil.rmtree(_aside(final), ignore_errors=True)
-            (place.path / RUN).unlink(missing_ok=True)  # first, so that no half of a finished run looks unfinished
-            shutil.rmtree(place.path, ignore_errors=True)
+            place.finish()
 
 
 def _worth_keeping(place: RunDirectory, error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 Functions return HTML. Every text that comes from outside is escaped here; callers pass plain text and numbers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
@@ -116,23 +117,27 @@ def chart(series: Sequence[Series], *, x: str, y: str, log: bool = False, whole:
     """An SVG chart with its legend.
 
     Args:
-        series: what to draw; of a logarithmic axis points at or below 0 are left out.
+        series: what to draw; points that are not finite are left out and counted below, those at or below 0 of a
+            logarithmic axis are left out.
         x: name of the horizontal axis.
         y: name of the vertical one.
         log: whether the vertical axis is logarithmic.
         whole: whether the horizontal axis counts whole things, such as layers.
     """
-    kept = [s._replace(points=[p for p in s.points if not log or p[1] > 0]) for s in series]
+    finite = [s._replace(points=[p for p in s.points if math.isfinite(p[1])]) for s in series]
+    beyond = sum(len(s.points) for s in series) - sum(len(s.points) for s in finite)
+    said = paragraph(f"Not drawn: {beyond} that are not finite.", note=True) if beyond else ""
+    kept = [s._replace(points=[p for p in s.points if not log or p[1] > 0]) for s in finite]
     points = [p for s in kept for p in s.points]
     if not points:
-        return paragraph(f"Nothing to draw: no positive values of {y}.", note=True)
+        return paragraph(f"Nothing to draw: no {'positive' if log else 'finite'} values of {y}.", note=True)
     across = linear_scale([p[0] for p in points], _LEFT, _WIDTH - _RIGHT, whole=whole)
     up = (log_scale if log else linear_scale)([p[1] for p in points], _HEIGHT - _BOTTOM, _TOP)
     marks = "\n".join(_series(s, index, across, up) for index, s in enumerate(kept))
     opening = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(y)} by {escape(x)}">'
     svg = f"{opening}\n{_axes(across, up, x, y)}\n{marks}\n</svg>"
     legend = "" if all(s.label for s in series) or len(series) == 1 else _legend(series)
-    return f"<figure>\n{svg}\n{legend}</figure>"
+    return f"<figure>\n{svg}\n{legend}</figure>{said}"
 
 
 def _axes(across: Scale, up: Scale, x: str, y: str) -> str:

@@ -18,7 +18,7 @@ from ptq.distributed import ALONE, Ranks
 from ptq.errors import ConfigError
 from ptq.evaluation import evaluate_run, require_text
 from ptq.formats.checkpoint import atomic_write_text, read_json
-from ptq.formats.staging import CHAT_TEMPLATES
+from ptq.formats.staging import CHAT_TEMPLATES, json_text
 from ptq.journal import Journal
 from ptq.journal_directory import RunDirectory, run_directory
 from ptq.journal_signature import signature_of
@@ -78,18 +78,18 @@ def quantize(
         _check_shared(config, ranks)
     if not ranks.first:
         return _follow(config, ranks)
-    progress = progress or Progress()
+    progress, prepared = progress or Progress(), prepared or Prepared()
     started = time.perf_counter()
     check_output(config)
     with run_directory(Path(config.output), overwrite=overwrite, fresh=fresh) as place:
         with progress.stage("plan"):
             plan = _planned(config, ranks)
-        report = _finished_before(place, plan, overwrite, ranks)
+        report = _finished_before(place, plan, overwrite, prepared, ranks)
         ranks.told(place.path if report is None else None)
         if report is None:
             report = Report(Path(config.output), _described(plan, ranks))
             require_text(plan)
-            plan, batches = _calibrate(plan, report.document, progress, prepared or Prepared(), ranks)
+            plan, batches = _calibrate(plan, report.document, progress, prepared, ranks)
             _solve_and_write(plan, batches, place, report.document, progress, ranks)
             _write_report(report, place.checkpoint, progress, started)
             place.publish()
@@ -130,14 +130,19 @@ def _planned(config: RunConfig, ranks: Ranks) -> Plan:
     return plan._replace(device=ranks.device(plan.device))
 
 
-def _finished_before(place: RunDirectory, plan: Plan, overwrite: bool, ranks: Ranks) -> Report | None:
+def _finished_before(
+    place: RunDirectory, plan: Plan, overwrite: bool, prepared: Prepared, ranks: Ranks
+) -> Report | None:
     """The report of a run like this one that was cut short after its checkpoint was whole."""
     if not place.published:
         return None
     report = Report(Path(plan.config.output), read_json(place.final / "report.json"))
     steps = report.document["configuration"]["refine"]["model_steps"]
     if place.began_as(signature_of(plan, None, ranks.size)) and steps == plan.config.refine.model_steps:
-        return report
+        # The text itself, not the names of its files: whichever of them has changed, the codes would be others.
+        text = token_hash(prepared.batches(plan)) if plan.config.calibrates else None
+        if text == report.document.get("calibration", {}).get("token_hash"):
+            return report
     place.restart(overwrite)
     return None
 
@@ -158,7 +163,7 @@ def _rounded(progress: Progress) -> dict[str, float]:
 def _write_report(report: Report, directory: Path, progress: Progress, started: float) -> None:
     report.document["seconds"] = {**_rounded(progress), "total": round(time.perf_counter() - started, 2)}
     report.document["peak_bytes"] = dict(progress.peaks)
-    atomic_write_text(directory / "report.json", json.dumps(report.document, indent=1) + "\n")
+    atomic_write_text(directory / "report.json", json_text(report.document))
     atomic_write_text(directory / "report.html", report_page(report.output.name, report.document))
 
 

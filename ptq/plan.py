@@ -82,8 +82,8 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
     if getattr(hf_config, "quantization_config", None):
         raise ConfigError(f"model must be a float checkpoint; {directory} is quantized already: name its parent")
     dtype = model_dtype(hf_config, config.dtype)
-    if config.evaluation is not None:
-        require_multiplied(dtype)  # the result is run
+    require_multiplied(dtype)  # by whoever loads the result
+    _check_no_adapter(directory)
     skeleton = build_skeleton(hf_config, dtype, trust_remote_code=config.trust_remote_code)
     blocks = find_blocks(skeleton)
     found = dict(linears(skeleton))
@@ -113,6 +113,17 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
     return Plan(
         config, directory, hf_config, skeleton, blocks, schemes, shapes, codec, reader, names, dtype, device
     )  # fmt: skip
+
+
+def _check_no_adapter(directory: Path) -> None:
+    """transformers loads an adapter that lies beside the weights, onto them or onto a model that it names itself."""
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file():
+        raise ConfigError(
+            f"model must be one without an adapter; {directory} holds {adapter.name}, so transformers loads another "
+            "model than its weights are: move the adapter to a directory of its own, then merge the two with "
+            "`ptq merge`, or quantize the weights alone"
+        )
 
 
 def _heads(skeleton: nn.Module, found: Mapping[str, nn.Module]) -> list[str]:
@@ -175,6 +186,8 @@ def _check_patterns(config: RunConfig, modules: list[str]) -> None:
     if "lm_head" in config.exclude and "lm_head" in config.overrides:
         raise ConfigError("overrides of lm_head have no effect while `exclude` has it: take lm_head out of `exclude`")
     unused = [p for p in unused_patterns(config, modules) if p != "lm_head"]
+    if unused and any(matches(unused[0], module) for module in modules):
+        raise ConfigError(f"overrides of {unused[0]!r} have no effect: `exclude` has every Linear that it matches")
     if unused:
         names = dict.fromkeys([*modules, *(m.rpartition(".")[2] for m in modules)])  # many end alike
         near = get_close_matches(unused[0], names, n=2, cutoff=0.3)

@@ -1,6 +1,5 @@
 """``ptq push``: a checkpoint and its card as one commit on the hub, or as a folder to look at first."""
 
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from ptq.card import model_card
 from ptq.errors import ConfigError, FormatError, PtqError, UnsupportedModelError
 from ptq.formats.checkpoint import read_json, staged_directory
-from ptq.formats.staging import CHAT_TEMPLATES
+from ptq.formats.staging import CHAT_TEMPLATES, json_text
 from ptq.lint import Lint, lint
 from ptq.page_report import report_page
 from ptq.parent import parent_of
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 Files = Mapping[str, Path | bytes]  # name on the hub: a file here, or its content
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_BRANCH = re.compile(r"(?!.*(\.\.|//|@\{))[^\s~^:?*\[\\/.-][^\s~^:?*\[\\]*(?<![/.])")  # as git has them
 _KEPT = (".gitattributes",)  # the hub's own
 _TOKENS = "at https://huggingface.co/settings/tokens and set it with `hf auth login` or HF_TOKEN"
 _AGAIN = "nothing was committed: the same command starts again and sends no large file twice"
@@ -57,8 +57,7 @@ def folder(directory: str | Path, repo: str, *, force: bool = False, trust_remot
         FormatError: the files are damaged or load nowhere, or the report is not theirs.
     """
     directory = Path(directory).expanduser()
-    if not _REPO.fullmatch(repo):
-        raise ConfigError(f"--repo must be owner/name, found {repo!r}")
+    check_target(Target(repo))
     result = _linted(directory, force, trust_remote_code)
     document = _report(directory, force)
     files: dict[str, Path | bytes] = {
@@ -70,7 +69,7 @@ def folder(directory: str | Path, repo: str, *, force: bool = False, trust_remot
     names = _private_paths(document)
     shared = _without(document, names)
     if document:
-        files["report.json"] = (json.dumps(shared, indent=1) + "\n").encode()
+        files["report.json"] = json_text(shared).encode()
         files["report.html"] = report_page(repo.rpartition("/")[2], shared).encode()
     settings = directory / "ptq_config.yaml"
     if settings.is_file():
@@ -78,6 +77,14 @@ def folder(directory: str | Path, repo: str, *, force: bool = False, trust_remot
         files[settings.name] = unparse(_without(tree, names | _private_paths(tree))).encode()
     files["README.md"] = model_card(repo, shared, result).encode()
     return files
+
+
+def check_target(target: Target) -> None:
+    """Raises ConfigError for what can be no repository or branch."""
+    if not _REPO.fullmatch(target.repo):
+        raise ConfigError(f"--repo must be owner/name, found {target.repo!r}")
+    if target.revision is not None and not _BRANCH.fullmatch(target.revision):
+        raise ConfigError(f"--revision must be a name that git takes for a branch, found {target.revision!r}")
 
 
 def write_folder(files: Files, out: str | Path) -> Path:
@@ -105,11 +112,13 @@ def push(files: Files, target: Target) -> Pushed:
     Nothing is half pushed: until the commit, which comes last, the branch holds what it held.
 
     Raises:
-        ConfigError: the branch holds files and ``overwrite`` is false, or a public repository cannot be private.
+        ConfigError: ``target`` can be no branch, the branch holds files and ``overwrite`` is false, or a public
+            repository cannot be private.
         PtqError: no network, no token, a token that may not write, or the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    check_target(target)
     api = HfApi()
     with _sentences(target.repo):
         _require_token(api)

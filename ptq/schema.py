@@ -45,15 +45,21 @@ def build(cls: type[T], value: object) -> T:
     return _dataclass(cls, value, "", known_keys(cls))
 
 
-def check_rules(config: Any, prefix: str) -> None:
-    """Raises ConfigError for the first field of the dataclass ``config`` that breaks its rule.
+def check_rules(config: Any, prefix: str, named: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError for the first field of the dataclass ``config`` that breaks its rule or 64 bits.
 
-    ``prefix``: what stands before the field's name, as in ``calibration.`` or ``--``.
+    ``prefix``: what stands before the field's name, as in ``calibration.`` or ``--``; ``named``: other names of fields.
     """
     for item in fields(config):
-        rule, value = item.metadata.get("rule"), getattr(config, item.name)
+        rule, value, name = (
+            item.metadata.get("rule"),
+            getattr(config, item.name),
+            (named or {}).get(item.name, item.name),
+        )
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{prefix}{name} must be a number of 64 bits, found {value!r}")
         if rule is not None and value is not None and not rule.accepts(value):
-            raise ConfigError(f"{prefix}{item.name} must be {rule.required}, found {value!r}")
+            raise ConfigError(f"{prefix}{name} must be {rule.required}, found {value!r}")
 
 
 def known_keys(cls: type, prefix: str = "") -> list[str]:

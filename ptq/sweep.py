@@ -5,7 +5,6 @@ one pass of measurements, and the comparison at the end runs the parent once. So
 layer's inputs after the layers before it were quantized, so each variant has statistics of its own.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,8 +17,9 @@ from ptq.compare_page import FILES
 from ptq.config import RunConfig, load_config
 from ptq.config_paths import resolve_config_path
 from ptq.errors import ConfigError, FormatError
-from ptq.formats.checkpoint import atomic_write_text, read_json
-from ptq.formats.staging import output_path, require_writable
+from ptq.formats.checkpoint import CheckpointReader, atomic_write_text, read_json
+from ptq.formats.staging import json_text, output_path, require_writable
+from ptq.journal_directory import sweep_up
 from ptq.page_report import report_page
 from ptq.pipeline import quantize
 from ptq.plan import make_plan
@@ -116,6 +116,7 @@ def sweep(
             require_writable(output_path(Path(config.output), "--out"), overwrite, "--out")
     for name, config in runs.items():
         if name in kept:
+            sweep_up(Path(config.output))
             progress.say(f"{name}: kept, {config.output} was made with this configuration")
             continue
         progress.say(f"{name}: {config.output}")
@@ -134,14 +135,16 @@ def sweep(
 
 
 def _finished(config: RunConfig, prepared: Prepared) -> bool:
-    """Whether the output is a whole checkpoint of this very configuration, calibrated on what its files hold now."""
+    """Whether the output is a whole checkpoint, with a report, of this configuration, calibrated on the same text."""
     made = Path(config.output) / "ptq_config.yaml"
     try:
         if not made.is_file() or load_config(made) != config:
             return False
+        CheckpointReader(made.parent)  # of shards cut short, and of lost ones
+        report = read_json(made.parent / "report.json")
         if not config.calibrates:
-            return True
-        hashed = read_json(Path(config.output) / "report.json")["calibration"]["token_hash"]
+            return "modules" in report
+        hashed = report["calibration"]["token_hash"]
     except (ConfigError, FormatError, KeyError):  # of a version with other options, or damaged
         return False
     return bool(token_hash(prepared.batches(make_plan(config, weights=False))) == hashed)
@@ -155,5 +158,5 @@ def _complete(output: Path, name: str, document: Mapping[str, Any]) -> None:
     models = {label: {key: row[key] for key in keys} for label, row in rows.items()}
     protocol = {key: document[key] for key in ("text", "window", "stride", "tokens")}
     report["evaluation"] = {**protocol, "models": models}
-    atomic_write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
+    atomic_write_text(output / "report.json", json_text(report))
     atomic_write_text(output / "report.html", report_page(name, report))

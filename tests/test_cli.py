@@ -121,6 +121,16 @@ def test_dry_run_refuses_what_the_run_would(
     ("eval", ["--text", "~nobody-of-that-name/a.txt"], "must begin with a home directory that there is, found none"),
     ("export", ["--type", "F16", "--device", "cpu"], "--device need --text FILE to solve on; found none"),
     ("export", ["--type", "Q4_0", "--config", "demo.yaml", "--samples", "3"], "found --config, which has its own"),
+    ("export", ["--type", "Q4_0", "--text", "a.txt", "--samples", "0"], "--samples must be 1 or more, found 0"),
+    ("export", ["--type", "Q4_0", "--text", "a.txt", "--length", "1"], "--length must be 2 or more, found 1"),
+    ("eval", ["--text", "a.txt", "--batch-size", "0"], "--batch-size needs --tasks NAMES"),
+    ("eval", ["--text", "a.txt", "--tasks", ","], "--tasks must name tasks, separated by commas; found ','"),
+    ("eval", ["--text", ""], "text must be a path or a name, found nothing; write . for the working directory"),
+    ("eval", ["--text", "a.txt", "--parent", ""], "parent must be a path or a name, found nothing"),
+    ("eval", ["--text", "a.txt", "--tokens", str(2**63)], f"--tokens must be a number of 64 bits, found {2**63}"),
+    ("push", ["--repo", "a/b", "--dry-run", "--revision", "a b"], "--revision must be a name that git takes for a"),
+    ("push", ["--repo", "a/b", "--dry-run", "--revision", "../x"], "for a branch, found '../x'"),
+    ("push", ["--repo", "a/b", "--dry-run", f"--out={MODEL}/sub"], "--out must not be inside the checkpoint, found"),
 ])  # fmt: skip
 def test_options_that_cannot_be_followed(
     verb: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
@@ -185,6 +195,18 @@ USAGE = {
     "window too long": (["evaluation.window=4096", "evaluation.tokens=9000"], "context of 1024"),
     "missing text": (["calibration.dataset={files: [no-such.txt]}"], "no-such.txt"),
     "no such device": (["device=cuda:7"], "CUDA devices"),
+    "no device's number": (
+        ["device=cuda:007"],
+        "device must be auto, cpu, cuda or cuda:N (as cuda:1), found 'cuda:007'",
+    ),
+    "beyond 64 bits": ([f"calibration.samples={2**63}"], "calibration.samples must be a number of 64 bits"),
+    "override of what is excluded": (
+        ["exclude=[lm_head, model.layers.0]", "overrides={model.layers.0: {bits: 8}}"],
+        "overrides of 'model.layers.0' have no effect: `exclude` has every Linear",
+    ),
+    "revision of a directory": (["revision=v2"], "revision is of a model on the hub;"),
+    "text that is a directory": ([f"calibration.dataset={{files: [{TEXT}]}}"], "must name regular files"),
+    "text that is a device": (["calibration.dataset={files: [/dev/zero]}"], "/dev/zero is neither a file nor a dir"),
     "method mismatch": (["method=awq"], "needs method: gptq"),
     "output is the model": ([f"model={MODEL}", f"output={MODEL}"], "output"),
 }

@@ -36,6 +36,7 @@ def test_bench_prints_and_writes_its_figures(tmp_path: Path, capfd: pytest.Captu
         (["--shapes", "4096"], "a shape is KxN, K a multiple of 128 and N at least 1, found '4096'"),
         (["--shapes", "100x64"], "a shape is KxN, K a multiple of 128 and N at least 1, found '100x64'"),
         (["--rows", "0"], "a whole number of at least 1 is required, found '0'"),
+        (["--threads", "100000"], "threads have a processor each here, found 100000"),
         (["--threads", "two"], "a whole number of at least 1 is required, found 'two'"),
     ],
 )

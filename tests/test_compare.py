@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import ptq
 from ptq import cli, compare_page
 from ptq.calibration.data import evaluation_windows
 from ptq.compare import compare_checkpoints, short_names, show
-from ptq.compare_page import comparison_page
+from ptq.compare_page import comparison_page, write_comparison
 from ptq.config import EvaluationConfig, SchemeOverride
 from ptq.errors import ConfigError
 from ptq.evaluation import evaluate_checkpoint
@@ -214,8 +216,6 @@ def test_a_sweep_shares_what_it_can(files, made, tmp_path, monkeypatch) -> None:
         result = report["evaluation"]["models"]["result"]
         assert result == {key: row[key] for key in ("perplexity", "kl", "top1", "megabytes")}
         assert f"{row['kl']:.5f}" in (tmp_path / "out" / name / "report.html").read_text()
-    from dataclasses import replace
-
     run(replace(configs["budget"], output=str(tmp_path / "alone"), evaluation=None))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "out/budget")]
     assert weights[0] == weights[1]
@@ -236,6 +236,44 @@ def test_a_sweep_shares_what_it_can(files, made, tmp_path, monkeypatch) -> None:
     assert not finished(budget, Prepared())
     made.write_text(text.replace("model_steps", "other_steps"))
     assert not finished(replace(configs["three"], evaluation=None), Prepared())
+
+
+def test_a_variant_is_kept_where_it_is_whole(files, tmp_path) -> None:
+    """And what a kill left beside it is removed then; without its report or with a shard cut short it is not kept."""
+    (tmp_path / "one.yaml").write_text("a: {method: rtn}\n")
+    configs = load_variants(files[0], str(tmp_path / "one.yaml"), tmp_path / "out")
+    sweep(configs)
+    config, place = replace(configs["a"], evaluation=None), tmp_path / "out" / ".a.run"
+    (place / "blocks").mkdir(parents=True)
+    for name in ("published", "run.json", "blocks/0000.json"):
+        (place / name).write_text("")
+    sweep(configs)
+    assert not place.exists()
+    report, weights = (tmp_path / "out" / "a" / name for name in ("report.json", "model.safetensors"))
+    assert finished(config, Prepared())
+    kept = report.read_text()
+    for spoilt in (None, "[]", "{}"):
+        report.write_text(spoilt) if spoilt else report.unlink()
+        assert not finished(config, Prepared())
+    report.write_text(kept)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert not finished(config, Prepared())
+    with pytest.raises(ConfigError, match="exists; choose another --out or pass --overwrite"):
+        sweep(configs)
+
+
+def test_figures_that_are_not_finite_are_written(document, tmp_path) -> None:
+    """Of a checkpoint far off. Oracle: what the page says, and a JSON reader that takes no Infinity."""
+    broken = json.loads(json.dumps(document))
+    first = next(name for name in broken["models"] if name != "parent")
+    broken["models"][first] |= {"perplexity": math.inf, "worst_layer": math.inf}
+    broken["layers"][first][0] = math.inf
+    write_comparison(broken, tmp_path)
+    page = (tmp_path / "compare.html").read_text()
+    assert '<td class="n">inf</td>' in page
+    assert page.count("Not drawn: 1 that are not finite.") == 2
+    written = json.loads((tmp_path / "compare.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert written["models"][first]["perplexity"] is None
 
 
 def test_the_sweep_on_the_command_line(files, tmp_path, capsys) -> None:

@@ -275,11 +275,17 @@ FILES = {
     "between reads": ("a.txt", b"abc\xe2\x82(abc", "found byte 0xe2 at offset 3"),
     "json bytes": ("a.jsonl", b'{"text": "a"}\n{"text": "\xfe"}\n', "found byte 0xfe at offset 24"),
     "json syntax": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2: a JSON object is required, found: Exp"),
+    "json number": (
+        "a.jsonl",
+        b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n",
+        "a.jsonl, line 1: a JSON object is required, found: Exc",
+    ),
+    "json depth": ("a.jsonl", b"[" * 200_000, "a.jsonl, line 1: a JSON object is required, found: maximum recursion"),
     "json array": ("a.jsonl", b"[1]\n", "a.jsonl, line 1: a JSON object is required, found list; correct the line"),
     "column": ("a.jsonl", b'{"a": 1, "b": 2}', "line 1: the column 'text' is required, found a, b; set column to one"),
     "type": ("a.jsonl", b'{"text": 3}', "line 1: the column must hold text, found int; name the column that holds"),
     "short": ("a.txt", b"abcdef", "calibration needs 2 x 4 = 8 tokens, found 7; use more text, fewer samples or a"),
-    "parquet": ("a.parquet", b"no parquet", "a.parquet: it must be readable, found: "),
+    "parquet": ("a.parquet", b"no parquet", "; is the file whole, and parquet?"),
 }
 
 

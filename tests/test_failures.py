@@ -179,6 +179,7 @@ def test_a_tokenizer_of_another_model(tmp_path):
         ({"dtype": "int8"}, "the dtype in config.json must be one of bfloat16, .* found 'int8'"),
         ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "there is no 'nope'"),
         ({"vocab_size": -3}, "negative dimension -3"),
+        ({"pad_token_id": 288}, "Padding_idx must be within num_embeddings"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -236,7 +237,9 @@ def test_packed_layers_in_float64(tmp_path):
 
     source = save(build("llama", torch.float64), tmp_path / "parent")
     assert ptq.load(source, device="cpu")(tokens(1, 4)).logits.dtype == torch.float64
-    run(settings(source, tmp_path / "out", "rtn"))
+    run(settings(source, tmp_path / "out", "rtn", dtype="float32"))
+    config = tmp_path / "out" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float32"', '"dtype": "float64"'))
     text = EvaluationConfig(files=(str(TEXT),), tokens=64, window=32, stride=32)
     refused = [
         lambda: ptq.load(tmp_path / "out", device="cpu"),  # what config.json says
@@ -244,7 +247,7 @@ def test_packed_layers_in_float64(tmp_path):
         lambda: ptq.load(source, device="cpu", dtype="float64", head_bits=8),
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64),
         lambda: evaluate_checkpoint(str(tmp_path / "out"), None, text, device="cpu"),
-        lambda: make_plan(settings(source, tmp_path / "other", "rtn", evaluation=text)),
+        lambda: make_plan(settings(source, tmp_path / "other", "rtn")),
     ]
     for call in refused:
         with pytest.raises(ConfigError, match=r"compute in bfloat16, float16, float32; the dtype .* is float64: set"):
@@ -268,6 +271,18 @@ def test_a_loop_of_links_as_output(check, parent, tmp_path):
 def test_a_parent_that_is_quantized_already(parent, tmp_path):
     run(settings(parent, tmp_path / "once", "rtn"))
     refuse(ConfigError, "quantized already: name its parent", settings(tmp_path / "once", tmp_path / "twice", "rtn"))
+
+
+def test_a_parent_with_an_adapter_beside_its_weights(parent, tmp_path):
+    (parent / "adapter_config.json").write_text("{}")
+    refuse(ConfigError, "holds adapter_config.json, so transformers loads another", settings(parent, tmp_path / "out"))
+
+
+def test_nan_in_the_logits_of_a_checkpoint_without_its_parent(parent):
+    change(parent, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
+    text = EvaluationConfig(files=(str(TEXT),), tokens=64, window=32, stride=32)
+    with pytest.raises(NumericsError, match="those of result are NaN"):
+        evaluate_checkpoint(str(parent), None, text, device="cpu")
 
 
 def test_linears_outside_the_blocks(parent, tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def test_the_bench_measures_what_it_checked(
     """A new process with pinned threads prints the table; here only that every column is there and was right."""
     path = tmp_path / "cells.json"
     assert bench_cpu.main(["128x64", "12800000x12800000"]) == 2
-    assert "a shape must fit into memory: 12800000x12800000 needs 4259840 GB" in capsys.readouterr().err
+    assert "a shape must fit into memory: 12800000x12800000 with 512 rows needs 4259997 GB" in capsys.readouterr().err
     assert bench_cpu.main(["128x64"], [1, 20], [1, 2], str(path), seconds=0.001) == 0
     cells = json.loads(path.read_text())["cells"]
     assert {(cell["rows"], cell["threads"]) for cell in cells} == {(m, t) for m in (1, 20) for t in (1, 2)}

@@ -127,6 +127,15 @@ def test_points_stand_where_the_axes_say() -> None:
 def test_nothing_to_draw_is_said() -> None:
     assert "Nothing to draw" in chart([Series("a", [(0, 0.0)])], x="x", y="y", log=True)
     assert "Nothing to draw" in chart([], x="x", y="y")
+    assert "no finite values" in chart([Series("a", [(0, math.inf)])], x="x", y="y")
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_what_is_not_finite_is_counted_and_not_drawn(log: bool) -> None:
+    points = [(0, 1.0), (1, math.inf), (2, 3.0), (3, math.nan)]
+    drawn = chart([Series("a", points)], x="x", y="y", log=log)
+    assert "Not drawn: 2 that are not finite." in drawn
+    assert drawn.count("<circle") == 2
 
 
 def test_experts_are_one_line_and_named_in_short() -> None:

@@ -74,6 +74,14 @@ def whole(config):
     return found
 
 
+def with_text(config, file):
+    """The run on another text, which no key but the name of its file tells."""
+    text = Path(config.calibration.dataset.files[0]).read_text()
+    file.write_text(text[::-1])
+    dataset = replace(config.calibration.dataset, files=(str(file),))
+    return replace(config, calibration=replace(config.calibration, dataset=dataset))
+
+
 def offloaded(config):
     return replace(config, calibration=replace(config.calibration, offload="disk"))
 
@@ -416,7 +424,8 @@ def test_a_run_that_died_while_it_evaluated_evaluates(parent, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("ptq.pipeline.evaluate_run", killed)
         interrupted(config, overwrite=True)
-    with pytest.raises(ConfigError, match="exists; choose another `output` or pass --overwrite"):
-        run(replace(config, bits=8))
+    for other in (replace(config, bits=8), with_text(config, tmp_path / "other.txt")):
+        with pytest.raises(ConfigError, match="exists; choose another `output` or pass --overwrite"):
+            run(other)
     run(replace(config, bits=8), overwrite=True)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["configuration"]["bits"] == 8

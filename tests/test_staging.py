@@ -1,14 +1,17 @@
 """Staged directories and atomic files. Oracle: what is on the disk after success, failure, interruption, full disk."""
 
 import errno
+import json
+import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from ptq.errors import ConfigError, FormatError, PtqError
 from ptq.formats.checkpoint import atomic_write_text, read_json, staged_directory
-from ptq.formats.staging import full_disk_as_error, output_path
+from ptq.formats.staging import full_disk_as_error, json_text, output_path, remove_checkpoint
 
 
 def contents(directory):
@@ -92,7 +95,7 @@ def test_a_failed_rename_restores_the_old(tmp_path, monkeypatch):
 def test_leftovers_of_a_crash_are_cleaned_up(tmp_path):
     checkpoint(tmp_path / ".out.partial", "half")
     (tmp_path / ".out.partial" / "rubbish").write_text("x")
-    checkpoint(tmp_path / ".out.old", "older")
+    checkpoint(tmp_path / ".out.old")
     checkpoint(tmp_path / "out")
     with staged_directory(tmp_path / "out", overwrite=True) as staged:
         assert not any(staged.iterdir())
@@ -108,6 +111,54 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     ):
         pass
     assert contents(tmp_path) == {"out/config.json": OLD}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_no_run_put_aside_is_left_alone(tmp_path, overwrite):
+    """A directory of somebody's own that has the name an output takes while it is replaced."""
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "precious").write_text("x")
+    if overwrite:
+        checkpoint(tmp_path / "out")
+    before = contents(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=r"\.out\.old must be free .* found files but no config.json of a model: move"),
+        staged_directory(tmp_path / "out", overwrite=overwrite),
+    ):
+        pass
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_that_was_half_removed_is_known(tmp_path, monkeypatch):
+    """Oracle: of a removal cut short after any number of files what is left is empty or has config.json."""
+    names, real = ("a.safetensors", "config.json", "tokenizer.json"), Path.unlink
+    for after in range(len(names) + 1):
+        folder = tmp_path / str(after)
+        checkpoint(folder)
+        for name in names:
+            if name != "config.json":
+                (folder / name).write_text("x")
+        done = []
+
+        def unlink(path, done=done, after=after):
+            if len(done) == after:
+                raise KeyboardInterrupt
+            done.append(path.name)
+            real(path)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", unlink)
+            remove_checkpoint(folder)
+        left = [path.name for path in folder.iterdir()] if folder.exists() else []
+        assert len(left) == len(names) - after
+        assert not left or "config.json" in left
+
+
+def test_json_has_no_infinity(tmp_path):
+    """Oracle: a reader that refuses what is not JSON."""
+    text = json_text({"a": [math.inf, 1.5, {"b": math.nan}], "c": -math.inf, "d": (True, None, 2)})
+    strict = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert strict == {"a": [None, 1.5, {"b": None}], "c": None, "d": [True, None, 2]}
 
 
 def test_an_empty_directory_and_a_link_to_one_are_taken(tmp_path):

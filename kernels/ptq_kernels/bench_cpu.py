@@ -36,6 +36,7 @@ MOST_ERROR, MOST_INT8_ERROR = 1e-2, 2e-2
 INT8, COMPILED = "library int8", "compiled int4"
 # Two copies each in bfloat16, float32 and at least two packed layouts, the reference in float32 and float64.
 _BYTES_A_WEIGHT = 26
+_BYTES_A_VALUE = 12  # of x and y: a dtype, float32 or float64, and both of the comparison
 _PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -302,16 +303,16 @@ def run(
     return cells
 
 
-def _refusal(shapes: Sequence[str]) -> str | None:
+def _refusal(shapes: Sequence[str], rows: Sequence[int]) -> str | None:
     """Why nothing can be measured."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for shape in shapes:
-        columns, rows = (int(part) for part in shape.split("x"))
-        needed = columns * rows * _BYTES_A_WEIGHT
+        k, n = (int(part) for part in shape.split("x"))
+        needed = k * n * _BYTES_A_WEIGHT + max(rows) * (k + n) * _BYTES_A_VALUE
         if needed > memory:
             return (
-                f"a shape must fit into memory: {shape} needs {needed / 1e9:.0f} GB in all its forms, this machine has "
-                f"{memory / 1e9:.0f} GB"
+                f"a shape must fit into memory: {shape} with {max(rows)} rows needs {needed / 1e9:.0f} GB in all its "
+                f"forms, this machine has {memory / 1e9:.0f} GB"
             )
     return None
 
@@ -325,7 +326,7 @@ def main(
     seconds: float = 0.3,
 ) -> int:
     """Run the bench in a new process with pinned threads; its exit code. `compiled` adds torch.compile's int4 path."""
-    refusal = _refusal(shapes)
+    refusal = _refusal(shapes, rows)
     if refusal:
         print(f"bench: {refusal}", file=sys.stderr)
         return 2

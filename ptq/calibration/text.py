@@ -174,7 +174,7 @@ def _json_rows(path: Path, column: str) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # a number of more digits than Python reads is a ValueError
                 raise DataError(f"{place}: a JSON object is required, found: {error}; correct the line") from error
             if not isinstance(row, dict):
                 found = type(row).__name__
@@ -192,17 +192,22 @@ def _row(row: dict[str, Any], column: str, place: str) -> Row:
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     _open(path).close()  # datasets' own error for a missing file is about patterns
     options = {"path": "parquet", "data_files": glob.escape(str(path)), "split": "train", "streaming": True}
-    yield from _dataset_rows(str(path), column, None, **options)
+    yield from _dataset_rows(str(path), column, None, "is the file whole, and parquet?", **options)
 
 
 def _hub_rows(source: DatasetConfig, seed: int | None) -> Iterator[Row]:
     place = f"the dataset {source.name}"
     options = {"path": source.name, "name": source.config, "split": source.split, "streaming": source.streaming}
-    yield from _dataset_rows(place, source.column, seed, **options)
+    yield from _dataset_rows(
+        place, source.column, seed, "check its name and the network, or use local files", **options
+    )
 
 
-def _dataset_rows(place: str, column: str, seed: int | None, **options: Any) -> Iterator[Row]:
-    """Rows by way of the ``datasets`` package; ``options`` are those of ``datasets.load_dataset``."""
+def _dataset_rows(place: str, column: str, seed: int | None, advice: str, **options: Any) -> Iterator[Row]:
+    """Rows by way of the ``datasets`` package; ``options`` are those of ``datasets.load_dataset``.
+
+    ``advice``: what to do where they cannot be read.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -215,6 +220,4 @@ def _dataset_rows(place: str, column: str, seed: int | None, **options: Any) -> 
             yield _row(row, column, f"{place}, row {number}")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{place}: it must be readable, found: {reason}; check its name and the network, or use local files"
-        ) from error
+        raise DataError(f"{place}: it must be readable, found: {reason}; {advice}") from error

@@ -3,9 +3,10 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -107,30 +108,59 @@ def _not_created(final: Path, error: OSError, option: str) -> ConfigError:
 
 
 def restore(final: Path, aside: Path) -> None:
-    """Give a directory its name back where a run was killed between the two renames of `publish`."""
-    if aside.exists() and not final.exists():
+    """Give a directory its name back where a run was killed between the two renames of `publish`.
+
+    Raises ConfigError where something that no run put there has the name that is needed.
+    """
+    if not aside.exists():
+        return
+    found = _besides_checkpoint(aside) if aside.is_dir() else "a file"
+    if found:
+        raise ConfigError(
+            f"{aside} must be free for what stood in {final.name} before, or hold it; found {found}: move it elsewhere"
+        )
+    if not final.exists():
         aside.rename(final)
 
 
 def require_writable(final: Path, overwrite: bool, option: str = OUTPUT) -> None:
     """Raises ConfigError where ``final``, which ``option`` names, must not be replaced."""
-    if not final.exists():
-        return
-    if not any(final.iterdir()):
+    if not final.exists() or not any(final.iterdir()):
         return
     if not overwrite:
         raise ConfigError(f"output directory {final} exists; choose another {option} or pass --overwrite")
-    try:
-        known = {"model_type", "architectures"} & {*read_json(final / "config.json")}
-    except (FormatError, OSError):
-        known = set()
-    folders = [path.name for path in sorted(final.iterdir()) if path.is_dir() and path.name not in _IGNORED]
-    if not known or folders:
-        found = f"the folder {folders[0]}" if known else "files but no config.json of a model"
+    found = _besides_checkpoint(final)
+    if found:
         raise ConfigError(
             f"only a checkpoint directory is overwritten, {final} has {found}; choose another {option} or empty it "
             "yourself"
         )
+
+
+def _besides_checkpoint(directory: Path) -> str | None:
+    """What in a directory no checkpoint has; None of a checkpoint and of an empty directory."""
+    entries = sorted(directory.iterdir())
+    if not entries:
+        return None
+    try:
+        known = {"model_type", "architectures"} & {*read_json(directory / "config.json")}
+    except (FormatError, OSError):
+        known = set()
+    if not known:
+        return "files but no config.json of a model"
+    folders = [path.name for path in entries if path.is_dir() and path.name not in _IGNORED]
+    return f"the folder {folders[0]}" if folders else None
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint, config.json at last: were it cut short, the rest would be known for what it is."""
+    with suppress(OSError):
+        for entry in sorted(directory.iterdir(), key=lambda path: path.name == "config.json"):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+        directory.rmdir()
 
 
 def create_directory(partial: Path, final: Path, option: str = OUTPUT) -> None:
@@ -143,7 +173,7 @@ def create_directory(partial: Path, final: Path, option: str = OUTPUT) -> None:
 
 def publish(partial: Path, final: Path, aside: Path) -> None:
     """Rename ``partial`` to ``final``; an older ``final`` is removed only after that, and restored if it fails."""
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_checkpoint(aside)
     replaces = final.exists()
     if replaces:
         final.rename(aside)
@@ -154,7 +184,7 @@ def publish(partial: Path, final: Path, aside: Path) -> None:
             aside.rename(final)
         raise
     sync_directory(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_checkpoint(aside)
 
 
 @contextmanager
@@ -188,6 +218,21 @@ def atomic_write_text(path: Path, text: str) -> None:
             sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_text(document: Any) -> str:
+    """A document of plain values as JSON, which has no infinity and no NaN: null stands in their place."""
+    return json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -32,12 +32,14 @@ def locate(model: str, revision: str | None = None, *, weights: bool = True) -> 
     Without ``weights`` the shards of a hub model are not fetched.
 
     Raises:
-        ConfigError: neither a directory nor a reachable hub model.
+        ConfigError: neither a directory nor a reachable hub model, or a revision of a directory.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"a model directory must hold config.json; {path} does not: is it the right directory?")
+        if revision is not None:
+            raise ConfigError(f"revision is of a model on the hub; {path} is a directory: leave revision out")
         return path
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise ConfigError(f"model must be a directory or a hub name like owner/name; there is no directory {model!r}")
@@ -131,7 +133,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
             f"the model must be a causal language model of transformers; {type(config).__name__}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         raise FormatError(
             f"config.json must describe a model that can be built; {type(config).__name__} of "
             f"{getattr(config, 'name_or_path', '') or 'this model'}: {_sentence(error)}: correct the value, or fetch "
