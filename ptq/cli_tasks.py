@@ -31,11 +31,8 @@ def run_tasks(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"{wanted}; found {'--tasks alone' if options.tasks else 'neither'}")
     if not options.tasks:
         given = ("include", "fewshot", "limit", "batch_size", "chat_template")
-        idle = [
-            f"--{name.replace('_', '-')}"
-            for name in given
-            if getattr(options, name) is not None and getattr(options, name) is not False
-        ]
+        values = {f"--{name.replace('_', '-')}": getattr(options, name) for name in given}
+        idle = [name for name, value in values.items() if value is not None and value is not False]
         if idle:
             need = "need" if idle[1:] else "needs"
             raise ConfigError(f"{', '.join(idle)} {need} --tasks NAMES; found none: name tasks, or leave them out")
