@@ -369,7 +369,7 @@ def test_text_may_come_from_a_configuration(parents, tmp_path, capsys, text):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [(["--type", "Q9"], "--type must be one of F16, Q4_0"),
-     (["--type", "Q4_0", "--text", str(TEXT), "--samples", "0"], "calibration.samples must be"),
+     (["--type", "Q4_0", "--text", str(TEXT), "--samples", "0"], "--samples must be 1 or more"),
      (["--type", "Q4_0", "--text", "absent.txt", "--length", "32", "--device", "cpu"], "absent.txt")],
 )  # fmt: skip
 def test_wrong_arguments_are_sentences(parents, tmp_path, capsys, extra, message):

@@ -189,7 +189,8 @@ class _Tuning:
         call = {"input_ids": batch, "use_cache": False}
         # A head that shares its weight with the embeddings shares it no more once it is packed.
         found = functional_call(self._student, self._parameters(), kwargs=call, tie_weights=False).logits
-        loss: Tensor = Divergence.apply(found, wanted)  # type: ignore[no-untyped-call]
+        apply: Any = Divergence.apply  # which some releases of torch annotate, some not
+        loss: Tensor = apply(found, wanted)
         return loss
 
     def _parameters(self) -> dict[str, Tensor]:
