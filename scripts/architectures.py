@@ -56,9 +56,21 @@ MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "deepseek_v2": MIXTURE,
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 0,
+    },
     "dots1": MIXTURE,
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "inkling2_loop_text": {
+        "unpadded_vocab_size": 288,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+    },
 }
 DECODER = {"is_decoder": True}
 # Attention to an encoder that is not there, and projections used without being called: they stay in float.

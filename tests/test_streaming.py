@@ -315,7 +315,36 @@ def test_every_block_must_be_called(tmp_path):
             return self.inner.layers[1](self.inner.embed(input_ids))
 
     stream = stream_of(saved(Skipping(), tmp_path), Skipping())
-    with pytest.raises(UnsupportedModelError, match=r"inner.layers must be called one after another; .* called 1 of 2"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"inner.layers must be called one after another.* calls 1 of 2, 1 times in"
+    ):
+        stream.enter([tokens(1, 4) % 16])
+
+
+def test_blocks_that_are_gone_through_twice(tmp_path):
+    """As of looped models, also where the last block ends the first round."""
+
+    class Looped(Scaled):
+        def forward(self, input_ids, use_cache):
+            hidden = self.inner.embed(input_ids)
+            for layer in [*self.inner.layers, *self.inner.layers]:
+                hidden = layer(hidden)
+            return hidden
+
+    stream = stream_of(saved(Looped(), tmp_path), Looped())
+    with pytest.raises(
+        UnsupportedModelError, match=r"each once; a forward pass calls 2 of 2, 4 times in all: quantize"
+    ):
+        stream.enter([tokens(1, 4) % 16])
+
+
+def test_what_a_model_does_between_two_blocks(tmp_path):
+    class Doubling(Scaled):
+        def forward(self, input_ids, use_cache):
+            return self.inner.layers[1](2 * self.inner.layers[0](self.inner.embed(input_ids)))
+
+    stream = stream_of(saved(Doubling(), tmp_path), Doubling())
+    with pytest.raises(UnsupportedModelError, match=r"must be what the next one receives; block 1 receives something"):
         stream.enter([tokens(1, 4) % 16])
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ptq.errors import UnsupportedModelError
 
+PROBED = 8  # tokens of the pass that shows how a model calls its blocks
+
 Loader = Callable[[nn.Module, str], None]
 
 
@@ -82,21 +84,17 @@ class StreamedModel:
         ``keep``, where given, takes each batch's hidden states and returns what stands for them in the result.
 
         Raises:
-            UnsupportedModelError: the model does not call its blocks one after another.
+            UnsupportedModelError: the model does not call its blocks one after another, each once.
         """
         self.calls = [[] for _ in self.blocks]
         hidden: list[Tensor] = []
         with self.outer(), self.block(0):
             self._learn_output(batches[0])
+            self._check_order(batches[0])
             for batch in batches:
                 seen: list[BlockCall] = []
                 start: list[Tensor] = []
                 self._forward(batch, self._recorder(seen, start))
-                if len(seen) != len(self.blocks):
-                    raise UnsupportedModelError(
-                        f"the blocks {self.blocks_path} must be called one after another; a forward pass called "
-                        f"{len(seen)} of {len(self.blocks)}"
-                    )
                 for calls, call in zip(self.calls, _share_equal(seen, self.calls), strict=True):
                     calls.append(call)
                 first = start[0].cpu()
@@ -154,6 +152,34 @@ class StreamedModel:
             raise _Stop
 
         self._forward(batch[:1], real)
+
+    def _check_order(self, batch: Tensor) -> None:
+        """Raises UnsupportedModelError unless a forward pass to its end is what runs here: each block once, in order.
+
+        Some models go through their blocks several times, or do something between two of them: what a block returns
+        must be what the next one receives.
+        """
+        called: list[int] = []
+        last: list[Tensor] = []
+
+        def record(index: int, *args: Any, **kwargs: Any) -> Any:
+            hidden, _, _ = _split_hidden(args, kwargs)
+            if last and not torch.equal(hidden.float(), last[0].float()):
+                raise UnsupportedModelError(
+                    f"what a block of {self.blocks_path} returns must be what the next one receives; block {index} "
+                    "receives something else: quantize such a model in memory, with ptq.quantize_linears"
+                )
+            called.append(index)
+            last[:] = [hidden + 1]  # apart from every other block's, as it would be
+            return self._wrap(last[0])
+
+        self._forward(batch[:1, :PROBED], record)
+        if called != list(range(len(self.blocks))):
+            raise UnsupportedModelError(
+                f"the blocks {self.blocks_path} must be called one after another, each once; a forward pass calls "
+                f"{len(set(called))} of {len(self.blocks)}, {len(called)} times in all: quantize such a model in "
+                "memory, with ptq.quantize_linears"
+            )
 
     def _forward(self, batch: Tensor, replacement: Callable[..., Any]) -> Any:
         for index, block in enumerate(self.blocks):
