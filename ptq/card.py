@@ -1,15 +1,18 @@
 """The model card of a quantized checkpoint: what its report holds, and where `ptq lint` says that it loads."""
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from ptq.formats.capability import is_head
 from ptq.lint import Lint
 from ptq.readers import REFUSES, Verdict
 from ptq.yaml_tree import unparse
 
 Document = Mapping[str, Any]
+_NAMED = 8  # Linears left in float
 METHODS = {"gptq": "GPTQ", "awq": "AWQ", "rtn": "round to nearest"}
 
 
@@ -72,14 +75,24 @@ def _made(document: Document) -> str:
     for (bits, group_size, symmetric), count in schemes.most_common():
         groups = "one group a row" if group_size == -1 else f"groups of {group_size}"
         rows.append((f"{count} Linears", f"{bits} bits, {groups}, {'symmetric' if symmetric else 'asymmetric'}"))
-    rows.append(("left in float", ", ".join(document.get("kept_in_float", ())[:8]) or "no Linear"))
+    rows.append(("left in float", _some(document.get("kept_in_float", ())) or "no Linear"))
     rows.append(("format", configuration["format"]))
     size = document.get("size")
     if size:
         rows.append(("size", f"{size['after'] / 1e6:.1f} MB, parent {size['before'] / 1e6:.1f} MB"))
         rows.append(("bits a weight, scales and zeros included", f"{size['bits_per_weight']:.3f}"))
     rows.append(("calibration", _calibration(document)))
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {_plain(value)} |" for key, value in rows)])
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _plain(text: str) -> str:
+    """Text from outside as it is, in a cell or beside one: Markdown takes nothing in it for its own."""
+    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", text)
 
 
 def _method(configuration: Document) -> str:
@@ -114,8 +127,8 @@ def _quality(document: Document) -> str:
     text = evaluation["text"]
     sources = text if isinstance(text, str) else ", ".join(PurePath(file).name for file in text)
     protocol = (
-        f"{evaluation['tokens']} tokens of {sources}, window {evaluation['window']}, stride {evaluation['stride']}. "
-        "KL divergence is to the parent, in nats a token."
+        f"{evaluation['tokens']} tokens of {_plain(sources)}, window {evaluation['window']}, stride "
+        f"{evaluation['stride']}. KL divergence is to the parent, in nats a token."
     )
     return "\n".join([*lines, "", protocol])
 
@@ -160,7 +173,8 @@ def _llama_cpp(repo: str, document: Document) -> str:
     if not known:
         return "**llama.cpp** reads GGUF files; no block format is known to hold these groups. Export the float parent."
     symmetric, widest = all(row["symmetric"] for row in rows), max(row["bits"] for row in rows)
-    kind = "Q8_0" if widest > 4 else "Q4_0" if symmetric else "Q4_1"
+    head = any(is_head(name) for name in document["modules"])  # for which a file type has a kind of its own
+    kind = "Q8_0" if widest > 4 or head else "Q4_0" if symmetric else "Q4_1"
     if widest == 8 and not symmetric:
         return "**llama.cpp** reads GGUF files; none of its types has asymmetric 8-bit codes. Export the float parent."
     return (

@@ -73,6 +73,10 @@ def quantize_linears(
         raise ConfigError(
             f"bits must be 2, 3, 4 or 8, found {bits!r}; a budget needs a language model: python -m ptq.gptq"
         )
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        raise ConfigError(
+            f"exclude must be a list of patterns, found {exclude!r}: write exclude=['...'], or leave it out"
+        )
     config = build(RunConfig, {
         "model": "module", "output": "module", "method": method, "bits": bits, "group_size": group_size,
         "symmetric": symmetric, "exclude": list(exclude), "gptq": _options("gptq", gptq, GPTQConfig),

@@ -137,6 +137,27 @@ def test_llama_cpp(row: dict[str, Any], said: str) -> None:
     assert said in card(report(modules={"a": row}))
 
 
+def test_llama_cpp_with_a_packed_head() -> None:
+    """Its kind is another than the other Linears' under most types; `tests/test_gguf_export.py` exports such."""
+    for row in (ROW, {**ROW, "symmetric": False}):
+        assert "--type Q8_0" in card(report(modules={"a": row, "lm_head": row}))
+
+
+def test_many_linears_in_float_are_counted() -> None:
+    text = card(report(kept_in_float=[f"layers.{i}.down_proj" for i in range(11)]))
+    assert "layers.6.down_proj, layers.7.down_proj and 3 more |" in text
+    assert "layers.8" not in text
+
+
+def test_names_from_outside_are_text() -> None:
+    """Oracle: a table's row has two cells; nothing opens a tag or code."""
+    dataset = {"files": ["/x/te<i>|`xt.txt"]}
+    text = card(report(configuration={"calibration": {"dataset": dataset}}))
+    row = next(line for line in text.splitlines() if line.startswith("| calibration"))
+    assert r"te\<i\>\|\`xt.txt" in row
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+
+
 @pytest.mark.parametrize(
     ("model", "directory", "name", "commit"),
     [

@@ -6,6 +6,7 @@ values of the checkpoint that was exported. llama.cpp itself is in benchmarks/gg
 
 import errno
 import io
+import json
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TEXT, build, divergence, held_out, logits, run, save, settings, tokens
 
 from ptq import cli, runtime
+from ptq.card import _llama_cpp
 from ptq.config import CalibrationConfig, DatasetConfig, RunConfig
 from ptq.errors import ConfigError, FormatError, NumericsError, PtqError, UnsupportedModelError
 from ptq.export import Exported, export_gguf, show
@@ -375,3 +377,16 @@ def test_text_may_come_from_a_configuration(parents, tmp_path, capsys, text):
 def test_wrong_arguments_are_sentences(parents, tmp_path, capsys, extra, message):
     assert cli.main(["export", str(parents["llama"]), "--out", str(tmp_path), *extra]) in (1, 2)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_packed_head_fits_the_type_that_the_card_names(symmetric, tmp_path, capsys):
+    """Its kind is Q6_K under Q4_0 where its rows are blocks of 256, which groups of 32 do not fill."""
+    parent = save(build("llama", torch.bfloat16, hidden_size=256, tie_word_embeddings=False), tmp_path / "parent")
+    run(settings(parent, tmp_path / "made", "rtn", format="compressed-tensors", symmetric=symmetric, exclude=()))
+    document = json.loads((tmp_path / "made" / "report.json").read_text())
+    named = re.search(r"--type (\S+)", _llama_cpp("a/b", document))
+    export = ["export", str(tmp_path / "made"), "--out", str(tmp_path / "x.gguf"), "--type"]
+    assert cli.main([*export, "Q4_0"]) == 2
+    assert re.search(r"does not fit Q\w+: choose --type .*Q8_0", capsys.readouterr().err)
+    assert cli.main([*export, named[1]]) == 0

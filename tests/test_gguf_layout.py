@@ -182,6 +182,20 @@ def test_a_byte_level_tokenizer():
     assert keys["tokenizer.chat_template"] == "{{ messages }}"
 
 
+@pytest.mark.parametrize(("template", "kept"), [
+    ({"default": "a", "tool use": "b", "rag": "c"},
+     {"": "a", ".tool_use": "b", ".rag": "c", "s": ["tool_use", "rag"]}),
+    ({"default": "a"}, {"": "a"}),
+    ({"rag": "c"}, {".rag": "c", "s": ["rag"]}),
+    (None, {}),
+])  # fmt: skip
+def test_chat_templates_by_name(template, kept):
+    """As gguf-py's `GGUFWriter.add_chat_template` has them."""
+    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), chat_template=template)
+    keys = {key: value for key, value in tokenizer_keys(tokenizer, 264).items() if "chat_template" in key}
+    assert keys == {f"tokenizer.chat_template{end}": value for end, value in kept.items()}
+
+
 # Each pattern must cut this as llama.cpp's regular expression of that name does; the recorded pieces are those.
 PIECES = {
     "llama-bpe": ["It", "'s", " ", "123", "45", " OK", "!\n"],

@@ -332,6 +332,8 @@ OK = {"calibration_batches": inputs(1), "group_size": 16}
         (MLP, {"gptq": {"sweeps": 1}}, r"gptq must be a ptq.config.GPTQConfig, found a dict: write gptq=GPTQConfig\("),
         (MLP, {"calibration_batches": None}, "must be an iterable of batches, .* found one NoneType: put it into"),
         (MLP, {"exclude": ["dwon"]}, "a pattern in exclude must match a Linear; 'dwon' matches none of up, down"),
+        (MLP, {"exclude": "up"}, r"exclude must be a list of patterns, found 'up': write exclude=\['...'\]"),
+        (MLP, {"exclude": None}, "exclude must be a list of patterns, found None"),
         (MLP, {"exclude": ["up", "down"]}, "must hold a Linear that is not excluded; MLP holds none"),
         (nn.Sequential, {}, "must hold a Linear that is not excluded; Sequential holds none"),
         (lambda: nn.Linear(K, K), {}, "must hold its Linears.*found a bare Linear: wrap it, as in nn.Sequential"),

@@ -6,6 +6,7 @@ differently is an error, never a guess.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -166,6 +167,16 @@ def _special(tokenizer: Any) -> dict[str, Value]:
     keys["tokenizer.ggml.add_bos_token"] = tokenizer.bos_token_id is not None and around[0] == tokenizer.bos_token_id
     keys["tokenizer.ggml.add_eos_token"] = tokenizer.eos_token_id is not None and around[-1] == tokenizer.eos_token_id
     template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, str) and template:
-        keys["tokenizer.chat_template"] = template
+    named = template if isinstance(template, Mapping) else {"default": template}
+    others = []
+    for name, text in named.items():
+        if not isinstance(text, str) or not text:
+            continue
+        if name == "default":
+            keys["tokenizer.chat_template"] = text
+        else:
+            others.append(re.sub(r"[^A-Za-z0-9]", "_", name))
+            keys[f"tokenizer.chat_template.{others[-1]}"] = text
+    if others:
+        keys["tokenizer.chat_templates"] = others
     return keys
