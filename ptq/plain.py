@@ -166,6 +166,11 @@ def _check_weight(path: str, weight: Any) -> None:
             "the weight of a Linear must be float32, bfloat16 or float16, with at least one row and column, and in "
             f"memory; that of {path} is {kind}: convert it, or exclude the layer"
         )
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        raise ConfigError(
+            f"the weight of a Linear must be one that can be changed; that of {path} was made in torch.inference_mode: "
+            "quantize in that mode as well, or make the module outside of it"
+        )
 
 
 def _untie(module: nn.Module, paths: Iterable[str]) -> None:

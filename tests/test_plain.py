@@ -332,6 +332,7 @@ OK = {"calibration_batches": inputs(1), "group_size": 16}
         (MLP, {"gptq": {"sweeps": 1}}, r"gptq must be a ptq.config.GPTQConfig, found a dict: write gptq=GPTQConfig\("),
         (MLP, {"calibration_batches": None}, "must be an iterable of batches, .* found one NoneType: put it into"),
         (MLP, {"exclude": ["dwon"]}, "a pattern in exclude must match a Linear; 'dwon' matches none of up, down"),
+        (torch.inference_mode()(MLP), {}, "must be one that can be changed; that of up was made in torch.infe"),
         (MLP, {"exclude": "up"}, r"exclude must be a list of patterns, found 'up': write exclude=\['...'\]"),
         (MLP, {"exclude": None}, "exclude must be a list of patterns, found None"),
         (MLP, {"exclude": ["up", "down"]}, "must hold a Linear that is not excluded; MLP holds none"),
