@@ -83,12 +83,22 @@ def streamed(model: StreamedModel, alter: Callable[[nn.Module, str], Any] | None
         give_back()
         with model.outer():
             for batch, states in zip(batches, hidden, strict=True):
-                for tokens, state in zip(batch.split(1), states.split(1), strict=True):
+                for tokens, state in zip(batch.split(1), _by_sequence(states, batch), strict=True):
                     with fast_half_products(model.device):  # not across a yield: other models are scored in between
                         logits = model.logits(tokens, state)[0]
                     yield logits
 
     return score
+
+
+def _by_sequence(states: Tensor, batch: Tensor) -> tuple[Tensor, ...]:
+    """Hidden states of a batch ``[B, T]``, one sequence at a time.
+
+    They are ``[B, T, ...]``; where a model has several streams of them (Gemma 3n) these may come first.
+    """
+    axis = 0 if states.shape[:2] == batch.shape else 1
+    parts: tuple[Tensor, ...] = states.split(1, axis)
+    return parts
 
 
 def compare(

@@ -27,7 +27,7 @@ EQUAL = 2e-4
 
 # Field name -> value, the first pattern that matches; None leaves the field out. Only numbers are replaced.
 FIELDS: tuple[tuple[str, Any], ...] = (
-    (r"(vocab_size|vocabulary_size|vocab_size_per_layer_input)", 288),
+    (r"((unpadded_)?vocab_size|vocabulary_size|vocab_size_per_layer_input)", 288),
     (r"(num_hidden_layers|n_layers?|num_layers|(num_)?(encoder|decoder)_layers)", 2),
     (r"(num_attention_heads|n_heads?|num_heads|(num_)?(encoder|decoder)_attention_heads)", 4),
     (r"(num_key_value_heads|n_head_kv|num_kv_heads|n_kv_heads|swa_num_key_value_heads)", 2),

@@ -272,6 +272,26 @@ def test_parameters_of_a_container_are_loaded(tmp_path):
     assert held(skeleton) == set()
 
 
+@pytest.mark.parametrize(("streams", "batch"), [(0, 2), (3, 2), (2, 2), (2, 3), (-3, 2)])
+def test_several_streams_of_hidden_states(streams, batch, tmp_path):
+    """``[S, B, T, H]`` as Gemma 3n has them, and ``[B, T, S, H]``. Oracle: the model in memory."""
+    axis = 0 if streams > 0 else 2
+
+    class Streams(Scaled):
+        def forward(self, input_ids, use_cache):
+            x = self.inner.embed(input_ids) * self.inner.gain + self.inner.shift
+            parts = [x * (i + 1) for i in range(abs(streams))]
+            x = torch.stack(parts, axis) if parts else x
+            for layer in self.inner.layers:
+                x = layer(x)
+            return type("Output", (), {"logits": sum(x.unbind(axis)) if parts else x})
+
+    torch.manual_seed(0)
+    whole, ids = Streams(), tokens(batch, 5) % 16
+    found = torch.stack([*streamed(stream_of(saved(whole, tmp_path), Streams()))([ids])])
+    torch.testing.assert_close(found, whole(ids, False).logits)
+
+
 def test_a_buffer_that_the_checkpoint_lacks_keeps_the_models_value(tmp_path):
     whole = Scaled()
     state = whole.state_dict()
