@@ -55,6 +55,11 @@ FIELDS: tuple[tuple[str, Any], ...] = (
 MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")
+        }
+    },
     "deepseek_v2": MIXTURE,
     "dory": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -63,14 +68,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "n_output_layers": 0,
     },
     "dots1": MIXTURE,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "inkling2_loop_text": {
-        "unpadded_vocab_size": 288,
         "n_layers_per_attn_res_block": 1,
         "loop_layer_index_start": 1,
         "loop_layer_index_end": 2,
     },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "head_dim": 8, "qk_head_dim": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {"token_budget": 16, "compress_ratio": 4},
+    "zamba2": {"mamba_headdim": 8, "n_mamba_heads": 8},
 }
 DECODER = {"is_decoder": True}
 # Attention to an encoder that is not there, and projections used without being called: they stay in float.

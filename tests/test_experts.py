@@ -16,7 +16,7 @@ from ptq.calibration.capture import InputGroup, collect, trace_groups
 from ptq.errors import FormatError, UnsupportedModelError
 from ptq.gptq.block import stages
 from ptq.models.conversion import Conversions, put_together
-from ptq.models.experts import UnfusedExperts, experts_of, unfuse_experts
+from ptq.models.experts import UnfusedExperts, experts_of, routers, unfuse_experts
 from ptq.models.structure import linears
 
 IDS = tokens(2, 12)
@@ -142,6 +142,31 @@ def test_a_pickle_of_experts_is_the_same_model(name, again):
     assert [type(module) for module in experts_of(found).values()] == [
         type(module) for module in experts_of(model).values()
     ]
+
+
+@pytest.mark.parametrize("beyond", [0, 3])
+def test_experts_that_hold_nothing_pass_rows_on(beyond):
+    """LongCat-Flash's. Oracle: the model as it was, whose router sends about half of the choices to them."""
+    from transformers import AutoModelForCausalLM, LongcatFlashConfig
+
+    config = LongcatFlashConfig(
+        vocab_size=288, hidden_size=32, num_layers=2, num_attention_heads=4, q_lora_rank=16, kv_lora_rank=16,
+        qk_nope_head_dim=8, qk_rope_head_dim=8, head_dim=8, v_head_dim=8, qk_head_dim=16, ffn_hidden_size=32,
+        expert_ffn_hidden_size=16, n_routed_experts=4, zero_expert_num=beyond, moe_topk=2, max_position_embeddings=64,
+        bos_token_id=256, eos_token_id=257,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "experts" in name or "classifier" in name:
+            parameter.data.normal_()
+    expected = logits(model, IDS)
+    found = copy.deepcopy(model)
+    unfuse_experts(found)
+    assert [pool.layout.passes for pool in experts_of(found).values()] == [beyond > 0] * 2
+    torch.testing.assert_close(logits(found, IDS), expected, rtol=1e-5, atol=1e-6)
+    beside = routers(found)
+    assert {path.rpartition(".")[2] for path in beside} == {"classifier"}
 
 
 def test_a_convolution_is_no_stack_of_experts():

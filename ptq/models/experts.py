@@ -32,6 +32,7 @@ class Layout(NamedTuple):
     own_gate: bool  # the class joins gate and up itself (`_apply_gate`), not act(gate) * up
     normed: bool  # a norm follows each expert
     routed: bool  # called with indices and weights; otherwise with one batch of rows for each expert
+    passes: bool = False  # indices beyond its experts stand for some that return what they get (LongCat-Flash)
 
 
 class Expert(nn.Module):
@@ -117,10 +118,11 @@ class UnfusedExperts(nn.Module):
     def _route(self, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         result = torch.zeros_like(rows)
         for expert in torch.unique(index).tolist():
-            if expert < self.num_unfused:  # the number of experts itself marks a slot that is not used
+            stored = expert < self.num_unfused  # else, mostly, it marks a slot that is not used
+            if stored or self.layout.passes:
                 place, token = torch.where(index.t() == expert)
-                out = self.run_expert(expert, rows[token]) * weights[token, place, None]
-                result.index_add_(0, token, out.to(result.dtype))
+                out = self.run_expert(expert, rows[token]) if stored else rows[token]
+                result.index_add_(0, token, (out * weights[token, place, None]).to(result.dtype))
         return result
 
     def _each(self, rows: Tensor) -> Tensor:
@@ -192,7 +194,9 @@ def routers(root: nn.Module) -> dict[str, nn.Module]:
             full = f"{parent}.{name}" if parent and name else name or parent
             weight = module._parameters.get("weight")
             a_matrix = weight is not None and weight.dim() == 2
-            if a_matrix and len(module.weight) in (1, pool.num_unfused) and not full.startswith(f"{path}."):
+            # A stack may have a place for experts that hold nothing as well.
+            choices = {1, pool.num_unfused, *(shape[0] for shape in pool.shapes.values())}
+            if a_matrix and len(module.weight) in choices and not full.startswith(f"{path}."):
                 found[full] = module
     return found
 
@@ -288,7 +292,7 @@ def _find_layout(module: nn.Module) -> Layout | None:
             hidden, inner = _sizes(down, layout)
             wanted = (inner * (1 + gated), hidden)
             if tuple(first.shape[1:]) == (wanted[::-1] if transposed else wanted) and _proven(module, layout):
-                return layout
+                return layout._replace(passes=layout.routed and _passes(module, layout))
     return None
 
 
@@ -311,6 +315,21 @@ def _proven(module: nn.Module, layout: Layout) -> bool:
         return False
     # float32 sums of a few products; a wrong layout is off by the numbers themselves
     return isinstance(expected, Tensor) and bool(torch.allclose(found, expected, rtol=1e-3, atol=1e-4))
+
+
+@torch.no_grad()
+def _passes(module: nn.Module, layout: Layout) -> bool:
+    """Whether the class itself returns rows as they are, weighted, that are sent to the first expert beyond its own."""
+    small = _shrunk(module, layout)
+    down = small.get_parameter("down_proj")
+    x = torch.randn(3, _sizes(down, layout)[0], generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    index = torch.tensor([[len(down), 0]] * 3)  # two choices, of which one weighs nothing: some classes need several
+    weights = torch.tensor([[0.5, 0.0], [1.0, 0.0], [2.0, 0.0]])
+    try:
+        found = _eager(type(module))(small, x, index, weights)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # there is none beyond
+        return False
+    return isinstance(found, Tensor) and torch.allclose(found, x * weights[:, :1])
 
 
 def _shrunk(module: nn.Module, layout: Layout) -> nn.Module:
