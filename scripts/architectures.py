@@ -82,8 +82,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {"token_budget": 16, "compress_ratio": 4},
+    "qwen4_exp_text": {
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "ngram_vocab_size_base": 512,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 8,
+    },
     "zamba2": {"mamba_headdim": 8, "n_mamba_heads": 8},
+    "zaya": {"num_experts_per_tok": 1},
 }
 DECODER = {"is_decoder": True}
 # Attention to an encoder that is not there, and projections used without being called: they stay in float.

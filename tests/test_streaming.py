@@ -368,6 +368,57 @@ def test_what_a_model_does_between_two_blocks(tmp_path):
         stream.enter([tokens(1, 4) % 16])
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_an_exit_that_fails_matters_only_where_it_is_needed(blocks, tmp_path):
+    """As that of transformers' Llama 4 without images: blocks can be quantized all the same."""
+
+    class Ending(Scaled):
+        def __init__(self):
+            super().__init__()
+            self.inner.layers = self.inner.layers[:blocks]
+
+        def forward(self, input_ids, use_cache):
+            return super().forward(input_ids, use_cache).image_outputs
+
+    stream = stream_of(saved(Ending(), tmp_path), Ending())
+    assert len(stream.enter([tokens(1, 4) % 16])) == 1
+    with pytest.raises(AttributeError, match="image_outputs"), stream.outer():
+        stream.logits(tokens(1, 4) % 16, torch.zeros(1, 4, 8))
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_blocks_that_hand_on_more_than_hidden_states(carried, tmp_path):
+    """As ZAYA's routers do. What is the same for all blocks may be handed to each."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, hidden, before):
+            found = self.linear(hidden)
+            return found, found[..., :1]
+
+    class Carrying(Scaled):
+        def __init__(self):
+            super().__init__()
+            self.inner.layers = nn.ModuleList([Pair(), Pair()])
+
+        def forward(self, input_ids, use_cache):
+            hidden, before = self.inner.embed(input_ids), torch.ones(1)
+            for layer in self.inner.layers:
+                hidden, more = layer(hidden, before)
+                before = more if carried else before
+            return type("Output", (), {"logits": hidden})
+
+    stream = stream_of(saved(Carrying(), tmp_path), Carrying())
+    if carried:
+        with pytest.raises(UnsupportedModelError, match="must receive nothing but hidden states from the one before"):
+            stream.enter([tokens(1, 4) % 16])
+    else:
+        stream.enter([tokens(1, 4) % 16])
+
+
 def test_a_block_must_receive_hidden_states(tmp_path):
     class Keyword(Scaled):
         def forward(self, input_ids, use_cache):

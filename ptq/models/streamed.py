@@ -89,8 +89,8 @@ class StreamedModel:
         self.calls = [[] for _ in self.blocks]
         hidden: list[Tensor] = []
         with self.outer(), self.block(0):
-            self._learn_output(batches[0])
-            self._check_order(batches[0])
+            few = batches[0][:1, :PROBED]
+            self._check_order(few, self._learn_output(few))
             for batch in batches:
                 seen: list[BlockCall] = []
                 start: list[Tensor] = []
@@ -143,27 +143,42 @@ class StreamedModel:
     def _wrap(self, hidden: Tensor) -> Any:
         return hidden if self._width is None else (hidden, *[None] * (self._width - 1))
 
-    def _learn_output(self, batch: Tensor) -> None:
-        """Blocks return a tensor or a tuple, by architecture: run the first one and see."""
+    def _learn_output(self, batch: Tensor) -> BlockCall | None:
+        """Blocks return a tensor or a tuple, by architecture: run the first one and see, and what the next one gets."""
+        following: list[BlockCall] = []
+        started: list[int] = []
 
         def real(index: int, *args: Any, **kwargs: Any) -> Any:
+            if started:
+                following.append(BlockCall(*_split_hidden(args, kwargs)[1:]))
+                raise _Stop
+            started.append(index)
             output = type(self.blocks[0]).forward(self.blocks[0], *args, **kwargs)
             self._width = len(output) if isinstance(output, tuple) else None
-            raise _Stop
+            if len(self.blocks) == 1:
+                raise _Stop
+            return output
 
-        self._forward(batch[:1], real)
+        self._forward(batch, real)
+        return following[0] if following else None
 
-    def _check_order(self, batch: Tensor) -> None:
+    def _check_order(self, batch: Tensor, second: BlockCall | None) -> None:
         """Raises UnsupportedModelError unless a forward pass to its end is what runs here: each block once, in order.
 
-        Some models go through their blocks several times, or do something between two of them: what a block returns
-        must be what the next one receives.
+        Some models go through their blocks several times, or do something between two of them, or hand on more than
+        hidden states: what a block returns must be what the next one receives, and all else as in ``second``, the call
+        of the second block after a first one that was run.
         """
         called: list[int] = []
         last: list[Tensor] = []
 
         def record(index: int, *args: Any, **kwargs: Any) -> Any:
-            hidden, _, _ = _split_hidden(args, kwargs)
+            hidden, *beside = _split_hidden(args, kwargs)
+            if second is not None and len(called) == 1 and _differ(tuple(second), tuple(beside)):
+                raise UnsupportedModelError(
+                    f"a block of {self.blocks_path} must receive nothing but hidden states from the one before; this "
+                    "model's hand on more: quantize such a model in memory, with ptq.quantize_linears"
+                )
             if last and not torch.equal(hidden.float(), last[0].float()):
                 raise UnsupportedModelError(
                     f"what a block of {self.blocks_path} returns must be what the next one receives; block {index} "
@@ -173,7 +188,14 @@ class StreamedModel:
             last[:] = [hidden + 1]  # apart from every other block's, as it would be
             return self._wrap(last[0])
 
-        self._forward(batch[:1, :PROBED], record)
+        try:
+            self._forward(batch, record)
+        except UnsupportedModelError:
+            raise
+        except Exception:
+            # Beyond the blocks it comes again where logits are needed, and matters nowhere else (Llama 4, no images).
+            if len(called) < len(self.blocks):
+                raise
         if called != list(range(len(self.blocks))):
             raise UnsupportedModelError(
                 f"the blocks {self.blocks_path} must be called one after another, each once; a forward pass calls "
@@ -235,6 +257,17 @@ def _share_equal(seen: list[BlockCall], earlier: list[list[BlockCall]]) -> list[
         paired = before.args if len(before.args) == len(call.args) else call.args
         result.append(BlockCall(tuple(same(n, o) for n, o in zip(call.args, paired, strict=True)), kwargs))
     return result
+
+
+def _differ(real: Any, recorded: Any) -> bool:
+    """Whether tensors in nested arguments are others, or not there."""
+    if isinstance(real, Tensor):
+        return not (isinstance(recorded, Tensor) and real.shape == recorded.shape and torch.equal(real, recorded))
+    if isinstance(real, tuple | list):
+        return len(real) != len(recorded or ()) or any(map(_differ, real, recorded))
+    if isinstance(real, dict):
+        return any(_differ(value, (recorded or {}).get(key)) for key, value in real.items())
+    return False
 
 
 def _to_float(value: Any) -> Any:
