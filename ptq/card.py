@@ -60,7 +60,11 @@ def _lead(document: Document) -> str:
     method = METHODS.get(configuration["method"], configuration["method"])
     name = (document.get("parent") or {}).get("name")
     model = PurePath(configuration["model"]).name
-    parent = f"[{name}](https://huggingface.co/{name})" if name else f"A model in a local directory called `{model}`"
+    parent = (
+        f"[{name}](https://huggingface.co/{name})"
+        if name
+        else f"A model in a local directory called `{model.replace('`', '')}`"
+    )
     return f"{parent} quantized with {method} by ptq {document.get('versions', {}).get('ptq', '')}".rstrip() + "."
 
 
@@ -92,7 +96,8 @@ def _some(names: Sequence[str]) -> str:
 
 def _plain(text: str) -> str:
     """Text from outside as it is, in a cell or beside one: Markdown takes nothing in it for its own."""
-    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", text)
+    inside = r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # underscores within words are none of Markdown's
+    return re.sub(rf"([\\`*~|<>&#\[\]]|{inside})", r"\\\1", " ".join(text.split()))
 
 
 def _method(configuration: Document) -> str:
@@ -188,6 +193,6 @@ def _licence(document: Document) -> str:
     card = parent.get("card") or {}
     name = card.get("license_name") or card.get("license")
     if name:
-        return f"That of the parent: {name}."
+        return f"That of the parent: {_plain(str(name))}."
     where = f" [{parent['name']}](https://huggingface.co/{parent['name']})" if parent.get("name") else ""
     return f"The parent's licence is not known here: look at the parent{where} before you use this."

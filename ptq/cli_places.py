@@ -21,7 +21,8 @@ def expand_places(options: argparse.Namespace) -> None:
     for name in (*_READ, *_WRITTEN, "out"):
         value = getattr(options, name, None)
         if value == "" or (isinstance(value, list) and "" in value):  # which would mean the working directory
-            raise ConfigError(f"{name} must be a path or a name, found nothing; write . for the working directory")
+            said = "a file" if name in _WRITTEN else "a path or a name"
+            raise ConfigError(f"{name} must be {said}, found nothing: write one, or leave the option out")
         if isinstance(value, list):
             setattr(options, name, [expanded(each) for each in value])
         elif value is not None:

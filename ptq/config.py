@@ -25,7 +25,7 @@ _BITS_OR_BUDGET = checked(
     lambda bits: isinstance(bits, BitBudget) or bits in WIDTHS, "2, 3, 4 or 8, or {budget: average}"
 )
 _GROUP = checked(lambda size: size == -1 or size >= 1, "-1 (one group per channel) or 1 or more columns")
-DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?")  # torch knows none beyond
+DEVICE = re.compile(r"auto|cpu|cuda(:([0-9]|[1-9][0-9]|1[01][0-9]|12[0-7]))?")  # beyond, torch starts again at 0
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"([1-9][0-9]*)(KB|MB|GB|TB)")
 

@@ -94,9 +94,10 @@ def streamed(model: StreamedModel, alter: Callable[[nn.Module, str], Any] | None
 def _by_sequence(states: Tensor, batch: Tensor) -> tuple[Tensor, ...]:
     """Hidden states of a batch ``[B, T]``, one sequence at a time.
 
-    They are ``[B, T, ...]``; where a model has several streams of them (Gemma 3n) these may come first.
+    They are ``[B, T, ...]``, or longer than the text (CPM-Ant's prompt, ProphetNet's predictions); where a model has
+    several streams of them (Gemma 3n) these may come first.
     """
-    axis = 0 if states.shape[:2] == batch.shape else 1
+    axis = int(states.shape[1:3] == batch.shape and states.shape[:2] != batch.shape)
     parts: tuple[Tensor, ...] = states.split(1, axis)
     return parts
 

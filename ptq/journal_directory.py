@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptq.errors import ConfigError, FormatError, NumericsError, UnsupportedModelError
+from ptq.errors import ConfigError, DataError, FormatError, NumericsError, UnsupportedModelError
 from ptq.formats.sealed import unseal
 from ptq.formats.staging import (
     atomic_write_text,
@@ -42,6 +42,11 @@ class RunDirectory(NamedTuple):
     def published(self) -> bool:
         """Whether the checkpoint has its final name and only its evaluation is to be done."""
         return (self.path / PUBLISHED).exists() and self.final.exists() and not self.checkpoint.exists()
+
+    @property
+    def over(self) -> bool:
+        """Whether no run is to be continued here."""
+        return self.published or not (self.path / RUN).exists()
 
     def publish(self) -> None:
         """Give the checkpoint its final name; what had that name before is removed only afterwards."""
@@ -90,9 +95,10 @@ def signature_in(directory: Path) -> tuple[dict[str, Any], str]:
 def sweep_up(output: Path) -> None:
     """Remove what is left beside an output that is whole and needs nothing more. Raises ConfigError if it is in use."""
     place = place_of(output_path(output))
-    if place.path.is_dir() and (place.published or not (place.path / RUN).exists()):
+    if place.path.is_dir() and place.over:
         with _locked(place):
-            place.finish()
+            if place.over:  # still: nobody has begun another run in between
+                place.finish()
 
 
 @contextmanager
@@ -129,8 +135,8 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
 
 
 def _worth_keeping(place: RunDirectory, error: BaseException) -> bool:
-    if place.published:  # the codes are safe; an evaluation that failed would fail again
-        return not isinstance(error, Exception)
+    if place.published:  # the codes are safe; an evaluation that failed would fail again, but on other text
+        return isinstance(error, ConfigError | DataError) or not isinstance(error, Exception)
     return _committed(place) and not isinstance(error, NumericsError | UnsupportedModelError)
 
 

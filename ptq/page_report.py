@@ -92,7 +92,8 @@ def _budget(document: Document) -> str:
     rows = []
     for group in budget["groups"]:
         measured = [modules.get(name, {}).get("relative_loss") for name in group["modules"]]
-        predicted = sum(group["predicted_relative_loss"].values())
+        losses = group["predicted_relative_loss"].values()  # of a report that was read: None is not finite
+        predicted = None if None in losses else sum(losses)
         total = sum(measured) if all(isinstance(loss, float) for loss in measured) else None
         rows.append([
             _names(group["modules"]), str(group["bits"]), _number(group["predicted_kl"][str(group["bits"])], ".2e"),
@@ -100,7 +101,8 @@ def _budget(document: Document) -> str:
         ])  # fmt: skip
     said = (
         f"{budget['average_bits']:.4f} bits a weight were spent of {budget['budget']:g}, among widths of "
-        f"{', '.join(map(str, budget['widths']))}. Predicted KL divergence of all groups: {budget['predicted_kl']:.2e}."
+        f"{', '.join(map(str, budget['widths']))}. Predicted KL divergence of all groups: "
+        f"{_number(budget['predicted_kl'], '.2e') or 'not finite'}."
     )
     head = ["Linears with one input", "bits", "predicted KL", "predicted loss", "measured loss"]
     return section("Bit budget", paragraph(said), folded(f"{len(rows)} groups", table(head, rows)))

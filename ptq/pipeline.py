@@ -143,6 +143,11 @@ def _finished_before(
         text = token_hash(prepared.batches(plan)) if plan.config.calibrates else None
         if text == report.document.get("calibration", {}).get("token_hash"):
             return report
+        if not overwrite:
+            raise ConfigError(
+                f"{place.final}, which is still to be evaluated, was made on another calibration text: name that one, "
+                "or pass --overwrite to make it again"
+            )
     place.restart(overwrite)
     return None
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 Files = Mapping[str, Path | bytes]  # name on the hub: a file here, or its content
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_BRANCH = re.compile(r"(?!.*(\.\.|//|@\{))[^\s~^:?*\[\\/.-][^\s~^:?*\[\\]*(?<![/.])")  # as git has them
+_BRANCH = re.compile(
+    r"(?!HEAD$)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[^\x00-\x20\x7f~^:?*\[\\/.-][^\x00-\x20\x7f~^:?*\[\\]*(?<![/.])"
+)  # as git has them
 _KEPT = (".gitattributes",)  # the hub's own
 _TOKENS = "at https://huggingface.co/settings/tokens and set it with `hf auth login` or HF_TOKEN"
 _AGAIN = "nothing was committed: the same command starts again and sends no large file twice"

@@ -150,7 +150,7 @@ def _manager(settings: TaskSettings) -> Any:
 def _require_sound(manager: Any, settings: TaskSettings) -> None:
     """Raise ConfigError for task files of one's own that the harness stops at, before a model is loaded for them."""
     try:
-        load = getattr(manager, "load", manager.load_task_or_group)  # the old name is deprecated
+        load = manager.load if hasattr(manager, "load") else manager.load_task_or_group  # the older name
         load(manager.match_tasks(list(settings.names)))
     except Exception as error:  # of whatever kind: such a file may name any Python function
         raise ConfigError(

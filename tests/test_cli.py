@@ -125,11 +125,13 @@ def test_dry_run_refuses_what_the_run_would(
     ("export", ["--type", "Q4_0", "--text", "a.txt", "--length", "1"], "--length must be 2 or more, found 1"),
     ("eval", ["--text", "a.txt", "--batch-size", "0"], "--batch-size needs --tasks NAMES"),
     ("eval", ["--text", "a.txt", "--tasks", ","], "--tasks must name tasks, separated by commas; found ','"),
-    ("eval", ["--text", ""], "text must be a path or a name, found nothing; write . for the working directory"),
+    ("eval", ["--text", ""], "text must be a path or a name, found nothing: write one, or leave the option out"),
     ("eval", ["--text", "a.txt", "--parent", ""], "parent must be a path or a name, found nothing"),
     ("eval", ["--text", "a.txt", "--tokens", str(2**63)], f"--tokens must be a number of 64 bits, found {2**63}"),
     ("push", ["--repo", "a/b", "--dry-run", "--revision", "a b"], "--revision must be a name that git takes for a"),
     ("push", ["--repo", "a/b", "--dry-run", "--revision", "../x"], "for a branch, found '../x'"),
+    ("push", ["--repo", "a/b", "--dry-run", "--revision", "a.lock"], "for a branch, found 'a.lock'"),
+    ("eval", ["--text", "a.txt", "--json="], "json must be a file, found nothing: write one, or leave the option out"),
     ("push", ["--repo", "a/b", "--dry-run", f"--out={MODEL}/sub"], "--out must not be inside the checkpoint, found"),
 ])  # fmt: skip
 def test_options_that_cannot_be_followed(
@@ -195,6 +197,7 @@ USAGE = {
     "window too long": (["evaluation.window=4096", "evaluation.tokens=9000"], "context of 1024"),
     "missing text": (["calibration.dataset={files: [no-such.txt]}"], "no-such.txt"),
     "no such device": (["device=cuda:7"], "CUDA devices"),
+    "torch's numbers go round": (["device=cuda:256"], "device must be auto, cpu, cuda or cuda:N"),
     "no device's number": (
         ["device=cuda:007"],
         "device must be auto, cpu, cuda or cuda:N (as cuda:1), found 'cuda:007'",

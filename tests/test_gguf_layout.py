@@ -186,7 +186,8 @@ def test_a_byte_level_tokenizer():
     ({"default": "a", "tool use": "b", "rag": "c"},
      {"": "a", ".tool_use": "b", ".rag": "c", "s": ["tool_use", "rag"]}),
     ({"default": "a"}, {"": "a"}),
-    ({"rag": "c"}, {".rag": "c", "s": ["rag"]}),
+    ({"rag": "c", "": "d"}, {".rag": "c", "s": ["rag"]}),
+    ({"a-b": "c", "a_b": "d"}, {".a_b": "c", ".a_b_": "d", "s": ["a_b", "a_b_"]}),
     (None, {}),
 ])  # fmt: skip
 def test_chat_templates_by_name(template, kept):

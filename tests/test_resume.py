@@ -21,7 +21,7 @@ from tiny_models import run
 
 from ptq import journal, walk
 from ptq.config import EvaluationConfig, SchemeOverride
-from ptq.errors import ConfigError, FormatError, NumericsError
+from ptq.errors import ConfigError, DataError, FormatError, NumericsError
 from ptq.formats.assembly import write_part
 from ptq.formats.sealed import seal, unseal
 from ptq.pipeline import quantize
@@ -424,8 +424,24 @@ def test_a_run_that_died_while_it_evaluated_evaluates(parent, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("ptq.pipeline.evaluate_run", killed)
         interrupted(config, overwrite=True)
-    for other in (replace(config, bits=8), with_text(config, tmp_path / "other.txt")):
-        with pytest.raises(ConfigError, match="exists; choose another `output` or pass --overwrite"):
+    text_file = Path(config.calibration.dataset.files[0])
+    hidden = text_file.with_name("hidden.txt")
+    for other, error, said in (
+        (replace(config, bits=8), ConfigError, "exists; choose another `output` or pass --overwrite"),
+        (with_text(config, tmp_path / "other.txt"), ConfigError, "was made on another calibration text: name that one"),
+        (config, DataError, "a readable text file is required"),
+    ):
+        if error is DataError:
+            text_file.rename(hidden)
+        with pytest.raises(error, match=said):
             run(other)
+        assert (unfinished(config) / "published").exists()  # so that the evaluation can still be made
+    hidden.rename(text_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "quantize_block", None)
+        assert run(config).document["evaluation"]["tokens"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr("ptq.pipeline.evaluate_run", killed)
+        interrupted(config, overwrite=True)
     run(replace(config, bits=8), overwrite=True)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["configuration"]["bits"] == 8

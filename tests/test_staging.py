@@ -129,6 +129,21 @@ def test_what_no_run_put_aside_is_left_alone(tmp_path, overwrite):
     assert contents(tmp_path) == before
 
 
+def test_a_link_in_the_place_of_what_is_put_aside(tmp_path):
+    """Where it leads nothing is removed."""
+    checkpoint(tmp_path / "precious")
+    checkpoint(tmp_path / "out")
+    (tmp_path / ".out.old").symlink_to(tmp_path / "precious")
+    before = contents(tmp_path)
+    with (
+        pytest.raises(ConfigError, match="found a link or a file: move it elsewhere"),
+        staged_directory(tmp_path / "out", overwrite=True),
+    ):
+        pass
+    remove_checkpoint(tmp_path / ".out.old")
+    assert contents(tmp_path) == before
+
+
 def test_a_checkpoint_that_was_half_removed_is_known(tmp_path, monkeypatch):
     """Oracle: of a removal cut short after any number of files what is left is empty or has config.json."""
     names, real = ("a.safetensors", "config.json", "tokenizer.json"), Path.unlink

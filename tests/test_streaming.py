@@ -353,9 +353,17 @@ def test_blocks_that_are_gone_through_twice(tmp_path):
 
     stream = stream_of(saved(Looped(), tmp_path), Looped())
     with pytest.raises(
-        UnsupportedModelError, match=r"each once; a forward pass calls 2 of 2, 4 times in all: quantize"
+        UnsupportedModelError, match=r"each once; a forward pass calls 2 of 2, 4 times in all: it cannot be run block"
     ):
         stream.enter([tokens(1, 4) % 16])
+
+
+def test_numbers_that_are_none_are_not_taken_for_another_order(tmp_path):
+    """What comes of them is told by the solvers and the evaluation."""
+    model = Scaled()
+    model.inner.gain.data.fill_(torch.nan)
+    stream = stream_of(saved(model, tmp_path), Scaled())
+    assert bool(stream.enter([tokens(1, 4) % 16])[0].isnan().all())
 
 
 def test_what_a_model_does_between_two_blocks(tmp_path):
@@ -386,9 +394,27 @@ def test_an_exit_that_fails_matters_only_where_it_is_needed(blocks, tmp_path):
         stream.logits(tokens(1, 4) % 16, torch.zeros(1, 4, 8))
 
 
+@pytest.mark.parametrize("extra", [0, 3])
+def test_hidden_states_that_are_longer_than_the_text(extra, tmp_path):
+    """By a prompt, as CPM-Ant's. Oracle: the model in memory."""
+
+    class Prompted(Scaled):
+        def forward(self, input_ids, use_cache):
+            x = nn.functional.pad(self.inner.embed(input_ids) * self.inner.gain, (0, 0, extra, 0), value=1.0)
+            for layer in self.inner.layers:
+                x = layer(x)
+            return type("Output", (), {"logits": x[:, extra:]})
+
+    torch.manual_seed(0)
+    whole, ids = Prompted(), tokens(2, 5) % 16
+    found = torch.stack([*streamed(stream_of(saved(whole, tmp_path), Prompted()))([ids])])
+    torch.testing.assert_close(found, whole(ids, False).logits)
+
+
+@pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("carried", [False, True])
-def test_blocks_that_hand_on_more_than_hidden_states(carried, tmp_path):
-    """As ZAYA's routers do. What is the same for all blocks may be handed to each."""
+def test_blocks_that_hand_on_more_than_hidden_states(carried, used, tmp_path):
+    """As ZAYA's routers do; GLM 5's need not use it. What is the same for all blocks may be handed to each."""
 
     class Pair(nn.Module):
         def __init__(self):
@@ -396,7 +422,7 @@ def test_blocks_that_hand_on_more_than_hidden_states(carried, tmp_path):
             self.linear = nn.Linear(8, 8)
 
         def forward(self, hidden, before):
-            found = self.linear(hidden)
+            found = self.linear(hidden) + (before if used else 0)
             return found, found[..., :1]
 
     class Carrying(Scaled):
@@ -412,7 +438,7 @@ def test_blocks_that_hand_on_more_than_hidden_states(carried, tmp_path):
             return type("Output", (), {"logits": hidden})
 
     stream = stream_of(saved(Carrying(), tmp_path), Carrying())
-    if carried:
+    if carried and used:
         with pytest.raises(UnsupportedModelError, match="must receive nothing but hidden states from the one before"):
             stream.enter([tokens(1, 4) % 16])
     else:

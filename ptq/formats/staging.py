@@ -112,12 +112,13 @@ def restore(final: Path, aside: Path) -> None:
 
     Raises ConfigError where something that no run put there has the name that is needed.
     """
-    if not aside.exists():
+    if not os.path.lexists(aside):
         return
-    found = _besides_checkpoint(aside) if aside.is_dir() else "a file"
+    found = "a link or a file" if aside.is_symlink() or not aside.is_dir() else _besides_checkpoint(aside)
     if found:
         raise ConfigError(
-            f"{aside} must be free for what stood in {final.name} before, or hold it; found {found}: move it elsewhere"
+            f"{aside} must be free for what stood in {final.name} before, or hold it; found {found}: move it "
+            "elsewhere, or delete it if it is what an earlier version left of a checkpoint"
         )
     if not final.exists():
         aside.rename(final)
@@ -139,7 +140,10 @@ def require_writable(final: Path, overwrite: bool, option: str = OUTPUT) -> None
 
 def _besides_checkpoint(directory: Path) -> str | None:
     """What in a directory no checkpoint has; None of a checkpoint and of an empty directory."""
-    entries = sorted(directory.iterdir())
+    try:
+        entries = sorted(directory.iterdir())
+    except FileNotFoundError:  # another run has just removed it
+        return None
     if not entries:
         return None
     try:
@@ -153,8 +157,13 @@ def _besides_checkpoint(directory: Path) -> str | None:
 
 
 def remove_checkpoint(directory: Path) -> None:
-    """Remove a checkpoint, config.json at last: were it cut short, the rest would be known for what it is."""
+    """Remove a checkpoint, config.json at last: were it cut short, the rest would be known for what it is.
+
+    What is no checkpoint is left alone.
+    """
     with suppress(OSError):
+        if directory.is_symlink() or _besides_checkpoint(directory):
+            return
         for entry in sorted(directory.iterdir(), key=lambda path: path.name == "config.json"):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)

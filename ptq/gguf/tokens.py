@@ -170,12 +170,15 @@ def _special(tokenizer: Any) -> dict[str, Value]:
     named = template if isinstance(template, Mapping) else {"default": template}
     others = []
     for name, text in named.items():
-        if not isinstance(text, str) or not text:
+        if not (isinstance(text, str) and text and name):
             continue
         if name == "default":
             keys["tokenizer.chat_template"] = text
         else:
-            others.append(re.sub(r"[^A-Za-z0-9]", "_", name))
+            plain = re.sub(r"[^A-Za-z0-9]", "_", name)
+            while plain in others:  # of two that differ in nothing but such characters
+                plain += "_"
+            others.append(plain)
             keys[f"tokenizer.chat_template.{others[-1]}"] = text
     if others:
         keys["tokenizer.chat_templates"] = others

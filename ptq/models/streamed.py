@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ptq.errors import UnsupportedModelError
 
+_ADVICE = "it cannot be run block by block; ptq.quantize_linears quantizes a model in memory"
 PROBED = 8  # tokens of the pass that shows how a model calls its blocks
 
 Loader = Callable[[nn.Module, str], None]
@@ -88,9 +89,13 @@ class StreamedModel:
         """
         self.calls = [[] for _ in self.blocks]
         hidden: list[Tensor] = []
-        with self.outer(), self.block(0):
+        with self.outer():
             few = batches[0][:1, :PROBED]
-            self._check_order(few, self._learn_output(few))
+            with self.block(0):
+                second = self._learn_output(few)
+            streamed = self._check_order(few)
+            if second is not None and _differ(tuple(second[1]), tuple(streamed)):
+                self._check_second(*second, streamed)
             for batch in batches:
                 seen: list[BlockCall] = []
                 start: list[Tensor] = []
@@ -143,14 +148,15 @@ class StreamedModel:
     def _wrap(self, hidden: Tensor) -> Any:
         return hidden if self._width is None else (hidden, *[None] * (self._width - 1))
 
-    def _learn_output(self, batch: Tensor) -> BlockCall | None:
+    def _learn_output(self, batch: Tensor) -> tuple[Tensor, BlockCall] | None:
         """Blocks return a tensor or a tuple, by architecture: run the first one and see, and what the next one gets."""
-        following: list[BlockCall] = []
+        following: list[tuple[Tensor, BlockCall]] = []
         started: list[int] = []
 
         def real(index: int, *args: Any, **kwargs: Any) -> Any:
             if started:
-                following.append(BlockCall(*_split_hidden(args, kwargs)[1:]))
+                hidden, args, kwargs = _split_hidden(args, kwargs)
+                following.append((hidden, BlockCall(args, kwargs)))
                 raise _Stop
             started.append(index)
             output = type(self.blocks[0]).forward(self.blocks[0], *args, **kwargs)
@@ -162,29 +168,45 @@ class StreamedModel:
         self._forward(batch, real)
         return following[0] if following else None
 
-    def _check_order(self, batch: Tensor, second: BlockCall | None) -> None:
-        """Raises UnsupportedModelError unless a forward pass to its end is what runs here: each block once, in order.
+    def _check_second(self, hidden: Tensor, real: BlockCall, streamed: BlockCall) -> None:
+        """Raises UnsupportedModelError unless the second block does the same with either call.
 
-        Some models go through their blocks several times, or do something between two of them, or hand on more than
-        hidden states: what a block returns must be what the next one receives, and all else as in ``second``, the call
-        of the second block after a first one that was run.
+        ``real`` is that after a first block that was run: besides hidden states it holds what that one handed on.
+        """
+        with self.block(1) as block:
+            try:
+                found = [_hidden_of(block(hidden, *call.args, **call.kwargs)) for call in (real, streamed)]
+                same = _equal(*found)
+            except (TypeError, ValueError, RuntimeError, AttributeError):  # of one that needs what is not there
+                same = False
+        if not same:
+            raise UnsupportedModelError(
+                f"a block of {self.blocks_path} must receive nothing but hidden states from the one before; this "
+                f"model's hand on more: {_ADVICE}"
+            )
+
+    def _check_order(self, batch: Tensor) -> BlockCall:
+        """What the second block (the only one) is called with besides hidden states.
+
+        Some models go through their blocks several times, or do something between two of them: what a block returns
+        must be what the next one receives, and each must be called once.
+
+        Raises:
+            UnsupportedModelError: a forward pass to its end is something else.
         """
         called: list[int] = []
+        calls: list[BlockCall] = []
         last: list[Tensor] = []
 
         def record(index: int, *args: Any, **kwargs: Any) -> Any:
-            hidden, *beside = _split_hidden(args, kwargs)
-            if second is not None and len(called) == 1 and _differ(tuple(second), tuple(beside)):
-                raise UnsupportedModelError(
-                    f"a block of {self.blocks_path} must receive nothing but hidden states from the one before; this "
-                    "model's hand on more: quantize such a model in memory, with ptq.quantize_linears"
-                )
-            if last and not torch.equal(hidden.float(), last[0].float()):
+            hidden, args, kwargs = _split_hidden(args, kwargs)
+            if last and not _equal(hidden, last[0]):
                 raise UnsupportedModelError(
                     f"what a block of {self.blocks_path} returns must be what the next one receives; block {index} "
-                    "receives something else: quantize such a model in memory, with ptq.quantize_linears"
+                    f"receives something else: {_ADVICE}"
                 )
             called.append(index)
+            calls.append(BlockCall(args, kwargs))
             last[:] = [hidden + 1]  # apart from every other block's, as it would be
             return self._wrap(last[0])
 
@@ -199,9 +221,9 @@ class StreamedModel:
         if called != list(range(len(self.blocks))):
             raise UnsupportedModelError(
                 f"the blocks {self.blocks_path} must be called one after another, each once; a forward pass calls "
-                f"{len(set(called))} of {len(self.blocks)}, {len(called)} times in all: quantize such a model in "
-                "memory, with ptq.quantize_linears"
+                f"{len(set(called))} of {len(self.blocks)}, {len(called)} times in all: {_ADVICE}"
             )
+        return calls[min(1, len(calls) - 1)]
 
     def _forward(self, batch: Tensor, replacement: Callable[..., Any]) -> Any:
         for index, block in enumerate(self.blocks):
@@ -259,10 +281,17 @@ def _share_equal(seen: list[BlockCall], earlier: list[list[BlockCall]]) -> list[
     return result
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Value for value; NaN, of which others speak, equals NaN."""
+    if one.shape != other.shape:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
 def _differ(real: Any, recorded: Any) -> bool:
     """Whether tensors in nested arguments are others, or not there."""
     if isinstance(real, Tensor):
-        return not (isinstance(recorded, Tensor) and real.shape == recorded.shape and torch.equal(real, recorded))
+        return not (isinstance(recorded, Tensor) and _equal(real, recorded))
     if isinstance(real, tuple | list):
         return len(real) != len(recorded or ()) or any(map(_differ, real, recorded))
     if isinstance(real, dict):
