@@ -92,7 +92,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "make_ngram_vocab_size_divisible_by": 8,
         "split_ngram_parts": 8,
     },
-    "zamba2": {"mamba_headdim": 8, "n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
 DECODER = {"is_decoder": True}

@@ -109,38 +109,6 @@ def test_dry_run_refuses_what_the_run_would(
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("verb", "arguments", "message"), [
-    ("eval", ["--text", "a.txt", "--device", "nonsense"], "device must be auto, cpu, cuda or cuda:N; found 'nonsense'"),
-    ("eval", ["--text", "a.txt", "--json", "no-such/x.json"], "in a directory that exists; no-such does not"),
-    ("eval", ["--text", "a.txt", "--window", "64", "--stride", "65"], "--stride must be at most --window (64), found"),
-    ("eval", ["--text", "a.txt", "--tokens", "511"], "--tokens must hold a window of 512 for each of 1 file"),
-    ("compare", ["--text", "a.txt", "--parent", "x", "--window", "1"], "--window must be 2 or more, found 1"),
-    ("eval", ["--text", "a.txt", "--json", "."], "--json must name a file, . is a directory: name a file in it"),
-    ("inspect", ["--html", str(TEXT)], f"--html must name a file, {TEXT} is a directory: name a file in it"),
-    ("inspect", ["--html", "/proc/x.html"], "--html must name a file that can be written; /proc takes none"),
-    ("eval", ["--text", "~nobody-of-that-name/a.txt"], "must begin with a home directory that there is, found none"),
-    ("export", ["--type", "F16", "--device", "cpu"], "--device need --text FILE to solve on; found none"),
-    ("export", ["--type", "Q4_0", "--config", "demo.yaml", "--samples", "3"], "found --config, which has its own"),
-    ("export", ["--type", "Q4_0", "--text", "a.txt", "--samples", "0"], "--samples must be 1 or more, found 0"),
-    ("export", ["--type", "Q4_0", "--text", "a.txt", "--length", "1"], "--length must be 2 or more, found 1"),
-    ("eval", ["--text", "a.txt", "--batch-size", "0"], "--batch-size needs --tasks NAMES"),
-    ("eval", ["--text", "a.txt", "--tasks", ","], "--tasks must name tasks, separated by commas; found ','"),
-    ("eval", ["--text", ""], "text must be a path or a name, found nothing: write one, or leave the option out"),
-    ("eval", ["--text", "a.txt", "--parent", ""], "parent must be a path or a name, found nothing"),
-    ("eval", ["--text", "a.txt", "--tokens", str(2**63)], f"--tokens must be a number of 64 bits, found {2**63}"),
-    ("push", ["--repo", "a/b", "--dry-run", "--revision", "a b"], "--revision must be a name that git takes for a"),
-    ("push", ["--repo", "a/b", "--dry-run", "--revision", "../x"], "for a branch, found '../x'"),
-    ("push", ["--repo", "a/b", "--dry-run", "--revision", "a.lock"], "for a branch, found 'a.lock'"),
-    ("eval", ["--text", "a.txt", "--json="], "json must be a file, found nothing: write one, or leave the option out"),
-    ("push", ["--repo", "a/b", "--dry-run", f"--out={MODEL}/sub"], "--out must not be inside the checkpoint, found"),
-])  # fmt: skip
-def test_options_that_cannot_be_followed(
-    verb: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main([verb, str(MODEL), *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_home_directories_where_a_shell_leaves_them(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,48 +149,6 @@ def test_load_and_generate(checkpoint: Path) -> None:
     model = ptq.load(checkpoint, device="cpu")
     tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     assert tokens.shape[1] in range(4, 8)  # an end-of-text token may come early
-
-
-USAGE = {
-    "misspelt key": (["calibratoin.samples=2"], "did you mean calibration"),
-    "wrong type": (["calibration.samples=many"], "calibration.samples"),
-    "missing model": (["model=./no-such-model"], "no-such-model"),
-    "group does not divide": (["group_size=96"], "96"),
-    "format cannot hold it": (["format=awq", "bits=8"], "compressed-tensors"),
-    "pattern matches nothing": (["exclude=[lm_head, mlp.down_projj]"], "down_proj or model.layers.7.mlp.down_proj?"),
-    "everything excluded": (["exclude=[lm_head, model]"], "at least one Linear"),
-    "head in and out": (["overrides={lm_head: {bits: 8}}"], "overrides of lm_head have no effect while `exclude` has"),
-    "outside blocks": (["exclude=[]", "overrides={lm_head: {group_size: 100}}"], "lm_head"),
-    "too long for the model": (["calibration.sequence_length=4096"], "context of 1024"),
-    "window too long": (["evaluation.window=4096", "evaluation.tokens=9000"], "context of 1024"),
-    "missing text": (["calibration.dataset={files: [no-such.txt]}"], "no-such.txt"),
-    "no such device": (["device=cuda:7"], "CUDA devices"),
-    "torch's numbers go round": (["device=cuda:256"], "device must be auto, cpu, cuda or cuda:N"),
-    "no device's number": (
-        ["device=cuda:007"],
-        "device must be auto, cpu, cuda or cuda:N (as cuda:1), found 'cuda:007'",
-    ),
-    "beyond 64 bits": ([f"calibration.samples={2**63}"], "calibration.samples must be a number of 64 bits"),
-    "override of what is excluded": (
-        ["exclude=[lm_head, model.layers.0]", "overrides={model.layers.0: {bits: 8}}"],
-        "overrides of 'model.layers.0' have no effect: `exclude` has every Linear",
-    ),
-    "revision of a directory": (["revision=v2"], "revision is of a model on the hub;"),
-    "text that is a directory": ([f"calibration.dataset={{files: [{TEXT}]}}"], "must name regular files"),
-    "text that is a device": (["calibration.dataset={files: [/dev/zero]}"], "/dev/zero is neither a file nor a dir"),
-    "method mismatch": (["method=awq"], "needs method: gptq"),
-    "output is the model": ([f"model={MODEL}", f"output={MODEL}"], "output"),
-}
-
-
-@pytest.mark.parametrize("case", USAGE)
-def test_usage_errors_are_a_sentence_and_exit_2(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changes, expected = USAGE[case]
-    assert quantize(tmp_path / "out", verb="gptq", settings=[*SMALL, *changes]) == 2
-    printed = capsys.readouterr().err
-    assert expected in printed
-    assert "Traceback" not in printed
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_text_too_short_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,72 @@
+"""Runs that died once their checkpoint was whole. Oracle: the same text is asked for, and nothing is solved again."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_models
+from crashes import checksums, small_parent, small_run
+from test_resume import interrupted, unfinished
+from tiny_models import run
+
+from ptq import walk
+from ptq.config import EvaluationConfig
+from ptq.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    return small_parent(tmp_path_factory.mktemp("resume") / "parent")
+
+
+def with_text(config, file):
+    """The run on another text, which no key but the name of its file tells."""
+    text = Path(config.calibration.dataset.files[0]).read_text()
+    file.write_text(text[::-1])
+    dataset = replace(config.calibration.dataset, files=(str(file),))
+    return replace(config, calibration=replace(config.calibration, dataset=dataset))
+
+
+def test_a_run_that_died_while_it_evaluated_evaluates(parent, tmp_path, monkeypatch):
+    text = EvaluationConfig(files=(str(tiny_models.TEXT),), tokens=64, window=32, stride=32)
+    config = replace(small_run(parent, tmp_path / "out"), evaluation=text)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ptq.pipeline.evaluate_run", killed)
+        interrupted(config)
+    assert unfinished(config).exists()
+    before = checksums(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "quantize_block", None)
+        report = run(config)
+    assert report.document["evaluation"]["tokens"] > 0
+    assert checksums(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with monkeypatch.context() as patch:
+        patch.setattr("ptq.pipeline.evaluate_run", killed)
+        interrupted(config, overwrite=True)
+    text_file = Path(config.calibration.dataset.files[0])
+    hidden = text_file.with_name("hidden.txt")
+    for other, error, said in (
+        (replace(config, bits=8), ConfigError, "exists; choose another `output` or pass --overwrite"),
+        (with_text(config, tmp_path / "other.txt"), ConfigError, "was made on another calibration text: name that one"),
+        (config, DataError, "a readable text file is required"),
+    ):
+        if error is DataError:
+            text_file.rename(hidden)
+        with pytest.raises(error, match=said):
+            run(other)
+        assert (unfinished(config) / "published").exists()  # so that the evaluation can still be made
+    hidden.rename(text_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "quantize_block", None)
+        assert run(config).document["evaluation"]["tokens"] > 0
+    with monkeypatch.context() as patch:
+        patch.setattr("ptq.pipeline.evaluate_run", killed)
+        interrupted(config, overwrite=True)
+    run(replace(config, bits=8), overwrite=True)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["configuration"]["bits"] == 8
