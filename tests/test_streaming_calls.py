@@ -117,8 +117,12 @@ def test_hidden_states_that_are_longer_than_the_text(extra, tmp_path):
 
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("carried", [False, True])
-def test_blocks_that_hand_on_more_than_hidden_states(carried, used, tmp_path):
-    """As ZAYA's routers do; GLM 5's need not use it. What is the same for all blocks may be handed to each."""
+@pytest.mark.parametrize("dense", [0, 2])
+def test_blocks_that_hand_on_more_than_hidden_states(dense, carried, used, tmp_path):
+    """As ZAYA's routers do; GLM 5's need not use it. What is the same for all blocks may be handed to each.
+
+    Also where the first ``dense`` blocks are of another kind, which does not.
+    """
 
     class Pair(nn.Module):
         def __init__(self):
@@ -126,13 +130,17 @@ def test_blocks_that_hand_on_more_than_hidden_states(carried, used, tmp_path):
             self.linear = nn.Linear(8, 8)
 
         def forward(self, hidden, before):
-            found = self.linear(hidden) + (before if used else 0)
+            found = self.linear(hidden) + (before if used and before is not None else 0)
             return found, found[..., :1]
+
+    class Dense(Pair):
+        def forward(self, hidden, before):
+            return self.linear(hidden), None
 
     class Carrying(Scaled):
         def __init__(self):
             super().__init__()
-            self.inner.layers = nn.ModuleList([Pair(), Pair()])
+            self.inner.layers = nn.ModuleList([*(Dense() for _ in range(dense)), Pair(), Pair()])
 
         def forward(self, input_ids, use_cache):
             hidden, before = self.inner.embed(input_ids), torch.ones(1)
@@ -149,12 +157,33 @@ def test_blocks_that_hand_on_more_than_hidden_states(carried, used, tmp_path):
         stream.enter([tokens(1, 4) % 16])
 
 
-def test_a_block_must_receive_hidden_states(tmp_path):
+@pytest.mark.parametrize("early", [0, 1])
+def test_what_a_model_does_after_its_blocks(early, tmp_path):
+    """Its exit may not go back to what an early block returned; to what they all received it may."""
+
+    class Skipping(Scaled):
+        def forward(self, input_ids, use_cache):
+            hidden = [self.inner.embed(input_ids)]
+            for layer in self.inner.layers:
+                hidden.append(layer(hidden[-1]))
+            return type("Output", (), {"logits": hidden[-1] + 0.1 * hidden[early]})
+
+    stream = stream_of(saved(Skipping(), tmp_path), Skipping())
+    if early:
+        with pytest.raises(
+            UnsupportedModelError, match="must depend on what the last one returns; this model's logits"
+        ):
+            stream.enter([tokens(1, 4) % 16])
+    else:
+        stream.enter([tokens(1, 4) % 16])
+
+
+def test_a_block_must_receive_hidden_states(tmp_path, monkeypatch):
     class Keyword(Scaled):
         def forward(self, input_ids, use_cache):
             return self.inner.layers[0](x=self.inner.embed(input_ids))
 
     stream = stream_of(saved(Keyword(), tmp_path), Keyword())
-    stream._learn_output = lambda batch: None
+    monkeypatch.setattr("ptq.models.order._follow", lambda *arguments: None)
     with pytest.raises(UnsupportedModelError, match=r"as the first argument or as hidden_states; .* with \['x'\]"):
         stream.enter([tokens(1, 4) % 16])
