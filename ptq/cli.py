@@ -1,22 +1,19 @@
 """The command line: ``ptq VERB``, ``python -m ptq.gptq`` and ``python -m ptq.awq``."""
 
 import argparse
-import errno
 import os
 import re
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptq.cli_adapters import merge_arguments
 from ptq.cli_compare import compare_arguments, sweep_arguments
-from ptq.cli_places import expand_places
+from ptq.cli_ending import run
 from ptq.cli_push import lint_arguments, push_arguments
 from ptq.cli_tasks import run_tasks, task_arguments
 from ptq.cli_tune import run_tune, tune_arguments
-from ptq.errors import ConfigError, GateError, PtqError
+from ptq.errors import ConfigError
 
 if TYPE_CHECKING:
     from ptq.config import RunConfig
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
     from ptq.predict import Prediction
 
 SAMPLES, LENGTH = 128, 512  # of the text that an export is solved on
-INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,59 +48,6 @@ def main_of_method(method: str, arguments: Sequence[str] | None = None) -> int:
     _quantize_arguments(parser)
     parser.set_defaults(method=method)
     return run(parser, arguments)
-
-
-def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Parse, run, and turn every error into a sentence and an exit code.
-
-    2 is for usage, 3 for a gate, 130 for an interruption, 1 for any other failure.
-    """
-    options = parser.parse_args(arguments)
-    action: Callable[[argparse.Namespace], int] = options.action
-    try:
-        expand_places(options)
-        return action(options)
-    except KeyboardInterrupt as interruption:
-        left = f": {interruption}" if str(interruption) else ""  # said by what has something on the disk
-        return _fail(options, f"interrupted{left}", INTERRUPTED)
-    except ImportError as error:
-        if not isinstance(error.__cause__, KeyboardInterrupt):
-            raise
-        return _fail(options, "interrupted", INTERRUPTED)  # as modules in C say it that were being loaded
-    except BrokenPipeError:
-        return 1
-    except PtqError as error:
-        code = 3 if isinstance(error, GateError) else 2 if isinstance(error, ConfigError) else 1
-        return _fail(options, str(error), code)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        first = str(error).partition("\n")[0]
-        return _fail(
-            options,
-            f"out of memory ({first}): lower calibration.batch_size or calibration.samples, or set "
-            "refine.model_steps to 0",
-            1,
-        )
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(options, f"the disk is full ({error}): free space or write elsewhere", 1)
-        return _fail(options, f"a file could not be read or written: {error}", 1)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch says so with a class of its own on GPUs and with a plain RuntimeError on CPUs."""
-    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return named or isinstance(error, MemoryError)
-
-
-def _fail(options: argparse.Namespace, message: str, code: int) -> int:
-    if options.debug:
-        traceback.print_exc()
-    ranks = getattr(options, "ranks", None)  # the processes that share a run
-    if ranks is None or ranks.speaks():
-        print(f"ptq: {message if ranks is None else ranks.said(message)}", file=sys.stderr)
-    return code
 
 
 def _debug_argument(parser: argparse.ArgumentParser) -> None:

@@ -116,13 +116,15 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
     final = output_path(output)
     place = place_of(final)
     with full_disk_as_error(final, None):
-        restore(final, _aside(final))
         if not place.published:
-            require_writable(final, overwrite)
+            require_writable(final, overwrite)  # before a directory is made for what is refused
         with _locked(place):
-            if fresh:
-                place.clear()
             try:
+                restore(final, _aside(final))  # alone: another run may be between its two renames
+                if not place.published:
+                    require_writable(final, overwrite)
+                if fresh:
+                    place.clear()
                 yield place
             except BaseException as error:
                 left = _left(place)

@@ -281,7 +281,12 @@ def test_an_unforeseen_error_is_not_hidden(tmp_path: Path, monkeypatch: pytest.M
         quantize(tmp_path / "out")
 
 
-def test_control_c_in_a_real_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code", "said"), [
+    (signal.SIGINT, 130, "interrupted"),
+    (signal.SIGTERM, 143, "ended by SIGTERM"),
+    (signal.SIGHUP, 129, "ended by SIGHUP (its terminal was closed)"),
+])  # fmt: skip
+def test_signals_to_a_real_process(sent: signal.Signals, code: int, said: str, tmp_path: Path) -> None:
     # the signal must reach it before the end
     long = [f"calibration.dataset.files=[{TEXT}/calibration.txt]", "calibration.samples=64",
             "calibration.sequence_length=512"]  # fmt: skip
@@ -290,17 +295,17 @@ def test_control_c_in_a_real_process(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths},
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        preexec_fn=partial(signal.signal, sent, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
     )  # fmt: skip
     assert process.stderr is not None
     deadline = time.monotonic() + 120
     for line in process.stderr:
         if line.startswith("block 1/") or time.monotonic() > deadline:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     rest = process.stderr.read()
-    assert process.wait(60) == 130
-    assert f"interrupted: nothing was written to {tmp_path / 'out'}" in rest
+    assert process.wait(60) == code
+    assert f"ptq: {said}: nothing was written to {tmp_path / 'out'}" in rest
     assert "continued by the same command" in rest
     assert "Traceback" not in rest
     assert [path.name for path in tmp_path.iterdir()] == [".out.run"]

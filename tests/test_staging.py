@@ -12,6 +12,7 @@ import pytest
 from ptq.errors import ConfigError, FormatError, PtqError
 from ptq.formats.checkpoint import atomic_write_text, read_json, staged_directory
 from ptq.formats.staging import full_disk_as_error, json_text, output_path, remove_checkpoint
+from ptq.journal_directory import RunDirectory, run_directory
 
 
 def contents(directory):
@@ -63,6 +64,33 @@ def test_two_that_write_one_directory(tmp_path):
             write_then(ValueError(), tmp_path / "out")
         (staged / "b").write_text("2")
     assert contents(tmp_path) == {"out/a": "1", "out/b": "2"}
+
+
+@pytest.mark.parametrize("write", [
+    pytest.param(lambda final: staged_directory(final, True), id="staged"),
+    pytest.param(lambda final: run_directory(final, overwrite=True, fresh=True), id="run"),
+])  # fmt: skip
+def test_another_one_that_is_between_its_two_renames(write, tmp_path, monkeypatch):
+    """It would take the old output, put aside, for that of a run that was killed, and give it the name back."""
+    final, rename, refused = tmp_path / "out", Path.rename, []
+    checkpoint(final)
+
+    def put_aside(path, target):
+        rename(path, target)
+        if Path(target).name == ".out.old":
+            with pytest.raises(ConfigError, match=r"another one is writing .*/out: wait for it"), write(final):
+                pass
+            refused.append(path)
+
+    with write(final) as place:
+        monkeypatch.setattr(Path, "rename", put_aside)
+        if isinstance(place, RunDirectory):
+            checkpoint(place.checkpoint, "new")
+            place.publish()
+        else:
+            (place / "config.json").write_text("new")
+    assert refused == [final]
+    assert contents(tmp_path) == {"out/config.json": "new"}
 
 
 def test_overwrite_replaces_and_removes_the_old(tmp_path):

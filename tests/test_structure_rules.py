@@ -60,8 +60,8 @@ LAYERS = [
         mutual=True,
     ),
     Layer(
-        "ptq.cli ptq.cli_compare ptq.cli_places ptq.cli_push ptq.cli_adapters ptq.cli_tasks ptq.cli_tune "
-        "ptq ptq.__main__ ptq.*.__main__",
+        "ptq.cli ptq.cli_compare ptq.cli_ending ptq.cli_places ptq.cli_push ptq.cli_adapters ptq.cli_tasks "
+        "ptq.cli_tune ptq ptq.__main__ ptq.*.__main__",
         mutual=True,
     ),
 ]

@@ -34,11 +34,11 @@ def staged_directory(final: Path, overwrite: bool) -> Iterator[Path]:
     final = output_path(final, "--out")
     partial, aside = final.with_name(f".{final.name}.partial"), final.with_name(f".{final.name}.old")
     with full_disk_as_error(final, None):
+        if partial.exists():
+            with _alone_in(partial, final):  # first: another process may be between its two renames
+                shutil.rmtree(partial, ignore_errors=True)
         restore(final, aside)
         require_writable(final, overwrite, "--out")
-        if partial.exists():
-            with _alone_in(partial, final):
-                shutil.rmtree(partial, ignore_errors=True)
         create_directory(partial, final, "--out")
         with _alone_in(partial, final):
             try:

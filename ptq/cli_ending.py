@@ -1,0 +1,101 @@
+"""How a command ends: every error as a sentence and an exit code, and signals as Ctrl-C."""
+
+import argparse
+import errno
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from ptq.cli_places import expand_places
+from ptq.errors import ConfigError, GateError, PtqError
+
+SIGNALLED = 128  # and the number of a signal: as a shell reports a program that one ended
+_INTERRUPTED = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "ended by SIGTERM",
+    signal.SIGHUP: "ended by SIGHUP (its terminal was closed)",
+}
+
+
+def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Parse, run, and turn every error into a sentence and an exit code.
+
+    2 is for usage, 3 for a gate, 130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP, 1 for any other failure.
+    """
+    options = parser.parse_args(arguments)
+    action: Callable[[argparse.Namespace], int] = options.action
+    received = [signal.SIGINT]
+    try:
+        with _ended_as_by_control_c(received):
+            expand_places(options)
+            return action(options)
+    except KeyboardInterrupt as interruption:
+        left = f": {interruption}" if str(interruption) else ""  # said by what has something on the disk
+        return _fail(options, f"{_INTERRUPTED[received[-1]]}{left}", SIGNALLED + received[-1])
+    except ImportError as error:
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        # as modules in C say it that were being loaded
+        return _fail(options, _INTERRUPTED[received[-1]], SIGNALLED + received[-1])
+    except BrokenPipeError:
+        return 1
+    except PtqError as error:
+        code = 3 if isinstance(error, GateError) else 2 if isinstance(error, ConfigError) else 1
+        return _fail(options, str(error), code)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        first = str(error).partition("\n")[0]
+        return _fail(
+            options,
+            f"out of memory ({first}): lower calibration.batch_size or calibration.samples, or set "
+            "refine.model_steps to 0",
+            1,
+        )
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(options, f"the disk is full ({error}): free space or write elsewhere", 1)
+        return _fail(options, f"a file could not be read or written: {error}", 1)
+
+
+@contextmanager
+def _ended_as_by_control_c(received: list[signal.Signals]) -> Iterator[None]:
+    """Signals of schedulers and closed terminals leave nothing half-written either; the second one ends at once.
+
+    What the caller has set for them stays, as nohup's; and this is for the main thread, as are signals.
+    """
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(signal.Signals(number))
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    ours = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    for each in ours:
+        signal.signal(each, interrupt)
+    try:
+        yield
+    finally:
+        for each in ours:
+            if signal.getsignal(each) == interrupt:
+                signal.signal(each, signal.SIG_DFL)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch says so with a class of its own on GPUs and with a plain RuntimeError on CPUs."""
+    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return named or isinstance(error, MemoryError)
+
+
+def _fail(options: argparse.Namespace, message: str, code: int) -> int:
+    if options.debug:
+        traceback.print_exc()
+    ranks = getattr(options, "ranks", None)  # the processes that share a run
+    if ranks is None or ranks.speaks():
+        print(f"ptq: {message if ranks is None else ranks.said(message)}", file=sys.stderr)
+    return code
