@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ptq.errors import ConfigError, FormatError
-from ptq.formats import codec_for_config, readable_config
+from ptq.formats import codec_for_config, readable_config, schemes_by_module
 from ptq.formats.checkpoint import CheckpointReader, read_json
 from ptq.formats.checks import FLOATS
 from ptq.formats.codec import Codec, Config, Scheme
@@ -131,18 +131,16 @@ def _some(items: Iterable[str]) -> str:
 def _schemes(
     codec: Codec, settings: Config, names: SourceNames, found: Mapping[str, nn.Module], stored: set[str]
 ) -> dict[str, Scheme]:
-    """Schemes of packed Linears; a configuration names modules as transformers or as the file does."""
-    own = codec.parse_config(settings, list(found))
-    filed = codec.parse_config(settings, [names.of_module(name) for name in found])
-    schemes = {}
-    for name in found:
-        spelled = names.of_module(name)
-        scheme = own[name] or filed[spelled]
-        packed = scheme is not None and any(tensor in stored for tensor in codec.tensor_names(spelled, scheme))
-        # Where there is a weight and nothing packed, the Linear was left in float.
-        if scheme is not None and (packed or f"{spelled}.weight" not in stored):
-            schemes[name] = scheme
-    return schemes
+    """Schemes of packed Linears."""
+    spelled = {name: names.of_module(name) for name in found}
+    schemes = schemes_by_module(codec, settings, spelled)
+    # Where there is a weight and nothing packed, the Linear was left in float.
+    return {
+        name: scheme
+        for name, scheme in schemes.items()
+        if f"{spelled[name]}.weight" not in stored
+        or any(tensor in stored for tensor in codec.tensor_names(spelled[name], scheme))
+    }
 
 
 def _tensors(

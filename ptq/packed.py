@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import ConfigError, FormatError
-from ptq.formats import CODECS, codec_for_config, readable_config
+from ptq.formats import CODECS, codec_for_config, readable_config, schemes_by_module
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Config, QuantizedWeight, Scheme
 from ptq.models.names import SourceNames
@@ -40,7 +40,7 @@ def place_packed(model: nn.Module, reader: CheckpointReader, settings: Config, p
     stored = set(reader.names())
     names = SourceNames(model, stored)
     found = dict(linears(model))
-    schemes = _schemes(codec, known, {name: names.of_module(name) for name in found})
+    schemes = schemes_by_module(codec, known, {name: names.of_module(name) for name in found})
     # No codec has a tensor called weight: where there is one, the Linear was left in float.
     schemes = {n: s for n, s in schemes.items() if f"{names.of_module(n)}.weight" not in stored}
     schemes = {n: s for n, s in schemes.items() if not _is_new(model, n, f"{names.of_module(n)}.", stored)}
@@ -57,15 +57,6 @@ def _is_new(model: nn.Module, name: str, prefix: str, stored: set[str]) -> bool:
     if type(model).__name__ in architectures or name.startswith(f"{getattr(model, 'base_model_prefix', '')}."):
         return False
     return not any(tensor.startswith(prefix) for tensor in stored)
-
-
-def _schemes(codec: Codec, config: Config, spelled: Mapping[str, str]) -> dict[str, Scheme]:
-    """Schemes by module; a configuration may name modules as transformers does, or as the file spells their tensors."""
-    parsed = codec.parse_config(config, list(spelled))
-    if any(name != stored for name, stored in spelled.items()):
-        as_stored = codec.parse_config(config, list(spelled.values()))
-        parsed = {name: parsed[name] or as_stored[stored] for name, stored in spelled.items()}
-    return {name: scheme for name, scheme in parsed.items() if scheme is not None}
 
 
 def _refuse_strays(codec: Codec, schemes: Mapping[str, Scheme | None], stored: set[str]) -> None:
@@ -125,7 +116,14 @@ def read_packed(packed: Packed, reader: CheckpointReader, name: str, shape: tupl
             f"{stored} has {scheme.bits} bits; weights of {', '.join(map(str, RUNNABLE))} bits can be run: quantize "
             "the model again with one of these"
         )
-    tensors = reader.tensors(packed.codec.tensor_names(stored, scheme))
+    names = packed.codec.tensor_names(stored, scheme)
+    for extra in set(packed.codec.tensor_names(stored, scheme._replace(symmetric=False))) - set(names):
+        if any(bool(found.any()) for found in reader.tensors([extra]).values()):
+            raise FormatError(
+                f"{stored} is symmetric by quantization_config, which needs no zero points; the file holds {extra}: "
+                "config.json and the shards do not belong together"
+            )
+    tensors = reader.tensors(names)
     quantized, order = packed.codec.decode_ordered(stored, tensors, scheme)
     if tuple(quantized.codes.shape) != shape:
         raise FormatError(

@@ -140,6 +140,7 @@ DOWN, GATE = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.gate_proj"
         (Kind("gptq"), "model.layers.0.input_layernorm.weight", None, "input_layernorm.weight is missing"),
         (Kind(CT, ordered=True), f"{DOWN}.weight_g_idx", lambda t: t.float(), "weight_g_idx: expected torch.int32 or"),
         (Kind(CT), f"{DOWN}.weight_shape", lambda t: t.flip(0), f"{DOWN}.weight_packed: expected shape"),
+        (Kind(CT), f"{DOWN}.weight_zero_point", lambda _: torch.ones(8, 4), f"{DOWN} is symmetric by .* no zero point"),
     ],
 )  # fmt: skip
 def test_damaged_tensors(tmp_path, kind, name, new, message, way):
@@ -169,6 +170,12 @@ def test_configurations_that_cannot_be_honoured(tmp_path, kind, changes, message
     foreign_files.write(tmp_path, kind, **changes)
     with pytest.raises(FormatError, match=message):
         ptq.load(tmp_path, device="cpu")
+
+
+def test_zero_points_that_are_zero_are_what_symmetric_says(tmp_path):
+    model = foreign_files.write(tmp_path, Kind(CT))
+    change(tmp_path, f"{DOWN}.weight_zero_point", lambda _: torch.zeros(64, 4, dtype=torch.int8))
+    torch.testing.assert_close(foreign_files.logits(load(tmp_path)), foreign_files.logits(model), **foreign_files.CLOSE)
 
 
 def test_an_order_that_the_file_does_not_have_is_missed(tmp_path):

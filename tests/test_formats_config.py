@@ -6,7 +6,7 @@ import re
 import pytest
 
 from ptq.errors import ConfigError, FormatError
-from ptq.formats import CODECS, Scheme, codec_for_config
+from ptq.formats import CODECS, Scheme, codec_for_config, schemes_by_module
 from ptq.integration import is_ours
 
 S4, S8, A4 = Scheme(4, 128, True), Scheme(8, 32, True), Scheme(4, 128, False)
@@ -263,6 +263,38 @@ def test_most_specific_target_wins_whatever_the_order():
             {**packed(), "config_groups": {k: groups[k] for k in order}}, names
         )
         assert [parsed[name].bits for name in names] == [4, 8, 2]
+
+
+W1, W2, ROUTER = (f"layers.0.moe.{leaf}" for leaf in ("experts.0.w1", "experts.0.w2", "gate"))
+SPELLED = {"layers.0.mlp.experts.0.gate_proj": W1, "layers.0.mlp.experts.0.down_proj": W2, "layers.0.mlp.gate": ROUTER}
+EIGHT = packed()["config_groups"]["group_0"] | {"weights": WEIGHTS | {"num_bits": 8}}
+
+
+@pytest.mark.parametrize(
+    ("config", "bits"),
+    [
+        (packed(targets=["Linear"]), (4, 4, 4)),
+        *(
+            (
+                packed() | {"config_groups": packed()["config_groups"] | {"group_1": EIGHT | {"targets": [target]}}},
+                (4, 8, 4),
+            )
+            for target in (W2, "re:.*w2$", "re:.*down_proj$", "layers.0.mlp.experts.0.down_proj")
+        ),
+        (packed(targets=[r"re:.*\.w\d"]), (4, 4, None)),
+        (packed(targets=[r"re:.*\.w\d", "Linear"], ignore=[r"re:.*\.gate$"]), (4, 4, None)),
+        # meant for the router, as the file spells it: gate_proj is w1 there
+        (packed(targets=[r"re:.*\.w\d"], ignore=["re:.*gate"]), (4, 4, None)),
+        (GPTQ | {"dynamic": {r"+:.*w2$": {"bits": 8}, "-:.*moe.gate": {}}}, (4, 8, 4)),
+        (GPTQ | {"dynamic": {r"+:.*down_proj$": {"bits": 8}}}, (4, 8, 4)),
+        (GPTQ | {"modules_in_block_to_quantize": [["experts.0.w1", "experts.0.down_proj"]]}, (4, 4, None)),
+        (AWQ | {"modules_to_not_convert": ["gate"]}, (4, 4, None)),
+    ],
+)
+def test_rules_in_the_words_of_the_file(config, bits):
+    """Experts of Mixtral: transformers says down_proj, the file w2. A rule for either beats what holds for all."""
+    found = schemes_by_module(codec_for_config(config), config, SPELLED)
+    assert tuple(found[name].bits if name in found else None for name in SPELLED) == bits
 
 
 @pytest.mark.parametrize(

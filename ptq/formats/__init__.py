@@ -6,11 +6,11 @@ from typing import Any
 from ptq.errors import FormatError
 from ptq.formats.auto_round import translate
 from ptq.formats.awq import AwqCodec
-from ptq.formats.codec import Codec, QuantizedWeight, Scheme
+from ptq.formats.codec import Codec, Config, QuantizedWeight, Scheme
 from ptq.formats.compressed_tensors import CompressedTensorsCodec
 from ptq.formats.gptq import GptqCodec
 
-__all__ = ["CODECS", "Codec", "QuantizedWeight", "Scheme", "codec_for_config", "readable_config"]
+__all__ = ["CODECS", "Codec", "QuantizedWeight", "Scheme", "codec_for_config", "readable_config", "schemes_by_module"]
 
 CODECS: Mapping[str, Codec] = {
     codec.name: codec
@@ -45,6 +45,22 @@ def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     method = str.lower(config.get("quant_method") or "none")
     return translate(dict(config)) if method in ("auto-round", "autoround") else dict(config)
+
+
+def schemes_by_module(codec: Codec, config: Config, spelled: Mapping[str, str]) -> dict[str, Scheme]:
+    """Schemes of the Linears that a configuration packs; ``spelled`` has what the file calls each.
+
+    A configuration names modules as transformers does or as the file spells their tensors, or some so and some so. A
+    Linear that no rule packs in one spelling may be packed in the other: which are, the file shows.
+
+    Raises:
+        FormatError: what cannot be honoured.
+    """
+    parsed = codec.parse_config(config, spelled, spelled)
+    if any(name != stored for name, stored in spelled.items()):
+        in_file, in_model = codec.parse_config(config, spelled.values()), codec.parse_config(config, spelled)
+        parsed = {name: parsed[name] or in_file[stored] or in_model[name] for name, stored in spelled.items()}
+    return {name: scheme for name, scheme in parsed.items() if scheme is not None}
 
 
 def codec_for_config(config: Mapping[str, Any]) -> Codec:

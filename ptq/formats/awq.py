@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptq.formats import capability, checks
 from ptq.formats.bitpack import pack_stream, unpack_stream
-from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec
+from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec, spellings
 
 BITS = 4
 PACK_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column PACK_ORDER[i]
@@ -115,7 +115,9 @@ class AwqCodec:
             "meta": {"quantizer": [f"ptq:{version}"], "symmetric": default.symmetric},
         }
 
-    def parse_config(self, config: Config, linears: Iterable[str]) -> dict[str, Scheme | None]:
+    def parse_config(
+        self, config: Config, linears: Iterable[str], stored: Mapping[str, str] | None = None
+    ) -> dict[str, Scheme | None]:
         """Scheme of each Linear. An entry of ``modules_to_not_convert`` matches whole name components.
 
         Other writers do not say whether all zeros are 8, so their weights are read as asymmetric.
@@ -127,7 +129,7 @@ class AwqCodec:
         return {
             name: None
             if (capability.is_head(name) and not config.get("lm_head"))
-            or any(f".{entry}." in f".{name}." for entry in skipped)
+            or any(f".{entry}." in f".{each}." for entry in skipped for each in spellings(name, stored))
             else scheme
             for name in linears
         }

@@ -26,6 +26,11 @@ class Scheme(NamedTuple):
         return in_features if self.group_size == -1 else self.group_size
 
 
+def spellings(name: str, stored: Mapping[str, str] | None) -> tuple[str, ...]:
+    """A Linear's names by which a configuration may mean it: the file's before the model's."""
+    return tuple(dict.fromkeys(((stored or {}).get(name, name), name)))
+
+
 class QuantizedWeight(NamedTuple):
     """One quantized ``[N, K]`` weight with ``G`` groups of ``group_size`` consecutive columns a row.
 
@@ -100,5 +105,13 @@ class Codec(Protocol):
     ) -> Config:
         """The ``quantization_config`` block; ``version`` is this package's, ``damping`` GPTQ's if it ran."""
 
-    def parse_config(self, config: Config, linears: Iterable[str]) -> dict[str, Scheme | None]:
-        """The scheme of each named Linear, None for float. Raises FormatError for what cannot be honoured."""
+    def parse_config(
+        self, config: Config, linears: Iterable[str], stored: Mapping[str, str] | None = None
+    ) -> dict[str, Scheme | None]:
+        """The scheme of each named Linear, None for float.
+
+        ``stored`` has what a file calls them, where that differs: the most specific rule for either name counts.
+
+        Raises:
+            FormatError: what cannot be honoured.
+        """

@@ -6,8 +6,9 @@ The library thinks in signed codes and stores them with ``2**(b-1)`` added: our 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ptq.errors import FormatError
 from ptq.formats import capability, checks
 from ptq.formats.bitpack import pack_stream, unpack_stream, words_for
-from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec
+from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec, spellings
 
 LAYOUT = "pack-quantized"
 LIBRARY_VERSION = "0.20.0"  # the release of compressed-tensors whose layout is written
@@ -150,7 +151,9 @@ class CompressedTensorsCodec:
             "meta": {"quantizer": [f"ptq:{version}"]},
         }
 
-    def parse_config(self, config: Config, linears: Iterable[str]) -> dict[str, Scheme | None]:
+    def parse_config(
+        self, config: Config, linears: Iterable[str], stored: Mapping[str, str] | None = None
+    ) -> dict[str, Scheme | None]:
         """Scheme of each Linear: an exact name wins over a ``re:`` pattern, which wins over a class name."""
         if config.get("quantization_status") not in (None, "compressed"):
             raise FormatError(
@@ -169,7 +172,8 @@ class CompressedTensorsCodec:
             for target in group.get("targets") or []:
                 targets.setdefault(target, scheme)
         ignored = config.get("ignore") or []
-        return {name: None if _best_match(name, ignored) else _lookup(name, targets) for name in linears}
+        spelled = {name: spellings(name, stored) for name in linears}
+        return {n: None if _best_match(names, ignored) else _lookup(names, targets) for n, names in spelled.items()}
 
     def _scheme(self, label: str, group: Mapping[str, Any], config: Config) -> Scheme:
         layout = group.get("format") or config.get("format")
@@ -208,15 +212,15 @@ def _weights_block(scheme: Scheme) -> dict[str, Any]:
     return {**block, "strategy": "group", "group_size": scheme.group_size}
 
 
-def _lookup(name: str, targets: Mapping[str, Scheme]) -> Scheme | None:
-    target = _best_match(name, targets)
+def _lookup(names: Sequence[str], targets: Mapping[str, Scheme]) -> Scheme | None:
+    target = _best_match(names, targets)
     return None if target is None else targets[target]
 
 
-def _best_match(name: str, targets: Iterable[str]) -> str | None:
-    """The most specific target that covers a Linear called ``name``. Raises FormatError for a bad pattern."""
+def _best_match(names: Sequence[str], targets: Iterable[str]) -> str | None:
+    """The most specific target that covers a Linear of one of these names. Raises FormatError for a bad pattern."""
     matches: dict[int, str] = {}
-    for target in targets:
+    for name, target in product(names, targets):
         if target.startswith("re:"):
             try:
                 rank = 1 if re.match(target.removeprefix("re:"), name) else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from ptq.errors import FormatError
 from ptq.formats import capability, checks
 from ptq.formats.bitpack import pack_stream, unpack_stream, words_for
-from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec
+from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec, spellings
 
 # vLLM and SGLang fuse these siblings into one module and look rules up by the fused name.
 FUSED_LINEARS = {
@@ -163,7 +163,9 @@ class GptqCodec:
             config["damp_percent"] = damping
         return config
 
-    def parse_config(self, config: Config, linears: Iterable[str]) -> dict[str, Scheme | None]:
+    def parse_config(
+        self, config: Config, linears: Iterable[str], stored: Mapping[str, str] | None = None
+    ) -> dict[str, Scheme | None]:
         """Scheme of each Linear, `dynamic` honoured. Raises FormatError for what cannot be read."""
         if config.get("pack_dtype") not in (None, "int32"):
             raise FormatError(f"GPTQ words are read as int32, the config says pack_dtype {config['pack_dtype']!r}")
@@ -175,11 +177,14 @@ class GptqCodec:
         rules = [(rule, *_parse_rule(rule)) for rule in dynamic]
         schemes: dict[str, Scheme | None] = {}
         for name in linears:
-            listed = only is None or any(f".{name}".endswith(f".{suffix}") for suffix in only)
+            names = spellings(name, stored)
+            listed = only is None or any(f".{each}".endswith(f".{suffix}") for suffix in only for each in names)
             if not listed or (capability.is_head(name) and not config.get("lm_head")):
                 schemes[name] = None
                 continue
-            rule, skip = next(((rule, skip) for rule, skip, regex in rules if regex.match(name)), ("", False))
+            rule, skip = next(
+                ((rule, skip) for rule, skip, regex in rules if any(map(regex.match, names))), ("", False)
+            )
             override = dynamic[rule] if rule else None
             schemes[name] = None if skip else self._scheme({**config, **(override or {})}) if rule else default
         return schemes
