@@ -1,6 +1,7 @@
 """Quantizing any PyTorch module, without Hugging Face."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -39,8 +40,9 @@ def quantize_linears(
 ) -> dict[str, dict[str, object]]:
     """Quantize the ``nn.Linear`` layers of a module in place: each becomes a `ptq.nn.QuantLinear`.
 
-    A weight that a Linear shares with another module (an embedding, say) stays float there. Hooks on a Linear's forward
-    and backward pass go over to the layer that replaces it.
+    A weight that a Linear shares with another module (an embedding, say) stays float there, and memory that parameters
+    have in common with other tensors (views, arrays, mapped files) is left as it is. Hooks on a Linear's forward and
+    backward pass go over to the layer that replaces it.
 
     Args:
         module: any module; it is run on the calibration batches, once for each group of layers that share an input, so
@@ -184,6 +186,23 @@ def _untie(module: nn.Module, paths: Iterable[str]) -> None:
         weight = linear.get_parameter("weight")
         if users[id(weight)] > 1:
             linear.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
+    _own_memory(module)
+
+
+def _own_memory(module: nn.Module) -> None:
+    """Copies of the parameters whose memory is not theirs alone: solvers and folds write into them.
+
+    Views of something larger, tensors over arrays and mapped files, memory of several parameters or processes.
+    """
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if t.layout == torch.strided}
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    for parameter in module.parameters():
+        if id(parameter) not in tensors or parameter.device.type == "meta" or parameter.is_inference():
+            continue  # of what cannot be changed, nothing is
+        storage = parameter.untyped_storage()
+        alone = users[storage.data_ptr()] == 1 and storage.nbytes() == parameter.numel() * parameter.itemsize
+        if not (alone and (parameter.is_cuda or (storage.resizable() and not parameter.is_shared()))):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Plain PyTorch modules: weights that cannot be quantized, and settings of torch that must not reach the solver."""
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -194,3 +196,48 @@ def test_an_empty_first_batch_says_nothing():
         results.append(module.state_dict())
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
+
+
+def mapped(path: Path, mode: str) -> Tensor:
+    np.random.default_rng(0).standard_normal((16, 32), dtype=np.float32).tofile(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "not writable"
+        return torch.from_numpy(np.memmap(path, np.float32, mode, shape=(16, 32)))
+
+
+SHARED: dict[str, Callable[[Path], Tensor]] = {
+    "a part": lambda _: torch.randn(3, 16, 32)[1],
+    "expanded": lambda _: torch.randn(16, 1).expand(16, 32),
+    "between processes": lambda _: torch.randn(16, 32).share_memory_(),
+    "an array's": lambda _: torch.from_numpy(np.random.default_rng(0).standard_normal((16, 32), dtype=np.float32)),
+    "a file's": lambda path: mapped(path / "weight", "r+"),
+    "a read-only file's": lambda path: mapped(path / "weight", "r"),
+}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+@pytest.mark.parametrize("case", SHARED)
+def test_memory_that_is_not_the_parameters_own_is_left_as_it_is(case: str, method: str, tmp_path: Path) -> None:
+    """Oracle: the same module with weights of its own."""
+    torch.manual_seed(0)
+    memory = SHARED[case](tmp_path)
+    before, module = memory.clone(), nn.Sequential(nn.Linear(32, 16, bias=False), nn.Linear(16, 16))
+    module[0].weight = nn.Parameter(memory, requires_grad=False)
+    own = copy.deepcopy(module)
+    own[0].weight = nn.Parameter(before.clone(), requires_grad=False)
+    ptq.quantize_linears(own, [torch.randn(40, 32, generator=torch.Generator().manual_seed(1))], method=method,
+                         bits=2, group_size=16)  # fmt: skip
+    ptq.quantize_linears(module, [torch.randn(40, 32, generator=torch.Generator().manual_seed(1))], method=method,
+                         bits=2, group_size=16)  # fmt: skip
+    assert torch.equal(memory, before)
+    assert torch.equal(module[0].dequantize(), own[0].dequantize())
+
+
+def test_parameters_of_one_memory() -> None:
+    """As an embedding and a head that were tied by their data: two parameters, of which one is quantized."""
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"embed": nn.Embedding(16, 32), "head": nn.Linear(32, 16, bias=False)})
+    module["head"].weight.data = module["embed"].weight.data
+    before = module["embed"].weight.detach().clone()
+    ptq.quantize_linears(module, (), method="rtn", bits=2, group_size=16)
+    assert torch.equal(module["embed"].weight, before)

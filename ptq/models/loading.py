@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import ConfigError, FormatError, UnsupportedModelError
+from ptq.models.empty import empty_parameters
 from ptq.models.experts import unfuse_experts
 from ptq.models.hub import download
 from ptq.models.names import SourceNames, retie
@@ -123,10 +124,8 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
             blocks, or experts in an unknown layout.
         FormatError: a value of the configuration that no model can be built with.
     """
-    from accelerate import init_empty_weights
-
     try:
-        with init_empty_weights(include_buffers=False):
+        with empty_parameters():
             model = _model_of(config, dtype, trust_remote_code)
     except ValueError as error:
         raise UnsupportedModelError(
@@ -240,8 +239,6 @@ def load_module(
     Raises:
         FormatError: a tensor is missing, has another shape than the model's, or integers where it has floats.
     """
-    from accelerate.utils import set_module_tensor_to_device
-
     module = model.get_submodule(path)
     persistent = set(module.state_dict())
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -251,18 +248,30 @@ def load_module(
             continue
         if (local not in parameters and names.find(full) is None) or local not in persistent:
             if current.device != device:
-                set_module_tensor_to_device(module, local, device)
+                _put(module, local, current.to(device))
             continue
         value = names.read(full, source)
         check_shape(names.of_parameter(full), current.shape, value.shape)
         check_floating(names.of_parameter(full), current.dtype, value.dtype)
         target = working_dtype(model, full, value, dtype)
         # A copy: the file's memory map must not see a solver's changes.
-        set_module_tensor_to_device(module, local, device, value=value.to(device, target, copy=True), dtype=target)
+        _put(module, local, value.to(device, target, copy=True))
     names.forget()
     retie(model)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+
+
+def _put(module: nn.Module, local: str, value: Tensor) -> None:
+    """A tensor as the parameter or buffer at a path; a parameter's class and what is noted on it stay."""
+    path, _, leaf = local.rpartition(".")
+    owner = module.get_submodule(path)
+    old = owner._parameters.get(leaf)
+    if old is None:
+        owner._buffers[leaf] = value
+        return
+    owner._parameters[leaf] = type(old)(value, requires_grad=False)
+    owner._parameters[leaf].__dict__.update(old.__dict__)
 
 
 def unload_module(module: nn.Module) -> None:
