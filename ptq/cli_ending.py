@@ -44,21 +44,24 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         return 1
     except PtqError as error:
         code = 3 if isinstance(error, GateError) else 2 if isinstance(error, ConfigError) else 1
-        return _fail(options, str(error), code)
+        return _fail(options, _with_notes(str(error), error), code)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         first = str(error).partition("\n")[0]
-        return _fail(
-            options,
-            f"out of memory ({first}): lower calibration.batch_size or calibration.samples, or set "
-            "refine.model_steps to 0",
-            1,
-        )
+        # Notes are of an evaluation, whose memory no key of the calibration changes.
+        advice = ("free some" if getattr(error, "__notes__", ()) else "lower calibration.batch_size or "
+                  "calibration.samples, or set refine.model_steps to 0")  # fmt: skip
+        return _fail(options, _with_notes(f"out of memory ({first}): {advice}", error), 1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(options, f"the disk is full ({error}): free space or write elsewhere", 1)
-        return _fail(options, f"a file could not be read or written: {error}", 1)
+            return _fail(options, _with_notes(f"the disk is full ({error}): free space or write elsewhere", error), 1)
+        return _fail(options, _with_notes(f"a file could not be read or written: {error}", error), 1)
+
+
+def _with_notes(message: str, error: Exception) -> str:
+    """What a run leaves on the disk is noted on its error."""
+    return "; ".join([message, *getattr(error, "__notes__", ())])
 
 
 @contextmanager
@@ -88,7 +91,8 @@ def _ended_as_by_control_c(received: list[signal.Signals]) -> Iterator[None]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """torch says so with a class of its own on GPUs and with a plain RuntimeError on CPUs."""
-    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "could not create a primitive")  # the second one is oneDNN's
+    named = type(error).__name__ == "OutOfMemoryError" or any(each in str(error) for each in said)
     return named or isinstance(error, MemoryError)
 
 

@@ -1,8 +1,11 @@
 """Hidden states on disk: a file holds all calibration batches at one place of the model, and is read as a map."""
 
+import errno
 import math
 import os
+import resource
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ptq.errors import PtqError
 from ptq.formats.checkpoint import DTYPE_NAMES
 from ptq.formats.checks import DTYPES
 from ptq.formats.digest import digest, raw
@@ -95,7 +99,23 @@ def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+@lru_cache
+def _allow_maps() -> None:
+    """Python keeps a file open for every map, and shells allow a thousand where the system allows many more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _mapped(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
-    data = numpy.memmap(path, numpy.uint8, "c", start, (size,))
+    _allow_maps()
+    try:
+        data = numpy.memmap(path, numpy.uint8, "c", start, (size,))
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise PtqError(
+            f"each batch of hidden states on disk is an open file; {resource.getrlimit(resource.RLIMIT_NOFILE)[1]} are "
+            "allowed: set a larger calibration.batch_size, or raise the limit (ulimit -Hn)"
+        ) from error
     return torch.from_numpy(data).view(dtype).view(shape)

@@ -264,7 +264,7 @@ class Journal:
 
     def _last_record(self) -> int:
         """Number of the last record on disk, -1 without any."""
-        return max((int(path.stem) for path in self._blocks.glob("[0-9]*.json")), default=-1)
+        return max((int(path.stem) for path in self._blocks.glob("[0-9]*.json") if path.stem.isdecimal()), default=-1)
 
     def _part(self, unit: int) -> Part:
         return Part(self._part_path(unit), self.records[unit].pieces)

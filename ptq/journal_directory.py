@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptq.errors import ConfigError, DataError, FormatError, NumericsError, UnsupportedModelError
+from ptq.errors import ConfigError, FormatError, NumericsError, UnsupportedModelError
 from ptq.formats.sealed import unseal
 from ptq.formats.staging import (
     atomic_write_text,
@@ -48,9 +48,14 @@ class RunDirectory(NamedTuple):
         """Whether no run is to be continued here."""
         return self.published or not (self.path / RUN).exists()
 
-    def publish(self) -> None:
-        """Give the checkpoint its final name; what had that name before is removed only afterwards."""
+    def publish(self, overwrite: bool) -> None:
+        """Give the checkpoint its final name; what had that name before is removed only afterwards.
+
+        Raises:
+            ConfigError: something that must not be replaced has come to stand there while the run went on.
+        """
         sync_tree(self.checkpoint)
+        require_writable(self.final, overwrite)
         atomic_write_text(self.path / PUBLISHED, "")
         publish(self.checkpoint, self.final, _aside(self.final))
 
@@ -121,13 +126,15 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
         with _locked(place):
             try:
                 restore(final, _aside(final))  # alone: another run may be between its two renames
+                if (place.path / PUBLISHED).exists() and not final.exists() and not place.checkpoint.exists():
+                    place.clear()  # of an output that was deleted since
                 if not place.published:
                     require_writable(final, overwrite)
                 if fresh:
                     place.clear()
                 yield place
             except BaseException as error:
-                left = _left(place)
+                left = what_is_left(place)
                 if not _worth_keeping(place, error):
                     shutil.rmtree(place.path, ignore_errors=True)
                 if isinstance(error, KeyboardInterrupt):
@@ -137,16 +144,16 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
 
 
 def _worth_keeping(place: RunDirectory, error: BaseException) -> bool:
-    if place.published:  # the codes are safe; an evaluation that failed would fail again, but on other text
-        return isinstance(error, ConfigError | DataError) or not isinstance(error, Exception)
-    return _committed(place) and not isinstance(error, NumericsError | UnsupportedModelError)
+    # An evaluation that failed for want of disk, memory, text or files may go well the next time.
+    at_fault = isinstance(error, NumericsError | UnsupportedModelError)
+    return (place.published or _committed(place)) and not at_fault
 
 
 def _committed(place: RunDirectory) -> bool:
     return any(place.path.glob("blocks/*.json"))
 
 
-def _left(place: RunDirectory) -> str:
+def what_is_left(place: RunDirectory) -> str:
     """What a run that is interrupted leaves, and how it goes on."""
     if place.published:
         whole = f"the checkpoint in {place.final} is complete"
@@ -168,7 +175,7 @@ def _locked(place: RunDirectory) -> Iterator[None]:
         if not place.path.is_dir():
             create_directory(place.path, place.final)
         with suppress(FileNotFoundError):  # the run that held it has just removed it
-            descriptor = os.open(place.path / LOCK, os.O_RDWR | os.O_CREAT)
+            descriptor = _lock_of(place)
             if _taken(descriptor, place):
                 break
             os.close(descriptor)
@@ -176,6 +183,16 @@ def _locked(place: RunDirectory) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock_of(place: RunDirectory) -> int:
+    try:
+        return os.open(place.path / LOCK, os.O_RDWR | os.O_CREAT)
+    except (PermissionError, IsADirectoryError) as error:
+        raise ConfigError(
+            f"a run must be able to lock {place.path / LOCK}, found: {error.strerror}; if it is another user's run, "
+            "let that one end it, or choose another `output`; otherwise remove the directory"
+        ) from error
 
 
 def _taken(descriptor: int, place: RunDirectory) -> bool:

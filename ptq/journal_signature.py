@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ptq.calibration.data import token_hash
+from ptq.distributed import Ranks
+from ptq.errors import ConfigError, FormatError
 from ptq.formats.digest import digest
 from ptq.gptq.columns import columns_library
 from ptq.plan import Plan
@@ -46,14 +48,47 @@ def signature_of(plan: Plan, batches: Sequence[Tensor] | None, processes: int = 
         signature["machine.columns"] = columns_library() or "torch"
     if plan.device.type == "cuda":
         signature["machine.gpu"] = torch.cuda.get_device_name(plan.device)
-    weights = set(plan.reader.files())
-    for path in sorted(plan.directory.iterdir()):
-        if path.is_file() and (path.name in weights or path.suffix in DESCRIPTIONS):
-            signature[f"model.{path.name}"] = _file(path)
+    signature |= model_signature(plan)
     if batches is not None:
         signature["quantized modules"] = digest(repr(sorted(plan.schemes.items())).encode())
         signature["calibration text"] = token_hash(batches)
     return signature
+
+
+def model_signature(plan: Plan) -> dict[str, str]:
+    """Of `signature_of` what its model's files give."""
+    weights = set(plan.reader.files())
+    return {
+        f"model.{path.name}": _file(path)
+        for path in sorted(plan.directory.iterdir())
+        if path.is_file() and (path.name in weights or path.suffix in DESCRIPTIONS)
+    }
+
+
+def require_unchanged(plan: Plan, before: Mapping[str, str]) -> None:
+    """Raise FormatError where a file of the model is not what it was, by an earlier `model_signature`."""
+    now = model_signature(plan)
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
+        names = ", ".join(name.removeprefix("model.") for name in changed)
+        raise FormatError(
+            f"a model must stay as it is while a run reads it; changed since it began: {names} in {plan.directory}. "
+            "Start over with --fresh once the files are whole"
+        )
+
+
+def require_same(ranks: Ranks, signature: Mapping[str, str]) -> None:
+    """Raise ConfigError in every process where they do not agree; what differs between machines is left out."""
+    mine = {name: text for name, text in signature.items() if not name.startswith("machine.")}
+    every = ranks.gather(mine)
+    for rank, theirs in enumerate(every):
+        differing = sorted(name for name in {*every[0], *theirs} if every[0].get(name) != theirs.get(name))
+        if differing:
+            name = differing[0]
+            raise ConfigError(
+                f"all processes of a run must have the same configuration, model and text; {name} is "
+                f"{every[0].get(name)} in the first and {theirs.get(name)} in process {rank}: start them alike"
+            )
 
 
 def _free(key: str) -> bool:

@@ -15,13 +15,13 @@ from ptq.budget_measure import as_chosen, spend
 from ptq.calibration.data import token_hash
 from ptq.config import BitBudget, RunConfig, dump
 from ptq.distributed import ALONE, Ranks
-from ptq.errors import ConfigError
+from ptq.errors import ConfigError, FormatError
 from ptq.evaluation import evaluate_run, require_text
 from ptq.formats.checkpoint import atomic_write_text, read_json
 from ptq.formats.staging import CHAT_TEMPLATES, json_text
 from ptq.journal import Journal
-from ptq.journal_directory import RunDirectory, run_directory
-from ptq.journal_signature import signature_of
+from ptq.journal_directory import RunDirectory, run_directory, what_is_left
+from ptq.journal_signature import model_signature, require_same, require_unchanged, signature_of
 from ptq.models.experts import routers
 from ptq.models.tying import state_ties
 from ptq.nn.linear import kernels_in_use
@@ -88,16 +88,22 @@ def quantize(
         ranks.told(place.path if report is None else None)
         if report is None:
             report = Report(Path(config.output), _described(plan, ranks))
+            require_same(ranks, signature_of(plan, None, ranks.size))
             require_text(plan)
+            model = model_signature(plan)
             plan, batches = _calibrate(plan, report.document, progress, prepared, ranks)
             _solve_and_write(plan, batches, place, report.document, progress, ranks)
             _write_report(report, place.checkpoint, progress, started)
-            place.publish()
+            require_unchanged(plan, model)
+            place.publish(overwrite)
         else:
+            model = model_signature(plan)
             plan = as_chosen(plan, report.document)
         if config.evaluation is not None:
             with progress.stage("evaluate"):
-                report.document["evaluation"] = evaluate_run(plan, report.output)
+                evaluation = _evaluated(plan, place)
+            require_unchanged(plan, model)
+            report.document["evaluation"] = evaluation
             report.document["kernels"] = kernels_in_use()
             _write_report(report, report.output, progress, started)
     return report
@@ -109,6 +115,7 @@ def _follow(config: RunConfig, ranks: Ranks) -> Report:
     plan = _planned(config, ranks)
     place: Path | None = ranks.told(None)
     if place is not None:
+        require_same(ranks, signature_of(plan, None, ranks.size))
         plan, batches = _calibrate(plan, report.document, silent, Prepared(), ranks)
         mapped = config.calibration.offload == "disk"
         journal = Journal(place, {}, units(plan), mapped=mapped, ranks=ranks)
@@ -137,7 +144,13 @@ def _finished_before(
     if not place.published:
         return None
     report = Report(Path(plan.config.output), read_json(place.final / "report.json"))
-    steps = report.document["configuration"]["refine"]["model_steps"]
+    try:
+        steps = report.document["configuration"]["refine"]["model_steps"]
+    except (KeyError, TypeError) as error:
+        raise FormatError(
+            f"{place.final / 'report.json'} must be the report of the run that is still to be evaluated; it is not: "
+            "start over with --fresh and --overwrite"
+        ) from error
     if place.began_as(signature_of(plan, None, ranks.size)) and steps == plan.config.refine.model_steps:
         # The text itself, not the names of its files: whichever of them has changed, the codes would be others.
         text = token_hash(prepared.batches(plan)) if plan.config.calibrates else None
@@ -150,6 +163,15 @@ def _finished_before(
             )
     place.restart(overwrite)
     return None
+
+
+def _evaluated(plan: Plan, place: RunDirectory) -> dict[str, Any]:
+    """As `evaluate_run`; its errors note that the checkpoint is there."""
+    try:
+        return evaluate_run(plan, Path(plan.config.output))
+    except Exception as error:
+        error.add_note(what_is_left(place))
+        raise
 
 
 def _described(plan: Plan, ranks: Ranks) -> dict[str, Any]:
@@ -181,6 +203,7 @@ def _calibrate(
         return plan, []
     with progress.stage("calibration text"):
         batches = prepared.batches(plan)
+    require_same(ranks, {"calibration text": token_hash(batches)})
     document["calibration"] = {
         "sequences": sum(len(b) for b in batches),
         "tokens": sum(b.numel() for b in batches),

@@ -57,14 +57,21 @@ def measure_rates(device: torch.device, directory: Path, dtype: torch.dtype = to
         directory: existing, on the disk of the run.
         dtype: of the model.
     """
-    data = bytes(max(1, min(8 * 1024**2, shutil.disk_usage(directory).free // 2)))
+    size = max(1, min(8 * 1024**2, shutil.disk_usage(directory).free // 2))
+    try:
+        written = _written_a_second(directory, size)
+    except OSError:  # of a quota or a limit, about which that size tells nothing: the run may need less
+        written = _written_a_second(directory, min(size, 4096))
+    return Rates(*computing_rates(device, dtype, torch.get_num_threads()), written)
+
+
+def _written_a_second(directory: Path, size: int) -> float:
     started = time.perf_counter()
     with tempfile.TemporaryFile(dir=directory) as file:
-        file.write(data)
+        file.write(bytes(size))
         file.flush()
         os.fsync(file.fileno())
-    written = len(data) / (time.perf_counter() - started)
-    return Rates(*computing_rates(device, dtype, torch.get_num_threads()), written)
+    return size / (time.perf_counter() - started)
 
 
 @lru_cache

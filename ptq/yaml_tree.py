@@ -89,6 +89,9 @@ def parse(document: str, source: str) -> Any:
         ) from error
 
 
+_QUOTED = ("'", '"', "|", ">", "!", "&", "*")  # texts that are not what is written
+
+
 def override(tree: dict[str, Any], assignment: str) -> None:
     """Applies ``calibration.samples=64`` to ``tree`` in place; the value is YAML.
 
@@ -100,6 +103,8 @@ def override(tree: dict[str, Any], assignment: str) -> None:
     if not equals or not path:
         raise ConfigError(f"an override must read key=value, found {assignment!r}; for example calibration.samples=64")
     value = parse(written, f"the override {assignment!r}")
+    if isinstance(value, str) and "\n" not in written and not written.lstrip().startswith(_QUOTED):
+        value = written.strip()  # a path with " #" in it is one, not the beginning of a comment
     if path.startswith("overrides."):
         pattern = path.removeprefix("overrides.")
         leaf: tuple[str, ...] = ()

@@ -177,9 +177,16 @@ def leave_directory(content):
     content["weight_map"]["model.layers.0.a"] = "../model-00001-of-00002.safetensors"
 
 
+def put_into_a_folder(index, shard):
+    (shard.parent / "sub").mkdir()
+    shard.rename(shard.parent / "sub" / shard.name)
+    index.write_text(index.read_text().replace(shard.name, f"sub/{shard.name}"))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (put_into_a_folder, "shards must lie in .* itself; .* names sub/model-00001-of-00002.safetensors: move it"),
         (lambda index, shard: shard.unlink(), "names 2 shards, 1 of them are not in .*: model-00001-of-00002"),
         (lambda index, shard: edit(index, leave_directory), "1 of them are not in .*: ../model-00001"),
         (lambda index, shard: edit(index, rename_in_index), "says that model.layers.9.a is in model-00001"),

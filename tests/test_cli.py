@@ -200,6 +200,7 @@ FAILURES = {
     "interrupt": (KeyboardInterrupt(), "out, no block was finished; the run is begun again by the same command"),
     "memory": (MemoryError("8 GiB"), "out of memory"),
     "torch's memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+    "oneDNN's memory": (RuntimeError("could not create a primitive"), "out of memory"),
 }
 
 

@@ -243,6 +243,9 @@ def test_an_existing_file_is_kept_or_replaced(parents, tmp_path):
     assert path.read_bytes()[:4] == b"GGUF"
     with pytest.raises(ConfigError, match="cannot be created"):
         export(parents["llama"], "F16", path / "below.gguf")
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"link\.gguf exists; pass --overwrite"):
+        export(parents["llama"], "F16", tmp_path / "link.gguf")
 
 
 def test_a_directory_is_no_file_to_replace(parents, tmp_path):

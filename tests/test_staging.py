@@ -86,7 +86,7 @@ def test_another_one_that_is_between_its_two_renames(write, tmp_path, monkeypatc
         monkeypatch.setattr(Path, "rename", put_aside)
         if isinstance(place, RunDirectory):
             checkpoint(place.checkpoint, "new")
-            place.publish()
+            place.publish(overwrite=True)
         else:
             (place / "config.json").write_text("new")
     assert refused == [final]

@@ -223,6 +223,10 @@ class CheckpointReader:
             raise FormatError(
                 f"{self.directory / files[0]} must be a file; it is a directory or a link to nothing: fetch it again"
             )
+        if nested := [file for file in absent if (self.directory / file).is_file()]:
+            raise FormatError(
+                f"shards must lie in {self.directory} itself; {INDEX} names {nested[0]}: move it, and name it so there"
+            )
         if absent:
             raise FormatError(
                 f"{INDEX} names {len(files)} shards, {len(absent)} of them are not in {self.directory}: "

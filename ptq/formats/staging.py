@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,7 @@ def staged_directory(final: Path, overwrite: bool) -> Iterator[Path]:
             try:
                 yield partial
                 sync_tree(partial)
+                require_writable(final, overwrite, "--out")  # as it was when this began
                 publish(partial, final, aside)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -98,9 +100,19 @@ def output_path(path: Path, option: str = OUTPUT) -> Path:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise _not_created(final, error, option) from error
+    _require_directory(final, option)
+    return final
+
+
+def _require_directory(final: Path, option: str) -> None:
+    """Raises ConfigError for what cannot be given another name with a directory in its place."""
     if final.exists() and not final.is_dir():
         raise ConfigError(f"output must be a directory, found the file {final}; choose another {option}")
-    return final
+    if os.path.ismount(final):
+        raise ConfigError(
+            f"output must be a directory that can be renamed once another is whole; {final} is a mount point: choose a "
+            f"directory below it for {option}"
+        )
 
 
 def _not_created(final: Path, error: OSError, option: str) -> ConfigError:
@@ -126,6 +138,7 @@ def restore(final: Path, aside: Path) -> None:
 
 def require_writable(final: Path, overwrite: bool, option: str = OUTPUT) -> None:
     """Raises ConfigError where ``final``, which ``option`` names, must not be replaced."""
+    _require_directory(final, option)
     if not final.exists() or not any(final.iterdir()):
         return
     if not overwrite:
@@ -136,6 +149,17 @@ def require_writable(final: Path, overwrite: bool, option: str = OUTPUT) -> None
             f"only a checkpoint directory is overwritten, {final} has {found}; choose another {option} or empty it "
             "yourself"
         )
+    if not os.access(final, os.W_OK | os.X_OK) or _is_kept_by_others(final):
+        raise ConfigError(
+            f"an output that is overwritten must be one that this user may remove; {final} belongs to another one: "
+            f"choose another {option}, or remove it as its owner"
+        )
+
+
+def _is_kept_by_others(final: Path) -> bool:
+    """Whether it lies in a directory in which everybody writes and removes what is theirs alone (the sticky bit)."""
+    parent = final.parent.stat()
+    return bool(parent.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, parent.st_uid, final.stat().st_uid)
 
 
 def _besides_checkpoint(directory: Path) -> str | None:
@@ -188,8 +212,8 @@ def publish(partial: Path, final: Path, aside: Path) -> None:
         final.rename(aside)
     try:
         partial.rename(final)
-    except OSError:
-        if replaces:
+    except BaseException:
+        if replaces and not final.exists():
             aside.rename(final)
         raise
     sync_directory(final.parent)
@@ -208,9 +232,12 @@ def full_disk_as_error(path: Path, needed: int | None) -> Iterator[None]:
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(existing).free
         wanted = "" if needed is None else f"{needed} bytes are needed and "
-        raise PtqError(
+        full = PtqError(
             f"no space left to write {path}: {wanted}{free} bytes are free; free some space or write elsewhere"
-        ) from error
+        )
+        for note in getattr(error, "__notes__", ()):
+            full.add_note(note)
+        raise full from error
 
 
 def atomic_write_text(path: Path, text: str) -> None:

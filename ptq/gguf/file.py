@@ -83,7 +83,7 @@ def gguf_file(
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise ConfigError where ``path`` is taken."""
-    if path.is_dir() or (path.exists() and not overwrite):
+    if path.is_dir() or (os.path.lexists(path) and not overwrite):
         what = "is a directory" if path.is_dir() else "exists; pass --overwrite"
         raise ConfigError(f"output {path} {what}, or choose another --out")
 
