@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +30,9 @@ from ptq.gguf.layout import (
     targets,
 )
 from ptq.gguf.mix import FILE_TYPES, FLOAT, FileType, file_type
-from ptq.gguf.rounding import round_blocks
+from ptq.gguf.rounding import raised_groups, round_blocks
 from ptq.gguf.tokens import Value, tokenizer_keys
+from ptq.grid import check_finite
 from ptq.half_products import fast_half_products
 from ptq.models.loading import load_tokenizer, locate
 from ptq.nn.linear import QuantLinear
@@ -52,6 +54,15 @@ class Exported(NamedTuple):
     deviation: float  # of carried values at most, as a share of a step (Q4_1 minimums are rounded to float16)
     loss: float | None  # mean loss of the solved tensors as a share of rounding's
     notes: tuple[str, ...]
+
+
+@dataclass
+class Tally:
+    """What became of the tensors, as they are written."""
+
+    losses: list[float] = field(default_factory=list)  # of solved ones, as shares of rounding's
+    deviations: list[float] = field(default_factory=list)  # of carried ones, as shares of a step
+    raised: dict[str, int] = field(default_factory=dict)  # groups with weights too small for a scale, by parameter
 
 
 def export_gguf(
@@ -113,17 +124,17 @@ def export_gguf(
     if any(is_solved(source, target) for target in found):
         calibration = calibration_for(run, source, tokenizer, type_name)
     job = Job(source, model, found, calibration)
-    losses: list[float] = []
-    deviations: list[float] = []
+    tally = Tally()
     with (
         gguf_file(path, model.architecture, keys, found, overwrite=overwrite) as output,
         progress.stage("export", model.blocks),
         fast_half_products(calibration.device if calibration else torch.device("cpu")),
     ):
-        _write(job, output, progress, losses, deviations)
+        _write(job, output, progress, tally)
     return Exported(
-        path, path.stat().st_size, Counter(t.kind for t in found), len(deviations), max(deviations, default=0.0),
-        sum(losses) / len(losses) if losses else None, _notes(model, found),
+        path, path.stat().st_size, Counter(t.kind for t in found), len(tally.deviations),
+        max(tally.deviations, default=0.0), sum(tally.losses) / len(tally.losses) if tally.losses else None,
+        (*_notes(model, found), *_raised(tally)),
     )  # fmt: skip
 
 
@@ -165,6 +176,16 @@ def _notes(model: Model, found: Sequence[Target]) -> tuple[str, ...]:
     if kept:
         notes.append(f"{len(kept)} tensors stay in {FLOAT}: {', '.join(t.name for t in kept[:4])}")
     return (*model.notes, *notes)
+
+
+def _raised(tally: Tally) -> tuple[str, ...]:
+    raised = {name: count for name, count in tally.raised.items() if count}
+    if not raised:
+        return ()
+    return (
+        f"{sum(raised.values())} groups of weights in {len(raised)} tensors ({', '.join([*raised][:4])}) are too small "
+        "for a float16 scale and rounded with its least, 2**-24",
+    )
 
 
 def _targets(source: Checkpoint, model: Model, file: FileType, keep_float: bool) -> list[Target]:
@@ -226,35 +247,46 @@ def _parameters(source: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield name, tuple(parameter.shape)
 
 
-def _write(job: Job, output: GgufFile, progress: Progress, losses: list[float], deviations: list[float]) -> None:
+def _write(job: Job, output: GgufFile, progress: Progress, tally: Tally) -> None:
     stream = None if job.calibration is None else open_stream(job.source, job.calibration.device)
+    if stream is not None:
+        _check_embedding(job)
     hidden = stream.enter(job.calibration.batches) if stream and job.calibration else []
     twin_hidden = list(hidden) if job.calibration and follows_float(job) else []
     for index in range(job.model.blocks):
         started, solved = time.perf_counter(), {}
         if stream is not None:
             solved = solve_block(job, stream, index, hidden, twin_hidden)
-        here = _losses(solved)
-        losses += here
+        here = _count(solved, tally)
         for target in job.targets:
             if target.block == index:
-                output.add(target, _content(job, target, solved, None, deviations))
+                output.add(target, _content(job, target, solved, None, tally))
         progress.step(index, job.model.blocks, here, time.perf_counter() - started)
     solved, importance = {}, None
     if stream is not None:
         solved, importance = solve_head(job, stream, hidden)
-        losses += _losses(solved)
+        _count(solved, tally)
     for target in job.targets:
         if target.block < 0:
-            output.add(target, _content(job, target, solved, importance, deviations))
+            output.add(target, _content(job, target, solved, importance, tally))
 
 
-def _losses(solved: Mapping[str, SolvedLinear]) -> list[float]:
-    return [each.solved.loss / each.solved.rounding for each in solved.values() if each.solved.rounding > 0]
+def _check_embedding(job: Job) -> None:
+    """Raise NumericsError for NaN or infinity in the embedding, which the first layer's inputs would be blamed for."""
+    name = next(target.parameter for target in job.targets if target.name == "token_embd.weight")
+    check_finite(job.source.reader.tensor(job.source.names.of_parameter(name)), name)
+
+
+def _count(solved: Mapping[str, SolvedLinear], tally: Tally) -> list[float]:
+    """Add what was solved to the tally; its losses as shares of rounding's."""
+    losses = [each.solved.loss / each.solved.rounding for each in solved.values() if each.solved.rounding > 0]
+    tally.losses += losses
+    tally.raised |= {f"{name}.weight": each.raised for name, each in solved.items()}
+    return losses
 
 
 def _content(
-    job: Job, target: Target, solved: Mapping[str, SolvedLinear], importance: Tensor | None, deviations: list[float]
+    job: Job, target: Target, solved: Mapping[str, SolvedLinear], importance: Tensor | None, tally: Tally
 ) -> Tensor:
     """What the file holds of one tensor, in the file's order of rows."""
     module = target.parameter.removesuffix(".weight")
@@ -265,18 +297,20 @@ def _content(
         data = encode(solved[module].solved.blocks)
     elif module in job.source.schemes and target.parameter.endswith(".weight"):
         blocks, off = carry(target.kind, _packed(job.source, module), module)
-        deviations.append(off)
+        tally.deviations.append(off)
         data = encode(blocks)
     else:
         value = job.source.reader.tensor(job.source.names.of_parameter(target.parameter))
-        data = _float_content(target, value.float(), importance)
+        data = _float_content(target, value.float(), importance, tally)
     return data[paired_rows(len(data), target.heads)] if target.heads else data
 
 
-def _float_content(target: Target, value: Tensor, importance: Tensor | None) -> Tensor:
+def _float_content(target: Target, value: Tensor, importance: Tensor | None, tally: Tally) -> Tensor:
+    check_finite(value, target.parameter)
     if target.kind in KINDS:
         worth = torch.ones(value.shape[1]) if importance is None else importance.cpu()
-        return encode(round_blocks(target.kind, value, worth))
+        tally.raised[target.parameter] = raised_groups(target.kind, value)
+        return encode(round_blocks(target.kind, value, worth, target.parameter))
     data = value.to(PLAIN[target.kind])
     if not bool(torch.isfinite(data).all()):
         raise NumericsError(

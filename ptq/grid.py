@@ -33,14 +33,14 @@ class Grid(NamedTuple):
         return int(2**self.bits) - 1
 
 
-def round_scales(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
+def round_scales(scales: Tensor, scale_dtype: torch.dtype, smallest: float = SMALLEST_SCALE) -> Tensor:
     """Scales as the checkpoint will hold them, so that the solver sees (and compensates) their rounding.
 
     bfloat16 models get bfloat16 values; all others float16 values. The magnitude is clamped to
-    ``2**-17 .. 65504`` with the sign kept, because readers and packers divide by a scale.
+    ``smallest .. 65504`` with the sign kept, because readers and packers divide by a scale.
     """
     target = torch.bfloat16 if scale_dtype == torch.bfloat16 else torch.float16
-    clamped = scales.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    clamped = scales.abs().clamp(smallest, LARGEST_SCALE)
     rounded = torch.copysign(clamped, scales).to(target).to(scales.dtype)
     # the bf16 value next to 65504 lies above it
     return torch.where(rounded.abs() > LARGEST_SCALE, torch.copysign(scales.new_tensor(65280.0), scales), rounded)
@@ -65,7 +65,12 @@ def resolve_group_size(scheme: Scheme, in_features: int, name: str = "weight") -
 
 
 def min_max_grid(
-    weight: Tensor, scheme: Scheme, *, scale_dtype: torch.dtype = torch.float16, shrink: Tensor | float = 1.0
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    scale_dtype: torch.dtype = torch.float16,
+    shrink: Tensor | float = 1.0,
+    smallest: float = SMALLEST_SCALE,
 ) -> Grid:
     """The grid that spans each group's range.
 
@@ -77,6 +82,7 @@ def min_max_grid(
         scheme: bits, group size and symmetry.
         scale_dtype: dtype the checkpoint will keep scales in (see `round_scales`).
         shrink: factor on the range, a number or ``[N, G]`` (clipping).
+        smallest: least scale.
 
     Raises:
         ConfigError: the group size does not divide K.
@@ -87,10 +93,10 @@ def min_max_grid(
     groups = grouped(weight, group_size)
     top = 2**scheme.bits - 1
     if scheme.symmetric:
-        scales = round_scales(2 * groups.abs().amax(-1) * shrink / top, scale_dtype)
+        scales = round_scales(2 * groups.abs().amax(-1) * shrink / top, scale_dtype, smallest)
         return Grid(scales, torch.full_like(scales, 2 ** (scheme.bits - 1)), scheme.bits, group_size, True)
     low, high = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink
-    scales = round_scales((high - low) / top, scale_dtype)
+    scales = round_scales((high - low) / top, scale_dtype, smallest)
     zeros = torch.round(-low / scales).clamp(0, top)
     return Grid(scales, zeros, scheme.bits, group_size, False)
 

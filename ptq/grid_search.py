@@ -14,7 +14,15 @@ from ptq_kernels.cpu import grids as library
 from torch import Tensor
 
 from ptq.formats.codec import Scheme
-from ptq.grid import Grid, check_finite, grouped, min_max_grid, resolve_group_size, round_scales
+from ptq.grid import (
+    SMALLEST_SCALE,
+    Grid,
+    check_finite,
+    grouped,
+    min_max_grid,
+    resolve_group_size,
+    round_scales,
+)
 
 # Fractions of the full range: twelve of them find what sixty do once two least-squares steps follow.
 SHRINKS = tuple(1 - 0.05 * i for i in range(12))
@@ -36,6 +44,7 @@ def search_grid(
     *,
     scale_dtype: torch.dtype = torch.float16,
     shrinks: Sequence[float] = SHRINKS,
+    smallest: float = SMALLEST_SCALE,
 ) -> Grid:
     """The grid of least weighted rounding error.
 
@@ -46,6 +55,7 @@ def search_grid(
         scheme: bits, group size and symmetry.
         scale_dtype: dtype the checkpoint will keep scales in.
         shrinks: fractions of the full range to try.
+        smallest: least scale.
 
     Raises:
         ConfigError: the group size does not divide K.
@@ -56,7 +66,8 @@ def search_grid(
     judge = _judge(weight, importance.to(weight.dtype), group_size, 2**scheme.bits - 1)
     most = CHUNK_WEIGHTS * (1 if judge.by_torch_on_cpu else WITHOUT_CACHES)
     rows = max(1, min(most, CHUNK_GROUPS * group_size) // weight.shape[1])
-    parts = [_search(chunk, judge, scheme, scale_dtype, shrinks) for chunk in torch.split(weight, rows)]
+    held = _Held(scale_dtype, smallest)
+    parts = [_search(chunk, judge, scheme, held, shrinks) for chunk in torch.split(weight, rows)]
     scales, zeros = torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])
     return Grid(scales, zeros, scheme.bits, group_size, scheme.symmetric)
 
@@ -66,20 +77,27 @@ def diagonal_blocks(H_KK: Tensor, group_size: int) -> Tensor:
     return torch.stack([H_KK[i : i + group_size, i : i + group_size] for i in range(0, len(H_KK), group_size)])
 
 
+class _Held(NamedTuple):
+    """How a file holds scales (see `round_scales`)."""
+
+    dtype: torch.dtype
+    smallest: float
+
+
 def _search(
-    weight: Tensor, judge: "_Judge", scheme: Scheme, scale_dtype: torch.dtype, shrinks: Sequence[float]
+    weight: Tensor, judge: "_Judge", scheme: Scheme, held: _Held, shrinks: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    start = min_max_grid(weight, scheme, scale_dtype=scale_dtype)
+    start = min_max_grid(weight, scheme, scale_dtype=held.dtype, smallest=held.smallest)
     w = grouped(weight, start.group_size)
     scales, zeros = _candidates(w, start, scheme, shrinks)
-    scales = torch.cat([start.scales[None], round_scales(scales, scale_dtype)])
+    scales = torch.cat([start.scales[None], round_scales(scales, *held)])
     zeros = torch.cat([start.zeros[None], zeros])
     best = _cheapest(judge.losses(w, scales, zeros), scales, zeros)
     for _ in range(REFITS):
         # least squares for the scale with the codes held
         squares, products = judge.moments(w, best.scales, best.zeros)
         fitted = torch.where(squares > 0, products / squares, best.scales)
-        scales = round_scales(torch.where(fitted == 0, best.scales, fitted), scale_dtype)
+        scales = round_scales(torch.where(fitted == 0, best.scales, fitted), *held)
         scales, zeros = torch.stack([best.scales, scales]), torch.stack([best.zeros, best.zeros])
         losses = torch.stack([best.losses, *judge.losses(w, scales[1:], zeros[1:])])
         best = _cheapest(losses, scales, zeros)

@@ -179,3 +179,10 @@ def test_a_scale_that_float16_does_not_hold_is_refused():
     quantized.scales[2, 3] = 0.1
     with pytest.raises(FormatError, match=r"q_proj: .* float16 scales, which 0.1"):
         carry("Q4_0", quantized, "q_proj")
+
+
+def test_a_minimum_that_float16_does_not_reach_is_refused():
+    quantized = result(4, 32, False)
+    quantized.scales[2, 3], quantized.zeros[2, 3] = 8192.0, 9
+    with pytest.raises(FormatError, match=r"q_proj: Q4_1 blocks hold float16 minimums, .*; found 73728: export"):
+        carry("Q4_1", quantized, "q_proj")

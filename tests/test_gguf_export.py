@@ -5,7 +5,6 @@ values of the checkpoint that was exported. llama.cpp itself is in benchmarks/gg
 """
 
 import errno
-import io
 import json
 import re
 import shutil
@@ -17,21 +16,20 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from gguf import quants
+from gguf_files import dense, export, fields, kinds, read
 from safetensors.torch import load_file, save_file
 from tiny_models import TEXT, build, divergence, held_out, logits, run, save, settings, tokens
 
 from ptq import cli, runtime
 from ptq.card import _llama_cpp
 from ptq.config import CalibrationConfig, DatasetConfig, RunConfig
-from ptq.errors import ConfigError, FormatError, NumericsError, PtqError, UnsupportedModelError
-from ptq.export import Exported, export_gguf, show
+from ptq.errors import ConfigError, FormatError, PtqError, UnsupportedModelError
+from ptq.export import show
 from ptq.gguf.blocks import values
 from ptq.gguf.file import gguf_file
 from ptq.gguf.layout import Target
 from ptq.gguf.rounding import round_blocks
 from ptq.models.structure import linears, set_weight, weight_of
-from ptq.progress import Progress
 
 ROWS = 288  # of the tiny models' embeddings
 WIDE = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
@@ -51,31 +49,6 @@ def solving(text: str) -> RunConfig:
     source = DatasetConfig(files=(text,))
     calibration = CalibrationConfig(dataset=source, samples=8, sequence_length=64, batch_size=4)
     return RunConfig(model="", output="", method="gptq", device="cpu", calibration=calibration)
-
-
-def export(model: Path, type_name: str, out: Path, config: RunConfig | None = None, **options: Any) -> Exported:
-    return export_gguf(str(model), type_name, str(out), config, progress=Progress(io.StringIO()), **options)
-
-
-def fields(path: Path) -> dict[str, Any]:
-    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
-
-
-def kinds(path: Path) -> dict[str, str]:
-    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-
-
-def dense(path: Path, name: str) -> torch.Tensor:
-    """A tensor's values, rows in the file's order."""
-    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
-    return torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy())
-
-
-def read(path: Path) -> Any:
-    """The model as transformers reads the file."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -321,14 +294,6 @@ def test_another_model_in_the_place_of_the_parent_is_refused(parents, tmp_path, 
 def test_other_architectures_are_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="the model is gpt2"):
         export(save(build("gpt2"), tmp_path / "gpt2"), "F16", tmp_path)
-
-
-def test_values_beyond_float16_are_refused(tmp_path):
-    model = build("llama")
-    with torch.no_grad():
-        model.model.embed_tokens.weight[0, 0] = 1e6
-    with pytest.raises(NumericsError, match=r"embed_tokens\.weight must be finite in F16, .* value is 1e\+06"):
-        export(save(model, tmp_path / "model"), "F16", tmp_path)
 
 
 def test_the_package_is_named_where_it_is_missing(parents, tmp_path, monkeypatch):

@@ -10,8 +10,10 @@ from ptq.calibration.capture import InputGroup, InputStats, collect, collect_dri
 from ptq.calibration.held import Run
 from ptq.config import GPTQConfig
 from ptq.gguf.blocks import values
+from ptq.gguf.rounding import raised_groups
 from ptq.gguf.solver import SolvedBlocks, solve_blocks
 from ptq.gptq.solver import correction, factorize, require_no_rescue
+from ptq.grid import check_finite
 from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss
 from ptq.models.structure import linears, set_weight, weight_of
@@ -23,6 +25,7 @@ class SolvedLinear(NamedTuple):
 
     solved: SolvedBlocks
     rescues: tuple[str, ...]
+    raised: int  # groups too small for a scale of their own (see `raised_groups`)
 
 
 class BlockFormats(NamedTuple):
@@ -43,10 +46,13 @@ def solve_linears(block: nn.Module, runs: Sequence[Run], task: BlockFormats) -> 
 
     Raises:
         FormatError: blocks do not fill a row.
-        NumericsError: an activation or weight is not finite, or under ``strict`` a Hessian needed a rescue.
+        NumericsError: an activation or weight is not finite, a weight is larger than the scales of its kind reach, or
+            under ``strict`` a Hessian needed a rescue.
         UnsupportedModelError: a Linear was never reached.
     """
     modules = {path: module for path, module in linears(block) if path in task.kinds}
+    for path, module in modules.items():  # before activations or corrections carry a NaN elsewhere
+        check_finite(weight_of(module), f"{_full(task, path)}.weight")
     results: dict[str, SolvedLinear] = {}
     for group in trace_groups(modules, runs[:1]) if modules else ():
         stats, drift = _statistics(modules, group, runs, task)
@@ -68,13 +74,16 @@ def _solve_group(
     for name, module in modules.items():
         W = weight_of(module).float()
         target = W if shift is None else W.addmm(W, shift)
+        kind = task.kinds[name]
         solved = solve_blocks(
-            task.kinds[name], target, stats.hessian, factor, sweeps=settings.sweeps, block_size=settings.block_size
-        )
+            kind, target, stats.hessian, factor, sweeps=settings.sweeps, block_size=settings.block_size,
+            name=f"{_full(task, name)}.weight",
+        )  # fmt: skip
+        raised = raised_groups(kind, W)
         set_weight(module, values(solved.blocks))
         energy = max(quadratic_loss(target, stats.hessian), TINY)
         relative = solved._replace(loss=solved.loss / energy, rounding=solved.rounding / energy)
-        results[name] = SolvedLinear(relative, factor.rescues)
+        results[name] = SolvedLinear(relative, factor.rescues, raised)
     return results
 
 

@@ -29,7 +29,7 @@ def carry(kind: str, quantized: QuantizedWeight, name: str) -> tuple[Blocks, flo
     That is 0 except for Q4_1 and Q5_1, whose minimum ``-zero * scale`` is rounded to float16.
 
     Raises:
-        FormatError: a scale that float16 does not hold exactly.
+        FormatError: a scale that float16 does not hold exactly, or a minimum beyond its largest number.
     """
     shape = KINDS[kind]
     n, k = quantized.codes.shape
@@ -54,6 +54,11 @@ def carry(kind: str, quantized: QuantizedWeight, name: str) -> tuple[Blocks, flo
         return Blocks(kind, quantized.codes, d, d, torch.ones_like(mins), mins), 0.0
     exact = -zeros * scales
     m = exact.half()
+    if not bool(torch.isfinite(m).all()):
+        raise FormatError(
+            f"{name}: {kind} blocks hold float16 minimums, which end at 65504; found {float(exact.abs().max()):.6g}: "
+            "export the float model it was made from as another type"
+        )
     return Blocks(kind, quantized.codes, d, m, None, None), _off(m, exact, scales)
 
 

@@ -8,13 +8,16 @@ runs afterwards makes up for their rounding. Pure functions.
 import torch
 from torch import Tensor
 
+from ptq.errors import NumericsError
 from ptq.formats.codec import Scheme
 from ptq.gguf.blocks import KINDS, Blocks, levels, row_bytes, stack_rows
-from ptq.grid import check_finite
+from ptq.grid import check_finite, grouped
 from ptq.grid_search import search_grid
 
 SMALLEST = 2.0**-24  # the least positive float16
 LARGEST = 65504.0
+# The largest small factor of each kind that has some.
+FACTORS = {"Q4_K": 63, "Q5_K": 63, "Q6_K": 127}
 # Fractions of the range's two ends that are tried together.
 ENDS = (1.0, 0.9, 0.8, 0.7)
 REFITS = 2
@@ -22,23 +25,54 @@ ROUNDS = 2  # of factors, then block scales
 CHUNK_WEIGHTS = 1 << 22
 
 
-def round_blocks(kind: str, weight: Tensor, importance: Tensor) -> Blocks:
+def round_blocks(kind: str, weight: Tensor, importance: Tensor, name: str = "weight") -> Blocks:
     """The block format of least weighted rounding error.
 
     Args:
         kind: key of `KINDS`.
         weight: float ``[N, K]``.
         importance: ``[K]``, what an error in each input costs, positive.
+        name: what errors call the weight.
 
     Raises:
         FormatError: blocks do not fill a row.
-        NumericsError: the weight holds NaN or infinity.
+        NumericsError: the weight holds NaN or infinity, or is larger than the kind's scales reach.
     """
     row_bytes(kind, weight.shape[1])
-    check_finite(weight, "weight")
+    check_finite(weight, name)
+    _require_reached(kind, weight, name)
     rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
     chunks = torch.split(weight, rows)
     return stack_rows([_round(kind, chunk.float(), importance.to(chunk.device).float()) for chunk in chunks])
+
+
+def raised_groups(kind: str, weight: Tensor) -> int:
+    """Groups of a weight ``[N, K]`` that are too small for a scale, though not zero: rounded with a step of 2**-24."""
+    step, _ = _ranges(kind, weight)
+    return int(((step > 0) & (step < SMALLEST)).sum())
+
+
+def _ranges(kind: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitudes ``[N, G]`` of the step and the minimum that span each group."""
+    shape = KINDS[kind]
+    low, high = (x.float() for x in torch.aminmax(grouped(weight, shape.group), dim=-1))
+    if not shape.minimum:
+        return torch.maximum(high, -low) / 2 ** (shape.bits - 1), torch.zeros_like(low)
+    if kind in FACTORS:  # whose minimum is not above zero
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    return (high - low) / (2**shape.bits - 1), low.abs()
+
+
+def _require_reached(kind: str, weight: Tensor, name: str) -> None:
+    step, minimum = _ranges(kind, weight)
+    most = LARGEST * FACTORS.get(kind, 1)
+    if step.numel() and float(torch.maximum(step, minimum).max()) > most:
+        kept = "a step and a minimum" if KINDS[kind].minimum else "a step"
+        raise NumericsError(
+            f"{name} must be small enough for {kind}, which keeps {kept} of at most {most:g} for every "
+            f"{KINDS[kind].group} weights; its largest weight is {float(weight.abs().max()):.3g}: export another type, "
+            "or check the checkpoint"
+        )
 
 
 def nearest(blocks: Blocks, weight: Tensor) -> Tensor:
@@ -56,7 +90,8 @@ def _round(kind: str, weight: Tensor, importance: Tensor) -> Blocks:
     elif kind == "Q6_K":
         scaled = _six(weight, importance)
     else:
-        grid = search_grid(weight, importance, Scheme(shape.bits, shape.group, True), scale_dtype=torch.float16)
+        scheme = Scheme(shape.bits, shape.group, True)
+        grid = search_grid(weight, importance, scheme, scale_dtype=torch.float16, smallest=SMALLEST)
         scaled = Blocks(kind, torch.empty(0), grid.scales.half(), None, None, None)
     return scaled._replace(codes=nearest(scaled, weight))
 
@@ -133,11 +168,19 @@ def _with_minimum(kind: str, weight: Tensor, importance: Tensor) -> Blocks:
     return Blocks(kind, torch.empty(0), d, (-offset).clamp(-LARGEST, LARGEST).half(), None, None)
 
 
+def _covering(largest: Tensor, factor: int) -> Tensor:
+    """The float16 number whose multiple by ``factor`` is nearest to ``largest``, or the next one up.
+
+    Near float16's least the nearest one may be so much smaller that the largest step would be cut.
+    """
+    d = _as_half(largest / factor)
+    return torch.where(d.float() * (factor + 0.5) < largest, _as_half(d.float() + SMALLEST), d)
+
+
 def _nest(kind: str, w: Tensor, h: Tensor, s: Tensor, m: Tensor) -> Blocks:
     """Group steps and offsets as whole multiples, 6 bits each, of one step and one offset for 8 groups."""
     n, bits = len(w), KINDS[kind].bits
-    d = _as_half(s.view(n, -1, 8).amax(-1) / 63)
-    dmin = _as_half(m.view(n, -1, 8).amax(-1) / 63)
+    d, dmin = (_covering(x.view(n, -1, 8).amax(-1), 63) for x in (s, m))
     sc = torch.round(s / _spread(d, 8)).clamp_(1, 63)
     mn = torch.round(m / _spread(dmin, 8)).clamp_(0, 63)
     for _ in range(ROUNDS):
@@ -194,10 +237,21 @@ def _best_scales(w: Tensor, h: Tensor, scales: Pair, factors: Pair, bits: int) -
     return torch.where(better, fitted[0], scales[0]), torch.where(better, fitted[1], scales[1])
 
 
+def _six_steps(weight: Tensor, importance: Tensor) -> Tensor:
+    """Steps ``[N, G]`` of 16 weights, each group brought near 1 by a power of two while they are searched.
+
+    What stands for them, ``d * sc``, is a float32 number: float16's limits are not theirs.
+    """
+    groups = grouped(weight, 16)
+    exponents = torch.frexp(groups.abs().amax(-1)).exponent.clamp(min=-100)
+    near_one = torch.ldexp(groups, -exponents.unsqueeze(-1)).view(weight.shape)
+    return torch.ldexp(search_grid(near_one, importance, Scheme(6, 16, True)).scales, exponents)
+
+
 def _six(weight: Tensor, importance: Tensor) -> Blocks:
     """Q6_K: signed scales of 16 weights as whole multiples, 8 bits with a sign, of one scale for 256."""
     n = len(weight)
-    s = search_grid(weight, importance, Scheme(6, 16, True), scale_dtype=torch.float32).scales
+    s = _six_steps(weight, importance)
     w, h = weight.view(n, -1, 16), importance.view(-1, 16)
 
     def loss(d: Tensor, sc: Tensor) -> Tensor:
@@ -210,7 +264,7 @@ def _six(weight: Tensor, importance: Tensor) -> Blocks:
         rounded = torch.round(x).clamp(-127, 127)
         return torch.where(rounded == 0, torch.copysign(torch.ones_like(x), x), rounded)
 
-    d = _as_half(s.abs().view(n, -1, 16).amax(-1) / 127)
+    d = _covering(s.abs().view(n, -1, 16).amax(-1), 127)
     sc = whole(s / _spread(d, 16))
     for _ in range(ROUNDS):
         tries = torch.stack([sc, whole(sc - 1), whole(sc + 1)])

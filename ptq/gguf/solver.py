@@ -30,7 +30,14 @@ class SolvedBlocks(NamedTuple):
 
 
 def solve_blocks(
-    kind: str, W_NK: Tensor, H_KK: Tensor, factor: Factor, *, sweeps: int = 1, block_size: int = 128
+    kind: str,
+    W_NK: Tensor,
+    H_KK: Tensor,
+    factor: Factor,
+    *,
+    sweeps: int = 1,
+    block_size: int = 128,
+    name: str = "weight",
 ) -> SolvedBlocks:
     """Codes of a weight in a block format, chosen with the Hessian.
 
@@ -41,21 +48,22 @@ def solve_blocks(
         factor: of the Hessian.
         sweeps: rounds of coordinate descent after GPTQ.
         block_size: columns between two updates of the rest; speed only.
+        name: what errors call the weight.
 
     Returns:
         Never worse than plain rounding: where that loses less (few tokens), its blocks are returned.
 
     Raises:
         FormatError: blocks do not fill a row.
-        NumericsError: the weight holds NaN or infinity.
+        NumericsError: the weight holds NaN or infinity, or is larger than the kind's scales reach.
     """
     even = torch.ones(W_NK.shape[1], dtype=W_NK.dtype, device=W_NK.device)
     importance = H_KK.diagonal() + factor.lam
     rows = max(1, CHUNK_WEIGHTS // W_NK.shape[1])
     parts = []
     for chunk in torch.split(W_NK, rows):
-        plain = round_blocks(kind, chunk, even)
-        start = round_blocks(kind, chunk, importance)
+        plain = round_blocks(kind, chunk, even, name)
+        start = round_blocks(kind, chunk, importance, name)
         solved = start._replace(codes=_codes(chunk, start, H_KK, factor, sweeps, block_size))
         losses = [quadratic_loss(chunk - values(each).to(chunk.dtype), H_KK) for each in (solved, plain)]
         parts.append(SolvedBlocks(solved if losses[0] <= losses[1] else plain, min(losses), losses[1]))
