@@ -14,7 +14,7 @@ from ptq.config import RunConfig
 from ptq.errors import ConfigError, NumericsError
 from ptq.export_solve import Job, calibration_for, follows_float, is_solved, solve_block, solve_head
 from ptq.formats.capability import describe
-from ptq.formats.checkpoint import CheckpointReader
+from ptq.formats.checkpoint import CheckpointReader, read_json
 from ptq.formats.codec import QuantizedWeight
 from ptq.gguf.block import SolvedLinear
 from ptq.gguf.blocks import KINDS, encode
@@ -31,7 +31,8 @@ from ptq.gguf.layout import (
 )
 from ptq.gguf.mix import FILE_TYPES, FLOAT, FileType, file_type
 from ptq.gguf.rounding import raised_groups, round_blocks
-from ptq.gguf.tokens import Value, tokenizer_keys
+from ptq.gguf.tokens import SPECIAL, tokenizer_keys, tokenizer_notes
+from ptq.gguf.words import Value
 from ptq.grid import check_finite
 from ptq.half_products import fast_half_products
 from ptq.models.loading import load_tokenizer, locate
@@ -111,7 +112,7 @@ def export_gguf(
         "general.quantization_version": 2,
         "general.quantized_by": f"ptq {VERSION}",
         **model.keys,
-        **tokenizer_keys(tokenizer, rows),
+        **tokenizer_keys(tokenizer, rows, _configured_ids(source, rows)),
     }
     found = _targets(source, model, file, keep_float=run is None)
     misfit = _misfit(source, found)
@@ -134,7 +135,7 @@ def export_gguf(
     return Exported(
         path, path.stat().st_size, Counter(t.kind for t in found), len(tally.deviations),
         max(tally.deviations, default=0.0), sum(tally.losses) / len(tally.losses) if tally.losses else None,
-        (*_notes(model, found), *_raised(tally)),
+        (*tokenizer_notes(tokenizer), *_notes(model, found), *_raised(tally)),
     )  # fmt: skip
 
 
@@ -150,6 +151,19 @@ def show(exported: Exported) -> str:
     if exported.loss is not None:
         lines.append(f"solved with the Hessian: on average {exported.loss:.3f} of the loss of rounding")
     return "\n".join([*lines, *exported.notes])
+
+
+def _configured_ids(source: Checkpoint, rows: int) -> dict[str, int]:
+    """Special tokens by the model's configurations, which end its texts where the tokenizer names none."""
+    path = source.directory / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    ids: dict[str, int] = {}
+    for name in SPECIAL:
+        for value in (generation.get(f"{name}_token_id"), getattr(source.hf_config, f"{name}_token_id", None)):
+            index = value[0] if isinstance(value, list) and value else value  # the first of several
+            if isinstance(index, int) and 0 <= index < rows:
+                ids.setdefault(name, index)
+    return ids
 
 
 def _name(checkpoint: str) -> str:

@@ -95,6 +95,28 @@ def test_what_the_file_says_of_itself(parents, tmp_path, solving):
     assert [path.name for path in tmp_path.iterdir()] == ["qwen2-Q8_0.gguf"]
 
 
+@pytest.mark.parametrize(
+    ("generation", "eos"), [(None, 7), ({"eos_token_id": [9, 7]}, 9), ({"eos_token_id": ROWS}, 7), ({}, 7)]
+)
+def test_configurations_say_what_ends_a_text_where_the_tokenizer_does_not(tmp_path, generation, eos):
+    """Oracle: generation_config.json, then config.json, an id that the model has a row for."""
+    model = save(build("llama", eos_token_id=7, pad_token_id=None), tmp_path / "model")
+    settings_file = model / "tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(settings_file.read_text()).items() if key != "eos_token"}
+    settings_file.write_text(json.dumps(kept))
+    (model / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (model / "generation_config.json").write_text(json.dumps(generation))
+    found = fields(export(model, "F16", tmp_path).path)
+    assert found["tokenizer.ggml.eos_token_id"] == eos
+    assert "tokenizer.ggml.padding_token_id" not in found
+
+
+def test_what_llama_cpp_cuts_differently_is_printed(parents, tmp_path, monkeypatch):
+    monkeypatch.setattr("ptq.export.tokenizer_notes", lambda _: ("a space more",))
+    assert "a space more" in show(export(parents["llama"], "F16", tmp_path))
+
+
 CARRIED = {
     "Q4_0": {},
     "Q4_1": {"symmetric": False, "format": "compressed-tensors"},

@@ -1,20 +1,18 @@
-"""Which tensor gets which block format, and what the file says of a model and its tokenizer.
+"""Which tensor gets which block format, and what the file says of a model.
 
 Oracles: the table of kinds that llama.cpp's own quantizer gave an 8-layer model (recorded from llama-cpp-python
-0.3.36), the published definition of Llama 3's rotary scaling, and hand-made tokenizers.
+0.3.36), and the published definition of Llama 3's rotary scaling.
 """
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from ptq.errors import ConfigError, UnsupportedModelError
 from ptq.gguf.layout import describe_model, paired_rows, rope_factors, targets
 from ptq.gguf.mix import FILE_TYPES, Place, file_type, kind_of, wanted_kind
-from ptq.gguf.tokens import MARK, PATTERNS, tokenizer_keys
 
 
 def place(name: str, block: int = 2, columns: int = 256, blocks: int = 8, **changes: bool) -> Place:
@@ -118,6 +116,15 @@ def test_a_sliding_window_becomes_the_context():
     assert "its context is cut to the window, 4096" in found.notes[0]
 
 
+@pytest.mark.parametrize(("full", "context", "notes"), [(1, 64, 1), (2, 512, 0)])
+def test_a_window_that_no_layer_slides_cuts_nothing(full, context, notes):
+    """Qwen2 slides it from layer ``max_window_layers`` on, here the second of two, or none."""
+    config = Qwen2Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=64, max_window_layers=full,
+                         max_position_embeddings=512)  # fmt: skip
+    found = describe_model(config)
+    assert (found.keys["qwen2.context_length"], len(found.notes)) == (context, notes)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -141,139 +148,3 @@ def test_a_parameter_without_a_tensor_is_refused():
 def test_pairs_of_rows_stand_together():
     """Head 0 has rows 0 to 3: pairs (0, 2) and (1, 3); head 1 likewise."""
     assert paired_rows(8, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
-def byte_level(pre: object, normalizer: object = None, **extra: object) -> PreTrainedTokenizerFast:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(letters)} | {"th": 256, "the": 257}
-    built = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h"), ("th", "e")]))
-    built.pre_tokenizer, built.normalizer = pre, normalizer
-    built.add_special_tokens(["<s>", "</s>"])
-    built.add_tokens(["plain"])
-    return PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>", **extra)
-
-
-def split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated", False),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-
-
-def test_a_byte_level_tokenizer():
-    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), chat_template="{{ messages }}")
-    keys = tokenizer_keys(tokenizer, 264)
-    assert keys["tokenizer.ggml.model"] == "gpt2"
-    assert keys["tokenizer.ggml.pre"] == "gpt-2"
-    assert keys["tokenizer.ggml.merges"] == ["t h", "th e"]
-    assert keys["tokenizer.ggml.tokens"][256:] == [
-        "th",
-        "the",
-        "<s>",
-        "</s>",
-        "plain",
-        "[PAD261]",
-        "[PAD262]",
-        "[PAD263]",
-    ]
-    assert keys["tokenizer.ggml.token_type"][256:] == [1, 1, 3, 3, 4, 5, 5, 5]
-    assert (keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.eos_token_id"]) == (258, 259)
-    assert keys["tokenizer.ggml.add_bos_token"] is False
-    assert keys["tokenizer.chat_template"] == "{{ messages }}"
-
-
-@pytest.mark.parametrize(("template", "kept"), [
-    ({"default": "a", "tool use": "b", "rag": "c"},
-     {"": "a", ".tool_use": "b", ".rag": "c", "s": ["tool_use", "rag"]}),
-    ({"default": "a"}, {"": "a"}),
-    ({"rag": "c", "": "d"}, {".rag": "c", "s": ["rag"]}),
-    ({"a-b": "c", "a_b": "d"}, {".a_b": "c", ".a_b_": "d", "s": ["a_b", "a_b_"]}),
-    (None, {}),
-])  # fmt: skip
-def test_chat_templates_by_name(template, kept):
-    """As gguf-py's `GGUFWriter.add_chat_template` has them."""
-    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), chat_template=template)
-    keys = {key: value for key, value in tokenizer_keys(tokenizer, 264).items() if "chat_template" in key}
-    assert keys == {f"tokenizer.chat_template{end}": value for end, value in kept.items()}
-
-
-# Each pattern must cut this as llama.cpp's regular expression of that name does; the recorded pieces are those.
-PIECES = {
-    "llama-bpe": ["It", "'s", " ", "123", "45", " OK", "!\n"],
-    "qwen2": ["It", "'s", " ", "1", "2", "3", "4", "5", " OK", "!\n"],
-    "tekken": ["It", "'s", " ", "1", "2", "3", "4", "5", " OK", "!\n"],
-}
-
-
-@pytest.mark.parametrize(("pattern", "name"), PATTERNS.items())
-def test_ways_of_cutting_words_have_names(pattern, name):
-    tokenizer = byte_level(split(pattern), normalizers.NFC())
-    assert tokenizer_keys(tokenizer, 261)["tokenizer.ggml.pre"] == name
-    cut = pre_tokenizers.Split(Regex(pattern), "isolated", False).pre_tokenize_str("It's 12345 OK!\n")
-    assert [piece for piece, _ in cut] == PIECES[name]
-
-
-def test_digits_one_by_one_have_a_name():
-    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    assert tokenizer_keys(byte_level(pre_tokenizers.Sequence(steps)), 261)["tokenizer.ggml.pre"] == "smollm"
-
-
-def sentencepiece(**changes: object) -> PreTrainedTokenizerFast:
-    pieces = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{i:02X}>" for i in range(256)),
-        MARK,
-        "a",
-        "b",
-        f"{MARK}a",
-        "ab",
-        f"{MARK}ab",
-    ]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    merges = [(MARK, "a"), ("a", "b"), (f"{MARK}a", "b")]
-    built = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
-    built.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), normalizers.Replace(" ", MARK)])
-    for name, value in changes.items():
-        setattr(built, name, value)
-    built.decoder = decoders.ByteFallback()
-    built.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def test_a_sentencepiece_tokenizer():
-    keys = tokenizer_keys(sentencepiece(), 265)
-    assert keys["tokenizer.ggml.model"] == "llama"
-    assert keys["tokenizer.ggml.add_space_prefix"] is True
-    assert keys["tokenizer.ggml.token_type"] == [2, 3, 3, *[6] * 256, *[1] * 6]
-    assert keys["tokenizer.ggml.unknown_token_id"] == 0
-    # only what merges make has a rank
-    assert keys["tokenizer.ggml.scores"][-6:] == [-3.0, -3.0, -3.0, 0.0, -1.0, -2.0]
-
-
-@pytest.mark.parametrize(("scheme", "prefix"), [("first", True), ("never", False)])
-def test_a_metaspace_says_whether_a_space_comes_first(scheme, prefix):
-    tokenizer = sentencepiece(normalizer=None, pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme=scheme))
-    assert tokenizer_keys(tokenizer, 265)["tokenizer.ggml.add_space_prefix"] is prefix
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "rows", "message"),
-    [
-        (byte_level(pre_tokenizers.Whitespace()), 261, "cut words in a way llama.cpp has a name for"),
-        (byte_level(split(r"\s+")), 261, "cut words in a way llama.cpp has a name for"),
-        (byte_level(pre_tokenizers.ByteLevel(False), normalizers.Lowercase()), 261, "this tokenizer applies Lowercase"),
-        (byte_level(pre_tokenizers.ByteLevel(False)), 260, "goes up to 260, the embedding has 260 rows"),
-        (sentencepiece(pre_tokenizer=pre_tokenizers.Digits()), 265, "this one applies Digits"),
-        (
-            PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))),
-            1,
-            "model's is WordLevel",
-        ),
-        (SimpleNamespace(), 1, "needs a fast tokenizer"),
-    ],
-)
-def test_tokenizers_without_a_counterpart_are_refused(tokenizer, rows, message):
-    with pytest.raises(UnsupportedModelError, match=message):
-        tokenizer_keys(tokenizer, rows)

@@ -13,7 +13,7 @@ from ptq.errors import ConfigError, FormatError
 from ptq.formats.staging import full_disk_as_error, sync_directory
 from ptq.gguf.blocks import row_bytes
 from ptq.gguf.layout import Target
-from ptq.gguf.tokens import Value
+from ptq.gguf.words import Value
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ptq.errors import ConfigError, UnsupportedModelError
 from ptq.gguf.mix import FileType, Place, kind_of, wanted_kind
-from ptq.gguf.tokens import Value
+from ptq.gguf.words import Value
 
 # model_type of transformers to architecture of llama.cpp, and whether that keeps the rows of queries and keys with the
 # two halves of a rotary pair next to each other.
@@ -68,7 +68,9 @@ def describe_model(config: Any) -> Model:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     context, notes = config.max_position_embeddings, []
     window = getattr(config, "sliding_window", None)
-    if isinstance(window, int) and window < context:
+    kinds = getattr(config, "layer_types", None)  # where a configuration has them, a window is of these layers alone
+    slides = kinds is None or "sliding_attention" in kinds
+    if slides and isinstance(window, int) and window < context:
         notes.append(f"llama.cpp does not slide a window in {architecture}: its context is cut to the window, {window}")
         context = window
     keys: dict[str, Value] = {

@@ -1,61 +1,68 @@
-"""A Hugging Face tokenizer as the keys llama.cpp's tokenizers read.
+"""A Hugging Face tokenizer as the keys llama.cpp's tokenizers read: vocabulary, special tokens, chat templates.
 
-Two families: byte-level BPE (``gpt2`` in GGUF), whose way of cutting text into words llama.cpp knows by a name, and
-SentencePiece-style BPE with byte fallback (``llama``), whose merges become scores. What llama.cpp would cut
-differently is an error, never a guess.
+How text is cut is `ptq.gguf.words`'s.
 """
 
 import json
 import re
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from ptq.errors import UnsupportedModelError
-
-Value = bool | int | float | str | list[str] | list[int] | list[float]
+from ptq.gguf.words import Value, space_note, words_keys
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-MARK = "\u2581"  # stands for a space in SentencePiece tokens
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_ENDS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-# How words are cut before BPE: the regular expression in tokenizer.json to llama.cpp's name for it.
-PATTERNS = {
-    _CONTRACTIONS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _ENDS: "llama-bpe",
-    _CONTRACTIONS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _ENDS: "qwen2",
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
-    + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _ENDS: "tekken",
-}  # fmt: skip
 
 
-def tokenizer_keys(tokenizer: Any, rows: int) -> dict[str, Value]:
+# Special tokens: what transformers calls them, and GGUF.
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
+def tokenizer_keys(tokenizer: Any, rows: int, ids: Mapping[str, int] | None = None) -> dict[str, Value]:
     """``tokenizer.*`` of a GGUF file.
 
     Args:
         tokenizer: fast tokenizer of transformers.
         rows: of the embedding; rows no token has are named as unused.
+        ids: of the special tokens that the tokenizer does not name, by the first word of `SPECIAL`.
 
     Raises:
         UnsupportedModelError: a tokenizer llama.cpp has no counterpart for, or with more tokens than rows.
     """
+    spec = _spec(tokenizer)
+    model = spec["model"]
+    keys = words_keys(spec)
+    pieces, kinds = _vocabulary(spec, rows, bool(model.get("byte_fallback")))
+    keys |= {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": kinds}
+    if model.get("byte_fallback"):
+        keys["tokenizer.ggml.scores"] = _scores(model, pieces)
+    named = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
+    found = {name: index for name, index in named.items() if isinstance(index, int)}
+    return keys | _special(tokenizer, spec, {**(ids or {}), **found}) | _templates(tokenizer)
+
+
+def tokenizer_notes(tokenizer: Any) -> tuple[str, ...]:
+    """What llama.cpp cuts differently. Raises UnsupportedModelError as `tokenizer_keys`."""
+    note = space_note(_spec(tokenizer))
+    return () if note is None else (note,)
+
+
+def _spec(tokenizer: Any) -> dict[str, Any]:
+    """tokenizer.json."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModelError(
             f"GGUF needs a fast tokenizer (tokenizer.json); {type(tokenizer).__name__} has none: save one beside the "
             "model"
         )
-    spec = json.loads(backend.to_str())
-    model = spec["model"]
-    if model.get("type") != "BPE":
+    spec: dict[str, Any] = json.loads(backend.to_str())
+    if spec["model"].get("type") != "BPE":
         raise UnsupportedModelError(
-            f"GGUF export knows BPE tokenizers; this model's is {model.get('type')}: use llama.cpp's own converter"
+            f"GGUF export knows BPE tokenizers; this model's is {spec['model'].get('type')}: use llama.cpp's own "
+            "converter"
         )
-    keys = _sentencepiece(spec) if model.get("byte_fallback") else _byte_level(spec)
-    pieces, kinds = _vocabulary(spec, rows, bool(model.get("byte_fallback")))
-    keys |= {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": kinds}
-    if model.get("byte_fallback"):
-        keys["tokenizer.ggml.scores"] = _scores(model, pieces)
-    return keys | _special(tokenizer)
+    return spec
 
 
 def _vocabulary(spec: Mapping[str, Any], rows: int, has_bytes: bool) -> tuple[list[str], list[int]]:
@@ -68,6 +75,7 @@ def _vocabulary(spec: Mapping[str, Any], rows: int, has_bytes: bool) -> tuple[li
             f"the embedding must have a row for every token; the tokenizer goes up to {last}, the embedding has {rows} "
             "rows: the two do not belong together"
         )
+    taken = {*by_id.values(), *(token["content"] for token in added.values())}
     pieces, kinds = [], []
     for index in range(rows):
         if index in added:
@@ -80,72 +88,12 @@ def _vocabulary(spec: Mapping[str, Any], rows: int, has_bytes: bool) -> tuple[li
             is_byte = has_bytes and len(by_id[index]) == 6 and by_id[index].startswith("<0x")
             kinds.append(BYTE if is_byte else NORMAL)
         else:
-            pieces.append(f"[PAD{index}]")
+            filler = f"[PAD{index}]"
+            while filler in taken:
+                filler += "_"
+            pieces.append(filler)
             kinds.append(UNUSED)
     return pieces, kinds
-
-
-def _byte_level(spec: Mapping[str, Any]) -> dict[str, Value]:
-    normalizer = (spec.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):  # llama.cpp does no normalization; NFC leaves nearly all text as it is
-        raise UnsupportedModelError(
-            f"llama.cpp's byte-level BPE does not normalize text; this tokenizer applies {normalizer}: use llama.cpp's "
-            "own converter"
-        )
-    merges = [each if isinstance(each, str) else " ".join(each) for each in spec["model"]["merges"]]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre_tokenizer(spec),
-        "tokenizer.ggml.merges": merges,
-    }
-
-
-def _pre_tokenizer(spec: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how words are cut."""
-    outer = spec.get("pre_tokenizer") or {}
-    steps = outer["pretokenizers"] if outer.get("type") == "Sequence" else [outer]
-    last = steps[-1]
-    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
-        if len(steps) == 1 and last.get("use_regex", True):
-            return "gpt-2"
-        first = steps[0]
-        if len(steps) == 2 and first.get("type") == "Digits" and first.get("individual_digits"):
-            return "smollm"
-        if len(steps) == 2 and first.get("type") == "Split" and not last.get("use_regex", True):
-            name = PATTERNS.get(first["pattern"].get("Regex", ""))
-            if name is not None and first.get("behavior") == "Isolated" and not first.get("invert"):
-                return name
-    known = ", ".join(["gpt-2", "smollm", *PATTERNS.values()])
-    raise UnsupportedModelError(
-        f"the tokenizer must cut words in a way llama.cpp has a name for ({known}); this one's pre-tokenizer is "
-        f"{json.dumps(outer)[:200]}: use llama.cpp's own converter"
-    )
-
-
-def _sentencepiece(spec: Mapping[str, Any]) -> dict[str, Value]:
-    def parts(key: str, inner: str) -> list[dict[str, Any]]:
-        outer = spec.get(key) or {}
-        steps = outer.get(inner, []) if outer.get("type") == "Sequence" else [outer] if outer else []
-        return [step for step in steps if step]
-
-    steps = parts("normalizer", "normalizers") + parts("pre_tokenizer", "pretokenizers")
-    prefix = False
-    for step in steps:
-        kind = step["type"]
-        if kind == "Prepend" and step["prepend"] == MARK:
-            prefix = True
-        elif kind == "Metaspace" and step["replacement"] == MARK:
-            prefix = prefix or step.get("prepend_scheme", "always") != "never"
-        elif not (kind == "Replace" and step["pattern"] == {"String": " "} and step["content"] == MARK):
-            raise UnsupportedModelError(
-                f"llama.cpp's SentencePiece tokenizer turns spaces into {MARK} and does nothing else; this one applies "
-                f"{kind}: use llama.cpp's own converter"
-            )
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.add_space_prefix": prefix,
-    }
 
 
 def _scores(model: Mapping[str, Any], pieces: list[str]) -> list[float]:
@@ -157,15 +105,36 @@ def _scores(model: Mapping[str, Any], pieces: list[str]) -> list[float]:
     return [-float(ranks.get(piece, len(ranks))) for piece in pieces]
 
 
-def _special(tokenizer: Any) -> dict[str, Value]:
+def _special(tokenizer: Any, spec: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Value]:
+    """Ids of special tokens, and which of them stand around a text."""
+    keys: dict[str, Value] = {f"tokenizer.ggml.{SPECIAL[name]}_token_id": index for name, index in ids.items()}
+    for name, found in zip(("bos", "eos"), _around(tokenizer, spec), strict=True):
+        if found not in ([], [ids.get(name)]):
+            where = {"bos": "before", "eos": "after"}[name]
+            raise UnsupportedModelError(
+                f"llama.cpp puts nothing but the {name} token {where} a text; this tokenizer puts "
+                f"{' '.join(map(str, tokenizer.convert_ids_to_tokens(found)))} there, and its {name} token is "
+                f"{getattr(tokenizer, f'{name}_token', None)}: use llama.cpp's own converter"
+            )
+        keys[f"tokenizer.ggml.add_{name}_token"] = bool(found)
+    return keys
+
+
+def _around(tokenizer: Any, spec: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text, which must be one that it has tokens for."""
+    special = {token["id"] for token in spec["added_tokens"]}
+    texts = (tokenizer.decode([index]) for index in spec["model"]["vocab"].values() if index not in special)
+    for text in chain(("a",), texts):
+        inside = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if inside and not special.intersection(inside):
+            whole = tokenizer(text)["input_ids"]
+            start = next(i for i in range(len(whole)) if whole[i : i + len(inside)] == inside)
+            return whole[:start], whole[start + len(inside) :]
+    return tokenizer("")["input_ids"], []  # no text has tokens
+
+
+def _templates(tokenizer: Any) -> dict[str, Value]:
     keys: dict[str, Value] = {}
-    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
-        index = getattr(tokenizer, f"{name}_token_id", None)
-        if isinstance(index, int):
-            keys[f"tokenizer.ggml.{key}_token_id"] = index
-    around = tokenizer("a")["input_ids"]
-    keys["tokenizer.ggml.add_bos_token"] = tokenizer.bos_token_id is not None and around[0] == tokenizer.bos_token_id
-    keys["tokenizer.ggml.add_eos_token"] = tokenizer.eos_token_id is not None and around[-1] == tokenizer.eos_token_id
     template = getattr(tokenizer, "chat_template", None)
     named = template if isinstance(template, Mapping) else {"default": template}
     others = []
