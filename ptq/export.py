@@ -12,13 +12,12 @@ from torch import Tensor
 
 from ptq.config import RunConfig
 from ptq.errors import ConfigError, NumericsError
+from ptq.export_packed import dense_weight, misfit, packed_weight
 from ptq.export_solve import Job, calibration_for, follows_float, is_solved, solve_block, solve_head
-from ptq.formats.capability import describe
 from ptq.formats.checkpoint import CheckpointReader, read_json
-from ptq.formats.codec import QuantizedWeight
 from ptq.gguf.block import SolvedLinear
 from ptq.gguf.blocks import KINDS, encode
-from ptq.gguf.carry import carry, fits
+from ptq.gguf.carry import carry
 from ptq.gguf.file import PLAIN, GgufFile, gguf_file, refuse_existing
 from ptq.gguf.layout import (
     ROPE_FACTORS,
@@ -63,6 +62,7 @@ class Tally:
 
     losses: list[float] = field(default_factory=list)  # of solved ones, as shares of rounding's
     deviations: list[float] = field(default_factory=list)  # of carried ones, as shares of a step
+    written_out: int = 0  # packed ones as the values of their codes
     raised: dict[str, int] = field(default_factory=dict)  # groups with weights too small for a scale, by parameter
 
 
@@ -80,7 +80,8 @@ def export_gguf(
 
     Args:
         checkpoint: directory or hub name, float or quantized. If codes of a quantized one do not fit the type, the
-            float model it was made from is solved instead, where its ptq_config.yaml names one and `run` is given.
+            float model it was made from is solved instead, where its ptq_config.yaml names one and `run` is given. F16
+            holds the values that its codes mean.
         type_name: key of `ptq.gguf.mix.FILE_TYPES`, in capitals or not.
         out: file, or directory to put ``NAME-TYPE.gguf`` in; default the working directory.
         run: text and options to solve with: its ``calibration``, ``gptq``, ``device``, ``dtype`` and ``strict``.
@@ -115,12 +116,12 @@ def export_gguf(
         **tokenizer_keys(tokenizer, rows, _configured_ids(source, rows)),
     }
     found = _targets(source, model, file, keep_float=run is None)
-    misfit = _misfit(source, found)
-    if misfit is not None:
-        parent = _float_parent(source, misfit, type_name, run)
+    problem = misfit(source, found)
+    if problem is not None:
+        parent = _float_parent(source, problem, type_name, run)
         solved = export_gguf(parent, type_name, str(path), run, overwrite=overwrite,
                              trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
-        return solved._replace(notes=(*solved.notes, f"solved from {parent}, because {misfit}"))
+        return solved._replace(notes=(*solved.notes, f"solved from {parent}, because {problem}"))
     calibration = None
     if any(is_solved(source, target) for target in found):
         calibration = calibration_for(run, source, tokenizer, type_name)
@@ -135,7 +136,7 @@ def export_gguf(
     return Exported(
         path, path.stat().st_size, Counter(t.kind for t in found), len(tally.deviations),
         max(tally.deviations, default=0.0), sum(tally.losses) / len(tally.losses) if tally.losses else None,
-        (*tokenizer_notes(tokenizer), *_notes(model, found), *_raised(tally)),
+        (*tokenizer_notes(tokenizer), *_notes(model, found), *_told(tally)),
     )  # fmt: skip
 
 
@@ -192,14 +193,16 @@ def _notes(model: Model, found: Sequence[Target]) -> tuple[str, ...]:
     return (*model.notes, *notes)
 
 
-def _raised(tally: Tally) -> tuple[str, ...]:
+def _told(tally: Tally) -> Iterator[str]:
+    """What happened to values on the way."""
+    if tally.written_out:
+        yield f"{tally.written_out} packed tensors hold the values of the checkpoint's codes, rounded to {FLOAT}"
     raised = {name: count for name, count in tally.raised.items() if count}
-    if not raised:
-        return ()
-    return (
-        f"{sum(raised.values())} groups of weights in {len(raised)} tensors ({', '.join([*raised][:4])}) are too small "
-        "for a float16 scale and rounded with its least, 2**-24",
-    )
+    if raised:
+        yield (
+            f"{sum(raised.values())} groups of weights in {len(raised)} tensors ({', '.join([*raised][:4])}) are too "
+            "small for a float16 scale and rounded with its least, 2**-24"
+        )
 
 
 def _targets(source: Checkpoint, model: Model, file: FileType, keep_float: bool) -> list[Target]:
@@ -221,33 +224,25 @@ def _targets(source: Checkpoint, model: Model, file: FileType, keep_float: bool)
     return result
 
 
-def _misfit(source: Checkpoint, found: Sequence[Target]) -> str | None:
-    """Which packed Linear's codes do not fit the kind of its tensor; None where all do."""
-    for target in found:
-        scheme = source.schemes.get(target.parameter.removesuffix(".weight"))
-        if scheme is not None and not (target.kind in KINDS and fits(target.kind, scheme, target.shape[1])):
-            return f"{target.parameter} ({describe(scheme)}) does not fit {target.kind}"
-    return None
-
-
-def _float_parent(source: Checkpoint, misfit: str, type_name: str, run: RunConfig | None) -> str:
+def _float_parent(source: Checkpoint, problem: str, type_name: str, run: RunConfig | None) -> str:
     """The float model to solve instead, if there is text to solve it on. Raises ConfigError."""
     parent = recorded_parent(source.directory)
-    able = [name for name, file in FILE_TYPES.items() if _holds(source, file)]
+    able = [name for name, file in FILE_TYPES.items() if file.kind != FLOAT and _holds(source, file)]
+    values = f"; --type {FLOAT} holds the values of its codes"
     other = f"choose --type {' or '.join(able)}, which holds these codes as they are, or " if able else ""
     if parent is None:
-        raise ConfigError(f"{misfit}: {other}export the float model it was made from, with --text FILE")
+        raise ConfigError(f"{problem}: {other}export the float model it was made from, with --text FILE{values}")
     if run is None:
         raise ConfigError(
-            f"{misfit}: {other}pass --text FILE, or --config {source.directory / 'ptq_config.yaml'}, to solve the "
-            f"float model it was made from, {parent}, for {type_name}"
+            f"{problem}: {other}pass --text FILE, or --config {source.directory / 'ptq_config.yaml'}, to solve the "
+            f"float model it was made from, {parent}, for {type_name}{values}"
         )
     require_parent(source.reader, CheckpointReader(locate(parent)), parent)
     return parent
 
 
 def _holds(source: Checkpoint, file: FileType) -> bool:
-    return _misfit(source, _targets(source, describe_model(source.hf_config), file, keep_float=True)) is None
+    return misfit(source, _targets(source, describe_model(source.hf_config), file, keep_float=True)) is None
 
 
 def _parameters(source: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -310,9 +305,13 @@ def _content(
     elif module in solved:
         data = encode(solved[module].solved.blocks)
     elif module in job.source.schemes and target.parameter.endswith(".weight"):
-        blocks, off = carry(target.kind, _packed(job.source, module), module)
-        tally.deviations.append(off)
-        data = encode(blocks)
+        if target.kind == FLOAT:
+            tally.written_out += 1
+            data = _float_content(target, dense_weight(job.source, module), None, tally)
+        else:
+            blocks, off = carry(target.kind, packed_weight(job.source, module), module)
+            tally.deviations.append(off)
+            data = encode(blocks)
     else:
         value = job.source.reader.tensor(job.source.names.of_parameter(target.parameter))
         data = _float_content(target, value.float(), importance, tally)
@@ -332,9 +331,3 @@ def _float_content(target: Target, value: Tensor, importance: Tensor | None, tal
             f"value is {float(value.abs().max()):g}: export a block type, or check the checkpoint"
         )
     return data
-
-
-def _packed(source: Checkpoint, module: str) -> QuantizedWeight:
-    assert source.codec is not None
-    stored, scheme = source.names.of_module(module), source.schemes[module]
-    return source.codec.decode(stored, source.reader.tensors(source.codec.tensor_names(stored, scheme)), scheme)

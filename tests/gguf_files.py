@@ -7,8 +7,9 @@ from typing import Any
 import gguf
 import torch
 from gguf import quants
+from tiny_models import TEXT
 
-from ptq.config import RunConfig
+from ptq.config import CalibrationConfig, DatasetConfig, RunConfig
 from ptq.export import Exported, export_gguf
 from ptq.progress import Progress
 
@@ -36,3 +37,10 @@ def read(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def solving_on(path: Path) -> RunConfig:
+    """Two short sequences, on the CPU, of a text that is put in ``path``."""
+    path.write_text(TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    calibration = CalibrationConfig(dataset=DatasetConfig(files=(str(path),)), samples=2, sequence_length=32)
+    return RunConfig(model="", output="", method="gptq", device="cpu", calibration=calibration)

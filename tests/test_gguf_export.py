@@ -267,7 +267,7 @@ def test_sequences_longer_than_the_context_are_refused(parents, tmp_path, text):
         ({}, "Q4_K_M", r"4-bit .* does not fit (Q4_K|Q6_K): choose --type Q4_0 or Q4_1 or Q8_0, which"),
         ({"bits": 8}, "Q4_0", r"does not fit Q4_0: choose --type Q8_0, .* or pass --text FILE, or --config .*/made/"),
         ({"group_size": 16}, "Q8_0", r"fit Q8_0: pass --text FILE, .* to solve the float model .*/wide, for Q8_0"),
-        ({}, "F16", "does not fit F16: choose --type Q4_0 or Q4_1 or Q8_0"),
+        ({"group_size": 16}, "Q4_0", r"does not fit Q4_0: pass .*; --type F16 holds the values of its codes$"),
     ],
 )
 def test_codes_that_do_not_fit_are_refused(parents, tmp_path, changes, type_name, message):

@@ -8,22 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import export
-from tiny_models import TEXT, build, save
+from gguf_files import export, solving_on
+from tiny_models import build, save
 from torch import nn
 
-from ptq.config import CalibrationConfig, DatasetConfig, RunConfig
+from ptq.config import RunConfig
 from ptq.errors import NumericsError
 from ptq.export import show
 
 
 @pytest.fixture(scope="module")
 def solving(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Two short sequences, on the CPU."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    calibration = CalibrationConfig(dataset=DatasetConfig(files=(str(path),)), samples=2, sequence_length=32)
-    return RunConfig(model="", output="", method="gptq", device="cpu", calibration=calibration)
+    return solving_on(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def changed(folder: Path, change: Callable[[nn.Module], None]) -> Path:

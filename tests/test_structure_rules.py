@@ -55,8 +55,8 @@ LAYERS = [
         "ptq.walk ptq.end_to_end ptq.predict ptq.predict_memory ptq.predict_time "
         "ptq.journal_signature ptq.budget_measure "
         "ptq.readers ptq.lint_values ptq.lint ptq.parent ptq.card ptq.push "
-        "ptq.prepared ptq.compare ptq.compare_page ptq.sweep ptq.export ptq.export_solve ptq.adapters "
-        "ptq.adapter_merge ptq.tasks",
+        "ptq.prepared ptq.compare ptq.compare_page ptq.sweep ptq.export ptq.export_packed ptq.export_solve "
+        "ptq.adapters ptq.adapter_merge ptq.tasks",
         mutual=True,
     ),
     Layer(
