@@ -26,6 +26,9 @@ def test_conversations_need_what_they_need(write):
     config = calibration(file, sequence_length=30, chat_template=True)
     with pytest.raises(DataError, match=r"chat_template is true, but the tokenizer has no chat template; use"):
         calibration_batches(config, Characters())
+    named = Characters(template={"tool_use": "yes", "rag": "yes"})
+    with pytest.raises(DataError, match=r"template called default; it has 'rag', 'tool_use': save the one that fits"):
+        calibration_batches(config, named)
     with pytest.raises(DataError, match=r"needs 2 rows of 16 tokens or more, found 1; use more rows or fewer samples"):
         calibration_batches(config, Characters(template="yes"))
     file = write("b.jsonl", lines({"text": []}))

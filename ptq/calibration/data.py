@@ -49,6 +49,13 @@ def calibration_batches(config: CalibrationConfig, tokenizer: "PreTrainedTokeniz
             "calibration.chat_template is true, but the tokenizer has no chat template; use the tokenizer of an "
             "instruction-tuned model, or set it to false and name a column of plain text"
         )
+    templates = tokenizer.chat_template
+    if config.chat_template and isinstance(templates, dict) and "default" not in templates:
+        raise DataError(
+            "calibration.chat_template is true, which renders with the tokenizer's chat template called default; it "
+            f"has {', '.join(sorted(map(repr, templates)))}: save the one that fits as chat_template.jinja beside "
+            "tokenizer.json"
+        )
     sequences = _conversations(config, tokenizer) if config.chat_template else _packed(config, tokenizer)
     # The sort is stable: sequences of one length stay in their order.
     ordered = sorted(sequences, key=len, reverse=True)
