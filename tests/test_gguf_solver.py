@@ -93,6 +93,14 @@ def test_importance_moves_the_error_to_where_it_costs_little(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_only_ratios_of_importance_count(kind):
+    """Inputs of a thousandth have a millionth of the importance; a power of two changes no digit."""
+    weight, hessian = problem()
+    usual, small = (round_blocks(kind, weight, hessian.diagonal() * unit) for unit in (1.0, 2.0**-40))
+    assert torch.equal(encode(usual), encode(small))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_the_nearest_ones(kind):
     """Brute force: no other code of any weight is closer."""
     weight, _ = problem(4)

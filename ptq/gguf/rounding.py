@@ -16,6 +16,7 @@ from ptq.grid_search import search_grid
 
 SMALLEST = 2.0**-24  # the least positive float16
 LARGEST = 65504.0
+TINY = torch.finfo(torch.float32).tiny  # below any sum of importances that is not zero
 # The largest small factor of each kind that has some.
 FACTORS = {"Q4_K": 63, "Q5_K": 63, "Q6_K": 127}
 # Fractions of the range's two ends that are tried together.
@@ -146,11 +147,11 @@ def _fit_affine(w: Tensor, h: Tensor, q: Tensor, s: Tensor, positive: bool) -> t
     mean_q, mean_w = (h * q).sum(-1) / total, (h * w).sum(-1) / total
     dq, dw = q - mean_q.unsqueeze(-1), w - mean_w.unsqueeze(-1)
     spread = (h * dq * dq).sum(-1)
-    step = torch.where(spread > 0, (h * dq * dw).sum(-1) / spread.clamp_min(SMALLEST), s)
+    step = torch.where(spread > 0, (h * dq * dw).sum(-1) / spread.clamp_min(TINY), s)
     step = torch.where(step > 0, step, s)
     offset = step * mean_q - mean_w
     if positive:
-        through_zero = (h * q * w).sum(-1) / (h * q * q).sum(-1).clamp_min(SMALLEST)
+        through_zero = (h * q * w).sum(-1) / (h * q * q).sum(-1).clamp_min(TINY)
         step = torch.where((offset < 0) & (through_zero > 0), through_zero, step)
         offset = offset.clamp(min=0)
     return step.clamp_min(SMALLEST), offset
@@ -272,7 +273,7 @@ def _six(weight: Tensor, importance: Tensor) -> Blocks:
         sc = tries.gather(0, losses.argmin(0, keepdim=True)).squeeze(0)
         c = (_codes(w, _spread(d, 16) * sc, None, 32, 6) - 32) * sc.unsqueeze(-1)
         norm, product = ((h * c * x).sum(-1).view(n, -1, 16).sum(-1) for x in (c, w))
-        fitted = _as_half(product / norm.clamp_min(SMALLEST))
+        fitted = _as_half(product / norm.clamp_min(TINY))
         before, after = (loss(each, sc).view(n, -1, 16).sum(-1) for each in (d, fitted))
         d = torch.where((product > 0) & (after < before), fitted, d)
     return Blocks("Q6_K", torch.empty(0), d, None, sc.to(torch.int16), None)
