@@ -259,7 +259,7 @@ def _parameters(source: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _write(job: Job, output: GgufFile, progress: Progress, tally: Tally) -> None:
     stream = None if job.calibration is None else open_stream(job.source, job.calibration.device)
     if stream is not None:
-        _check_embedding(job)
+        _check_unsolved(job)
     hidden = stream.enter(job.calibration.batches) if stream and job.calibration else []
     twin_hidden = list(hidden) if job.calibration and follows_float(job) else []
     for index in range(job.model.blocks):
@@ -280,10 +280,12 @@ def _write(job: Job, output: GgufFile, progress: Progress, tally: Tally) -> None
             output.add(target, _content(job, target, solved, importance, tally))
 
 
-def _check_embedding(job: Job) -> None:
-    """Raise NumericsError for NaN or infinity in the embedding, which the first layer's inputs would be blamed for."""
-    name = next(target.parameter for target in job.targets if target.name == "token_embd.weight")
-    check_finite(job.source.reader.tensor(job.source.names.of_parameter(name)), name)
+def _check_unsolved(job: Job) -> None:
+    """Raise NumericsError for NaN or infinity in embedding, norms and biases, which activations would be blamed for."""
+    for target in job.targets:
+        if target.parameter and (len(target.shape) == 1 or target.name == "token_embd.weight"):
+            value = job.source.reader.tensor(job.source.names.of_parameter(target.parameter))
+            check_finite(value, target.parameter)
 
 
 def _count(solved: Mapping[str, SolvedLinear], tally: Tally) -> list[float]:

@@ -54,6 +54,8 @@ EMBEDDING = "model.embed_tokens.weight"
             r"must be finite in F16, which holds at most 65504; .* value is 1e\+06: export a block",
         ),
         ("F16", "model.norm.weight", NAN, "must be finite; 1 of 64 values are NaN or infinite: check"),
+        ("Q4_0", "model.norm.weight", NAN, "must be finite; 1 of 64 values are NaN"),
+        ("Q4_0", "model.layers.1.input_layernorm.weight", INF, "must be finite; 1 of 64 values are NaN"),
         ("F16", UP, INF, "must be finite; 1 of 8192 values are NaN"),
         ("Q4_0", UP, INF, "must be finite; 1 of 8192 values are NaN"),
         ("Q4_0", EMBEDDING, NAN, "must be finite; 1 of 18432 values are NaN"),
