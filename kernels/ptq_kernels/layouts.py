@@ -2,6 +2,9 @@
 
 "canonical" (see bitstream.py) is what is stored and exchanged. Any other layout exists only in memory, because one
 implementation reads it faster; it converts to and from canonical exactly, so one copy of a weight is enough.
+
+Conversions are an operator with a fake implementation, so that tensors without memory (on meta, or of a trace) get a
+result without memory: the C++ library would follow their addresses.
 """
 
 from collections.abc import Callable
@@ -67,11 +70,56 @@ def convert(weight: PackedWeight, name: str) -> PackedWeight:
         return weight
     target = get(name)
     if weight.layout != "canonical":
-        weight = weight._replace(qweight=get(weight.layout).unpack(weight), layout="canonical")
+        weight = _through_operator(weight, "canonical")
+    if name == "canonical":
+        return weight
     if reason := target.refuse(weight):
         raise ValueError(f"layout {name!r} cannot hold this weight: {reason}; keep it canonical")
-    return weight._replace(qweight=target.pack(weight), layout=name)
+    return _through_operator(weight, name)
 
+
+def _through_operator(weight: PackedWeight, name: str) -> PackedWeight:
+    """To or from the canonical layout."""
+    qweight: Tensor = torch.ops.ptq_kernels.convert.default(*weight[:6], weight.layout, name)
+    return weight._replace(qweight=qweight, layout=name)
+
+
+def _convert(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    layout: str,
+    target: str,
+) -> Tensor:
+    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout)
+    return get(target).pack(weight) if layout == "canonical" else get(layout).unpack(weight)
+
+
+def _convert_fake(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    layout: str,
+    target: str,
+) -> Tensor:
+    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout)
+    dtype, shape = get(target).storage(weight)
+    return qweight.new_empty(shape, dtype=dtype)
+
+
+_LIBRARY = torch.library.Library("ptq_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "convert(Tensor qweight, Tensor scales, Tensor? zeros,"
+    " int bits, int group_size, int in_features, str layout, str target) -> Tensor"
+)
+torch.library.impl("ptq_kernels::convert", "default", _convert, lib=_LIBRARY)
+torch.library.register_fake("ptq_kernels::convert", _convert_fake, lib=_LIBRARY)
 
 register(
     Layout(

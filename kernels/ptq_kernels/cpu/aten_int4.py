@@ -66,7 +66,7 @@ def placement(rows: int) -> Placement | None:
     """How torch places a weight of `rows` rows, at most 64, on this machine; None where that is not understood."""
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return None
-    row, column = torch.arange(rows).view(-1, 1), torch.arange(32)
+    row, column = torch.arange(rows, device="cpu").view(-1, 1), torch.arange(32, device="cpu")
     digits = (row % 16 + 0 * column, row // 16 + 0 * column, 0 * row + column % 16, 0 * row + column // 16)
     probes = [digit.to(torch.uint8) for digit in digits]  # together they tell every position from every other
     for block in range(rows, 0, -_ROW_MULTIPLE):
@@ -89,12 +89,12 @@ def _runs(rows: int) -> Iterator[tuple[int, int, Placement | None]]:
 
 def _multiplies_as_expected(rows: int, order: Placement) -> bool:
     """Small integers and powers of two make the operator's product exact, so any disagreement is one of meaning."""
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (rows, 64), dtype=torch.uint8, generator=generator)
-    zeros = torch.randint(0, 16, (rows, 2), generator=generator).float()
-    powers = torch.tensor([0.25, 0.5, 1.0, 2.0], dtype=torch.float32)
-    scales = powers[torch.randint(4, (rows, 2), generator=generator)]
-    x = torch.eye(64, dtype=torch.float32)[[0, 31, 45]]
+    device, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (rows, 64), dtype=torch.uint8, generator=generator, device=device)
+    zeros = torch.randint(0, 16, (rows, 2), generator=generator, device=device).float()
+    powers = torch.tensor([0.25, 0.5, 1.0, 2.0], dtype=torch.float32, device=device)
+    scales = powers[torch.randint(4, (rows, 2), generator=generator, device=device)]
+    x = torch.eye(64, dtype=torch.float32, device=device)[[0, 31, 45]]
     dense = (codes.view(rows, 2, 32) - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)
     packed = _encode(codes, order).view(rows, 32)
     y = _product(x.bfloat16(), packed, 32, _scales_and_offsets(scales, zeros))
@@ -148,7 +148,7 @@ def _blocks(rows: int, at_most: int) -> Iterator[tuple[int, int, Placement]]:
 
 def _pack(weight: PackedWeight) -> Tensor:
     dtype, shape = _storage(weight)
-    qweight = torch.empty(shape, dtype=dtype)
+    qweight = torch.empty(shape, dtype=dtype, device="cpu")
     flat, half = qweight.view(-1), weight.in_features // 2
     for start, stop, order in _blocks(weight.out_features, _CONVERTED_ROWS):
         codes = bitstream.unpack(weight.qweight[start:stop], 4, weight.in_features)
@@ -167,7 +167,7 @@ def _unpack(weight: PackedWeight) -> Tensor:
 def read(weight: PackedWeight, rows: int) -> Iterator[tuple[int, Tensor]]:
     """(first row, codes uint8 ``[R, K]``) for all rows, `rows` or one block at a time, in reused memory."""
     flat, half = weight.qweight.view(-1), weight.in_features // 2
-    buffer = torch.empty(max(rows, _WIDEST_BLOCK), weight.in_features, dtype=torch.uint8)
+    buffer = torch.empty(max(rows, _WIDEST_BLOCK), weight.in_features, dtype=torch.uint8, device="cpu")
     for start, stop, order in _blocks(weight.out_features, rows):
         codes = buffer[: stop - start]
         _decode(flat[start * half : stop * half], codes, order)

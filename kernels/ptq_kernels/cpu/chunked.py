@@ -25,7 +25,7 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and has_units(x.dtype) else torch.float32
     rows, columns = x.to(dtype), None if bias is None else bias.to(dtype)
-    y = torch.empty(x.shape[0], weight.out_features, dtype=dtype)
+    y = torch.empty(x.shape[0], weight.out_features, dtype=dtype, device="cpu")
     for start, dense in _chunks(weight, dtype):
         part = slice(start, start + dense.shape[0])
         y[:, part] = functional.linear(rows, dense, None if columns is None else columns[part])
@@ -35,11 +35,11 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 def _chunks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first row, dense ``[R, K]``) for all rows of the weight, in reused memory."""
     rows = min(max(_CHUNK // weight.in_features, _LEAST_ROWS), weight.out_features)
-    values = rounded = torch.empty(0)
+    values = rounded = torch.empty(0, device="cpu")
     for start, codes in _codes(weight, rows):
         if values.shape[0] < codes.shape[0]:
-            values = torch.empty(codes.shape, dtype=torch.float32)
-            rounded = torch.empty(codes.shape, dtype=dtype) if dtype != torch.float32 else values
+            values = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
+            rounded = values if dtype == torch.float32 else torch.empty_like(values, dtype=dtype)
         part = slice(start, start + codes.shape[0])
         zeros = None if weight.zeros is None else weight.zeros[part]
         dense = values[: codes.shape[0]]

@@ -74,12 +74,12 @@ def _memory(size: int) -> Tensor:
     A product of one row reads a weight once from end to end, and waits for the entries of thousands of small pages.
     """
     if size < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     try:
         pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=private)  # what is not touched takes no memory
     except OSError:  # torch says what is missing
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     start = -torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
     with contextlib.suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE, start, size // _HUGE_PAGE * _HUGE_PAGE)
@@ -114,7 +114,7 @@ def _by_strip(tensor: Tensor, rows: int) -> Tensor:
 def _unpack(weight: PackedWeight) -> Tensor:
     padded, groups = _padded_group(weight), _groups(weight)
     words = bitstream.words(groups * padded, weight.bits)
-    stream = torch.empty(weight.out_features, words, dtype=torch.int32)
+    stream = torch.empty(weight.out_features, words, dtype=torch.int32, device="cpu")
     packed = weight.qweight.contiguous()
     any_library().unpack(packed.data_ptr(), stream.data_ptr(), weight.out_features, groups * padded, weight.bits)
     if padded == weight.group_size:
