@@ -10,6 +10,18 @@ X = torch.ones(2, 64)
 WRONG = {
     "scalar": (ValueError, r"shape \[\.\.\., K\], got a scalar", {"x": torch.tensor(1.0)}),
     "bits": (ValueError, r"bits must be one of .* got 5; requantize", {"bits": 5}),
+    "bits as a float": (ValueError, r"bits must be one of .* got 4.0; requantize", {"bits": 4.0}),
+    "group as a float": (TypeError, r"group_size must be an int, got 32.0; count", {"group_size": 32.0}),
+    "no columns": (
+        ValueError,
+        "in_features must be at least 1, got 0; leave",
+        {"x": X[:, :0], "scales": CASE.scales[:, :0], "zeros": None},
+    ),
+    "no rows": (
+        ValueError,
+        "scales must have a row for each output, got none; leave",
+        {"qweight": CASE.qweight[:0], "scales": CASE.scales[:0], "zeros": CASE.zeros[:0]},
+    ),
     "group": (ValueError, r"x must have shape \[..., 96\], 2 groups of 48 .* correct group_size", {"group_size": 48}),
     "group unresolved": (ValueError, "must divide in_features = 64, got -1; resolve -1", {"group_size": -1}),
     "scales dtype": (TypeError, r"scales must be one of .* got torch.float64", {"scales": CASE.scales.double()}),
@@ -26,6 +38,8 @@ WRONG = {
     "bias shape": (ValueError, r"bias must have shape \[16\].*got \[15\]", {"bias": torch.ones(15)}),
     "layout": (ValueError, "layout must be one of .*'canonical'.* got 'rows'; convert", {"layout": "rows"}),
     "impl": (ValueError, "impl must be 'auto' or one of .* got 'fast'; use 'auto'", {"impl": "fast"}),
+    "impl as a list": (ValueError, r"impl must be 'auto' or one of .* got \[\]; use 'auto'", {"impl": []}),
+    "activation": (ValueError, r"activation must be None or 'int8', got \[\]; None", {"activation": []}),
     "device of scales": (
         ValueError,
         r"scales must be on the device of qweight, cpu.*\.to",

@@ -29,14 +29,17 @@ def words(in_features: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack ``codes`` uint8 ``[N, K]`` into int32 ``[N, ceil(K * bits / 32)]``.
 
-    Raises ValueError for a width outside 2, 3, 4, 8 or a code that needs more bits, TypeError for another dtype.
+    Raises ValueError for a width outside 2, 3, 4, 8, no codes or a code that needs more bits, TypeError for another
+    dtype.
     """
     _check_bits(bits)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise TypeError(
             f"pack needs uint8 codes of shape [N, K], got {codes.dtype} {list(codes.shape)}; pass codes.to(torch.uint8)"
         )
-    if codes.numel() and not codes.is_meta and (top := int(codes.max())) >= 2**bits:
+    if not codes.numel():
+        raise ValueError(f"pack needs at least one row and one column of codes, got {list(codes.shape)}; leave it out")
+    if not codes.is_meta and (top := int(codes.max())) >= 2**bits:
         raise ValueError(f"a {bits}-bit code must be below {2**bits}, found {top}; clamp the codes or use more bits")
     rows, columns = codes.shape
     lane_bytes, wide, steps = _SPREAD[bits]
@@ -101,5 +104,5 @@ def unpack(qweight: Tensor, bits: int, in_features: int) -> Tensor:
 
 
 def _check_bits(bits: int) -> None:
-    if bits not in BITS:
+    if not isinstance(bits, int) or bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits!r}; requantize with a supported width")

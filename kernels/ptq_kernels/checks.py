@@ -13,8 +13,12 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 def check_weight(weight: PackedWeight) -> None:
     """Raise ValueError or TypeError unless the tensors of `weight` fit its bits, group size, layout and each other."""
     bits, group, columns = weight.bits, weight.group_size, weight.in_features
-    if bits not in BITS:
+    if not isinstance(bits, int) or bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits!r}; requantize with a supported width")
+    if not isinstance(group, int):
+        raise TypeError(f"group_size must be an int, got {group!r}; count columns with whole numbers")
+    if columns < 1:
+        raise ValueError(f"in_features must be at least 1, got {columns}; leave a layer without inputs dense")
     if group < 1 or columns % group:
         raise ValueError(
             f"group_size must divide in_features = {columns}, got {group}; resolve -1 to in_features, "
@@ -59,6 +63,8 @@ def _check_scales(weight: PackedWeight) -> None:
             f"scales must have shape [N, {groups}] (in_features {weight.in_features} / group_size "
             f"{weight.group_size}), got {list(scales.shape)}; transpose them or correct group_size"
         )
+    if not len(scales):
+        raise ValueError("scales must have a row for each output, got none; leave a layer without outputs dense")
     if zeros is None:
         return
     if zeros.dtype != torch.uint8:
@@ -72,7 +78,7 @@ def _check_scales(weight: PackedWeight) -> None:
 
 def check_columns(x: Tensor, scales: Tensor, group_size: int) -> None:
     """Raise ValueError unless x has the columns of the weight; what is wrong with the weight `check_weight` says."""
-    if scales.dim() != 2 or group_size < 1:
+    if scales.dim() != 2 or not isinstance(group_size, int) or group_size < 1:
         return
     groups = scales.shape[1]
     if x.shape[-1] != groups * group_size:

@@ -91,7 +91,13 @@ def product(
     scheme: Scheme,
 ) -> Tensor | None:
     """The product of these arguments, if they were remembered and nothing but the product is wanted; else None."""
-    if torch.compiler.is_compiling() or (ready := _ready.get((id(qweight), scheme))) is None:
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        ready = _ready.get((id(qweight), scheme))
+    except TypeError:  # a list, say, which the checks refuse
+        return None
+    if ready is None:
         return None
     if (
         ready.qweight() is qweight

@@ -115,7 +115,7 @@ def chosen() -> dict[str, str]:
 
 def check_name(impl: str) -> None:
     """Raise ValueError for an unknown implementation."""
-    if impl != "auto" and impl not in _IMPLEMENTATIONS:
+    if not isinstance(impl, str) or (impl != "auto" and impl not in _IMPLEMENTATIONS):
         raise ValueError(f"impl must be 'auto' or one of {names()}, got {impl!r}; use 'auto' if in doubt")
 
 

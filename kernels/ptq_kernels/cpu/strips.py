@@ -47,7 +47,7 @@ def _refuse(weight: PackedWeight) -> str | None:
     if weight.qweight.device.type != "cpu":
         return f"it is for the CPU, this weight is on {weight.qweight.device}"
     if _padded_group(weight) > _MOST_PADDING * weight.group_size:
-        return f"groups are padded to a multiple of {_UNIT}, which would waste most of it at {weight.group_size}"
+        return f"groups are padded to a multiple of {_UNIT}, too much for this group_size of {weight.group_size}"
     if library.best() is None:
         return "no C++ library can be used here"
     return None
@@ -172,6 +172,8 @@ def matmul(
 
 def refuse_int8(weight: PackedWeight, by: library.Library | None) -> str | None:
     """Why `by` cannot multiply rows in 8 bits with a weight; None: it can."""
+    if weight.layout == "canonical" and (reason := _refuse(weight)):
+        return f"it needs the weight in layout 'strips', which cannot hold this one: {reason}"
     if weight.layout != "strips":
         return f"it needs the weight in layout 'strips', this one is {weight.layout!r}; convert it with prepare"
     if by is None or by.name not in library.WITH_INT8:
