@@ -185,9 +185,10 @@ def load(
         _replace_head(model, head_bits)
     if fuse:
         fuse_linears(model)
-    for module in quant_linears(model):
-        module.impl, module.activation = impl, activation
-        module.prepare_()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            module.impl, module.activation = impl, activation
+            prepare_linear(name, module)
     if warmup:
         warm_up(model, checkpoint.dtype)
     _add_generation_config(model, checkpoint.directory)
@@ -211,6 +212,16 @@ def _replace_head(model: nn.Module, bits: int) -> None:
     assert isinstance(head, nn.Linear)  # check_head has seen it
     path = next(path for path, module in model.named_modules() if module is head)
     replace_module(model, path, pack_head(head, bits))
+
+
+def prepare_linear(path: str, linear: QuantLinear) -> None:
+    """Lay out the packed weight at ``path`` for its implementation. Raises RuntimeError where that cannot run."""
+    try:
+        linear.prepare_()
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # memory ran out, say
+            raise
+        raise RuntimeError(f"{path} cannot be prepared: {error}") from error
 
 
 def warm_up(model: nn.Module, dtype: torch.dtype) -> None:

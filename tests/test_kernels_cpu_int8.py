@@ -12,7 +12,7 @@ from ptq_kernels import dispatch, reference
 from ptq_kernels.cpu import library
 
 import ptq
-from ptq.formats.codec import QuantizedWeight
+from ptq.formats.codec import QuantizedWeight, Scheme
 from ptq.nn import QuantLinear
 from ptq.nn.fuse import fuse_linears
 from ptq.runtime import quant_linears
@@ -194,6 +194,13 @@ def test_refuses(name: str) -> None:
         ptq_kernels.prepare(*case.tensors, activation="byte", **case.sized)
 
 
+def test_groups_that_are_padded_too_much_are_the_reason_given(with_int8: None) -> None:
+    layer = QuantLinear.empty(64, 32, Scheme(4, 16, True), False, torch.float32, "cpu")
+    layer.activation = "int8"
+    with pytest.raises(RuntimeError, match=r"layout 'strips', which cannot hold .* too much for this group_size of 16"):
+        layer.prepare_()
+
+
 def test_a_library_without_such_instructions_says_what_it_needs() -> None:
     case = random_case(32, 64, 32)
     with pytest.raises(RuntimeError, match=r"AVX512-VNNI and a C\+\+ library of .*the one for avx2 has no such"):
@@ -280,5 +287,5 @@ def test_a_loaded_model_takes_it(with_int8: None, tmp_path: Path) -> None:
     logits = tiny_models.logits(plain, batch)
     difference = tiny_models.distance(logits, tiny_models.logits(rounded_rows, batch))
     assert 0 < difference < 0.018 * float(logits.square().mean().sqrt())
-    with pytest.raises(RuntimeError, match="activation='int8' cannot run here with impl='cpu-avx2'"):
+    with pytest.raises(RuntimeError, match="lm_head cannot be prepared: activation='int8' cannot .* impl='cpu-avx2'"):
         ptq.load(parent, device="cpu", head_bits=8, impl="cpu-avx2", activation="int8")

@@ -48,7 +48,11 @@ def test_round_trip_and_forward(bits: int, symmetric: bool, prepared: bool) -> N
 
 
 @pytest.mark.parametrize(
-    "convert", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half().bfloat16()]
+    "convert",
+    [
+        *(lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half().bfloat16()),
+        *(lambda m: m.type(torch.bfloat16), lambda m: m.type("torch.BFloat16Tensor")),
+    ],
 )
 @pytest.mark.parametrize("prepared", [True, False])
 def test_conversion_leaves_the_scales_alone(convert, prepared: bool) -> None:
@@ -158,10 +162,12 @@ def test_weight_is_a_read_only_view_of_values() -> None:
     assert layer_of(CASE, scales_dtype=torch.float16).weight.dtype == torch.float16
     assert "weight" not in layer.state_dict()
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
-    with pytest.raises(AttributeError):
-        layer.weight = torch.zeros(1)
-    with pytest.raises(KeyError):
-        layer.weight = nn.Parameter(torch.zeros(1))
+    for value in (torch.zeros(1), nn.Parameter(torch.zeros(1)), None):
+        with pytest.raises(
+            AttributeError, match=f"must stay packed, found a {type(value).__name__} .*load a state dict"
+        ):
+            layer.weight = value
+    layer.bias = nn.Parameter(torch.zeros(48))  # as before
 
 
 def test_gradients_reach_the_input_and_a_trainable_bias() -> None:
@@ -198,6 +204,38 @@ def test_inexact_scales_are_refused() -> None:
     narrow = QuantLinear.empty(64, 8, Scheme(4, 32, True), False, torch.float32, "cpu", scales_dtype=torch.float16)
     with pytest.raises(FormatError, match="scales must be exact in torch.float16, .*scales_dtype=torch.float32"):
         narrow.load_state_dict(layer_of(case).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales": torch.full((48, 2), torch.nan)}, "scale must be a number, 96 of 96 are NaN; check the weights"),
+        ({"symmetric": True}, "zeros of a symmetric weight of 4 bits must all be 8, .*with symmetric=False"),
+    ],
+)
+def test_what_a_layer_could_not_hold_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        QuantLinear.from_quantized(weight_of(CASE)._replace(**change))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_state_dict_may_stand_in_for_one_call(prepared: bool) -> None:
+    layer, other = (
+        layer_of(CASE, BIAS),
+        layer_of(random_case(48, 64, 32, 4, symmetric=False, dtype=torch.float16), BIAS),
+    )
+    x, want = random_rows(3, 64, torch.float32), other(random_rows(3, 64, torch.float32))
+    if prepared:
+        layer.prepare_()
+    before = layer(x)
+    torch.testing.assert_close(torch.func.functional_call(layer, other.prepare_().state_dict(), (x,)), want)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (64, 0)])
+def test_a_layer_needs_inputs_and_outputs(shape: tuple[int, int]) -> None:
+    with pytest.raises(FormatError, match=f"must have inputs and outputs, found {shape[0]} and {shape[1]}; leave it"):
+        QuantLinear.empty(*shape, Scheme(4, -1, True), bias=False, dtype=torch.float32)
 
 
 def test_group_size_that_does_not_divide_is_refused() -> None:

@@ -22,7 +22,7 @@ from ptq.models.structure import find_blocks
 from ptq.nn.linear import QuantLinear
 from ptq.nn.swap import replace_module
 from ptq.packed import Packed, place_packed, read_packed, require_multiplied, with_bias, written_tensors
-from ptq.runtime import warm_up
+from ptq.runtime import prepare_linear, warm_up
 
 METHOD = "ptq"
 # Packed tensors, which transformers sees in the files and finds no module for.
@@ -112,7 +112,7 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             layer = self._load(model, name)
             layer.impl, layer.activation = config.impl, config.activation
             if not layer.qweight.is_meta:  # what waits on the CPU stays canonical, as any device reads it
-                layer.prepare_()
+                prepare_linear(name, layer)
         del self.reader  # a model with open files can neither be copied nor pickled
         if config.warmup:
             warm_up(model, getattr(model, "dtype"))  # noqa: B009

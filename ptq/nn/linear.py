@@ -30,7 +30,8 @@ class QuantLinear(nn.Module):
     or `activation` was chosen, which the new device may not have.
 
     The faster layout holds copies of scales and zeros. All of these buffers are constants: to change one, load a state
-    dict; a change in place reaches what is dequantized, but not the product of a prepared layer.
+    dict, or call the layer with all of one through ``torch.func.functional_call``. Scales or zeros that are changed in
+    place, or replaced without ``qweight``, reach what is dequantized, but not the product of a prepared layer.
 
     A change of dtype (``.to(torch.bfloat16)``, ``.half()``) converts the bias only: a float16 scale is not exact in
     bfloat16. The result of a forward pass has the dtype of its input.
@@ -80,9 +81,20 @@ class QuantLinear(nn.Module):
         group ``g_idx[k]``, not of ``k // group_size``. The columns are sorted by group here, once; x is gathered in
         every forward pass. Where g_idx is ``k // group_size`` there is nothing to gather, and `perm` is None.
 
-        Raises FormatError if a scale is not exact in `scales_dtype`, or if g_idx does not put ``group_size`` columns in
-        every group.
+        Raises FormatError if a scale is NaN or not exact in `scales_dtype`, if a symmetric weight has other zeros than
+        the midpoint, or if g_idx does not put ``group_size`` columns in every group.
         """
+        if count := int(quantized.scales.isnan().sum()):
+            raise FormatError(
+                f"every scale must be a number, {count} of {quantized.scales.numel()} are NaN; check the weights or "
+                "the file that they come from"
+            )
+        middle = 2 ** (quantized.bits - 1)
+        if quantized.symmetric and bool((quantized.zeros != middle).any()):
+            raise FormatError(
+                f"zeros of a symmetric weight of {quantized.bits} bits must all be {middle}, found others; make it "
+                "with symmetric=False"
+            )
         scales = quantized.scales.to(scales_dtype)
         if not torch.equal(scales.float(), quantized.scales.float()):
             raise FormatError(
@@ -112,8 +124,13 @@ class QuantLinear(nn.Module):
     ) -> "QuantLinear":
         """A layer of the right shapes with arbitrary contents, to be filled from a state dict; `dtype` is the bias's.
 
-        permuted: the state dict has `perm`. Raises FormatError if the group size does not divide `in_features`.
+        permuted: the state dict has `perm`. Raises FormatError for less than one input or output, or if the group size
+        does not divide `in_features`.
         """
+        if min(in_features, out_features) < 1:
+            raise FormatError(
+                f"a packed layer must have inputs and outputs, found {in_features} and {out_features}; leave it dense"
+            )
         columns = scheme.columns(in_features)
         if in_features % columns:
             raise FormatError(
@@ -145,15 +162,17 @@ class QuantLinear(nn.Module):
         bias = self._parameters["bias"]
         # A module's attributes that are tensors are found by a slow detour, which a decoding step takes 400 times.
         held: dict[str, Any] = self._buffers
+        qweight = held["qweight"]
         return ptq_kernels.matmul(
             input,
-            held["qweight"],
+            qweight,
             held["scales"],
             held["zeros"],
             bias if bias is None or bias.dtype is input.dtype else bias.to(input.dtype),
             bits=self.bits,
             group_size=self.group_size,
-            layout=self.layout,
+            # Words are canonical: those of a state dict, which stand here while functional_call runs the layer.
+            layout="canonical" if qweight.dtype is torch.int32 else self.layout,
             impl=self.impl,
             perm=held["perm"],
             activation=self.activation,
@@ -223,6 +242,19 @@ class QuantLinear(nn.Module):
         """
         return self.dequantize(None if self.bias is None else self.bias.dtype)
 
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise AttributeError(
+            f"the weight of a QuantLinear must stay packed, found a {type(value).__name__} for it; load a state dict, "
+            "or put an nn.Linear in the layer's place"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch has it, which assigns parameters by it. Raises AttributeError for "weight", which is computed."""
+        if name == "weight":
+            type(self).weight.fset(self, param)  # type: ignore[attr-defined]  # a property of the class
+        super().register_parameter(name, param)
+
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return (
@@ -246,7 +278,12 @@ class QuantLinear(nn.Module):
         self.qweight, self.layout = self._canonical_qweight(), "canonical"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
-        """Every move and conversion of a module passes here: `fn` may move the scales but not convert them."""
+        """Every move and conversion of a module passes here: `fn` may move codes and scales but not convert them."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)  # ``module.type(dtype)`` converts integers as well
+            return new if tensor.is_floating_point() or new.dtype == tensor.dtype else tensor.to(new.device)
+
         device = self.qweight.device
         moves = self.layout != "canonical" and fn(torch.empty(0, dtype=torch.uint8, device=device)).device != device
         if moves:
@@ -254,7 +291,7 @@ class QuantLinear(nn.Module):
         dtype = self.scales.dtype
         self.scales = self.scales.view(_SAME_WIDTH_INT[dtype])  # conversions of a module leave integers alone
         try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            super()._apply(moved, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         finally:  # a move may fail for want of a device or of memory on it
             self.scales = self.scales.view(dtype)
         if moves and self.impl == "auto" and self.activation is None and not self.qweight.is_meta:
