@@ -3,7 +3,7 @@
 import inspect
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,6 @@ from ptq.nn.linear import QuantLinear
 from ptq.runtime import load_weights, open_checkpoint
 
 ALL_LINEAR = "all-linear"
-INITIAL = (True, False, "gaussian")  # what does not look into the base weight
-# Options of LoraConfig with which the layer is no longer W x + s B A x, or A and B are no longer all of it.
-VARIANTS = (
-    *("use_dora", "use_qalora", "use_bdlora", "velora_config", "kasa_config", "monteclora_config", "arrow_config"),
-    "alora_invocation_tokens",
-)
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -42,13 +36,15 @@ def lora_config(model: nn.Module, target_modules: str | list[str] = ALL_LINEAR, 
         options: everything else of ``LoraConfig``: ``r``, ``lora_alpha``, ``lora_dropout``, ...
 
     Raises:
-        ConfigError: PEFT is not installed, the model was loaded with ``fuse=True``, or a variant of LoRA (DoRA, PiSSA,
-            QALoRA, aLoRA and the like).
+        ConfigError: PEFT is not installed, the model was loaded with ``fuse=True``, a variant of LoRA (DoRA, PiSSA,
+            QALoRA, aLoRA and the like), or target_parameters in a packed layer.
     """
     require_peft()
     from peft import LoraConfig
 
-    _refuse_variants(options)  # before PEFT, which knows some of them by wrong types alone
+    from ptq.nn.lora import refuse_variants
+
+    refuse_variants(options)  # before PEFT, which knows some of them by wrong types alone
     targets = _all_linear(model) if target_modules == ALL_LINEAR else target_modules
     task = {"task_type": "CAUSAL_LM"} if hasattr(model, "prepare_inputs_for_generation") else {}
     return _registered(LoraConfig(target_modules=targets, **{**task, **options}), model)
@@ -173,12 +169,14 @@ def _renamed(adapted: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _saved_config(adapter: Path) -> Any:
     from peft import PeftConfig
 
+    from ptq.nn.lora import refuse_variants
+
     if not (adapter / "adapter_config.json").is_file():
         raise ConfigError(
             f"an adapter must be a directory with adapter_config.json, as save_pretrained of PEFT writes it; {adapter} "
             "is not"
         )
-    _refuse_variants(read_json(adapter / "adapter_config.json"))
+    refuse_variants(read_json(adapter / "adapter_config.json"))
     try:
         return PeftConfig.from_pretrained(str(adapter))
     except (KeyError, TypeError, ValueError) as error:
@@ -223,23 +221,22 @@ def _registered(config: Any, model: nn.Module) -> Any:
         raise ConfigError(
             "adapters need every projection by itself; this model was loaded with fuse=True: load it without"
         )
+    for name in getattr(config, "target_parameters", None) or ():
+        _check_parameter(name, model)
     if experts_of(model):
         _leave_experts_apart()
     config._register_custom_module({QuantLinear: LoraQuantLinear})
     return config
 
 
-def _refuse_variants(options: Mapping[str, Any]) -> None:
-    initial = options.get("init_lora_weights", True)
-    if initial not in INITIAL:
-        raise ConfigError(
-            f"an adapter on packed weights must not need the dense ones: init_lora_weights must be "
-            f"{' or '.join(map(repr, INITIAL))}, found {initial!r}"
-        )
-    for key in VARIANTS:
-        if options.get(key):
+def _check_parameter(name: str, model: nn.Module) -> None:
+    """PEFT passes over the name of a weight that is no parameter without a word."""
+    owner = name.rpartition(".")[0]
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear) and f".{path}".removesuffix(".base_layer").endswith(f".{owner}"):
             raise ConfigError(
-                f"an adapter on packed weights must be plain LoRA: leave {key} out, found {options[key]!r}"
+                f"target_parameters must name parameters of layers that are not packed; {name} is in {path}, which is: "
+                f"name {owner or path} in target_modules instead"
             )
 
 

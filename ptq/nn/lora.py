@@ -1,5 +1,6 @@
 """A LoRA layer of PEFT over a packed weight. Importing this needs PEFT, so `ptq.adapters` does it in its functions."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,28 @@ from torch import Tensor, nn
 
 from ptq.errors import ConfigError
 from ptq.nn.linear import QuantLinear
+
+INITIAL = (True, False, "gaussian")  # what does not look into the base weight
+# Options of LoraConfig with which the layer is no longer W x + s B A x, or A and B are no longer all of it.
+VARIANTS = (
+    *("use_dora", "use_qalora", "use_bdlora", "velora_config", "kasa_config", "monteclora_config", "arrow_config"),
+    "alora_invocation_tokens",
+)
+
+
+def refuse_variants(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options of LoraConfig that need the dense weight or are more than a product beside it."""
+    initial = options.get("init_lora_weights", True)
+    if initial not in INITIAL:
+        raise ConfigError(
+            f"an adapter on packed weights must not need the dense ones: init_lora_weights must be "
+            f"{' or '.join(map(repr, INITIAL))}, found {initial!r}"
+        )
+    for key in VARIANTS:
+        if options.get(key):
+            raise ConfigError(
+                f"an adapter on packed weights must be plain LoRA: leave {key} out, found {options[key]!r}"
+            )
 
 
 class LoraQuantLinear(Linear):  # type: ignore[misc]  # PEFT is not typed
@@ -20,6 +43,11 @@ class LoraQuantLinear(Linear):  # type: ignore[misc]  # PEFT is not typed
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **options)
         self.fan_in_fan_out = False  # a packed weight is [N, K], also where the float layer was a Conv1D
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
+        """As PEFT has it, which comes here with every adapter. Raises ConfigError as `refuse_variants` does."""
+        refuse_variants(vars(config))
+        super().update_layer(adapter_name, r, lora_alpha, config, **options)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         """PEFT asks here, and warns about classes that it does not know."""
