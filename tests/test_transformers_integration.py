@@ -208,6 +208,8 @@ def test_load_and_save(ours, tmp_path):
     model.save_pretrained(tmp_path / "copy")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
     assert torch.equal(logits(again), logits(model))
+    with pytest.raises(PtqError, match="stays packed in memory: .* `ptq merge`"):
+        again.dequantize()
     fused = ptq.load(ours[0], device="cpu", fuse=True)
     with pytest.raises(PtqError, match="can be saved as it was loaded; .*_proj is .* now"):
         fused.save_pretrained(tmp_path / "fused")

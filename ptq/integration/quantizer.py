@@ -182,6 +182,13 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         model._weight_conversions = []  # type: ignore[assignment]  # an attribute of transformers' own
         return {**rest, **tensors}, {}
 
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Raises PtqError: ``model.dequantize()`` would hold every weight dense beside the packed ones."""
+        raise PtqError(
+            "a packed model stays packed in memory: to write a dense copy with an adapter added use `ptq merge`, for "
+            "one dense weight QuantLinear.dequantize"
+        )
+
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes a file like the one that was read."""
         return True
