@@ -79,7 +79,12 @@ def _with_rescue(result: ModuleResult, rescue: str) -> ModuleResult:
     if not rescue:
         return result
     before = result.row.get("rescues")
-    return result._replace(row={**result.row, "rescues": [*(before if isinstance(before, list) else []), rescue]})
+    row = {**result.row, "rescues": [*(before if isinstance(before, list) else []), rescue]}
+    codes, zeros = result.quantized.codes, result.quantized.zeros
+    if "relative_loss" in row and bool((grouped(codes, result.quantized.group_size) == zeros.unsqueeze(-1)).all()):
+        # The weight was not zero and its codes are: all is lost, where the squares of such weights are 0 in float32.
+        row |= {"relative_loss": 1.0, "relative_rounding_loss": 1.0, "loss_to_rounding": 1.0}
+    return result._replace(row=row)
 
 
 def _solve(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ptq.block import quantize_block
-from ptq.config import WIDTHS, AWQConfig, GPTQConfig, RefineConfig, RunConfig, scheme_for, unused_patterns
+from ptq.config import WIDTHS, AWQConfig, GPTQConfig, RefineConfig, RunConfig, matches, scheme_for, unused_patterns
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.grid import resolve_group_size
 from ptq.half_products import fast_half_products
-from ptq.models.structure import linears, weight_shape
+from ptq.models.structure import linears, require_memory, weight_shape
 from ptq.nn.swap import replace_module, take_hooks, to_quant_linear
 from ptq.schema import build
 from ptq.task import BlockTask, FloatTwin, ModuleResult
@@ -65,11 +65,13 @@ def quantize_linears(
 
     Raises:
         ConfigError: an unknown method, option or pattern; a group size that does not divide a layer; no batches; a
-            module that is a Linear itself or holds none; a parametrized weight; for ``awq``, no output to prove by.
-        NumericsError: NaN or infinity in weights or activations, or weights that no scale reaches. Weights are looked
-            at before anything is changed; after an error about activations, layers may hold the values of their codes:
-            load the module anew.
-        UnsupportedModelError: a layer that the batches do not reach; ``awq``: that the first one does not reach.
+            module that is a Linear itself or holds none; a parametrized weight or bias; for ``awq``, no output to
+            prove by; ``meta`` as torch's default device.
+        NumericsError: NaN or infinity in weights or activations, or weights too large for any scale. (Weights too
+            small for one become zero, with a relative loss of 1.) Weights are looked at before anything is changed;
+            after an error about activations, layers may hold the values of their codes: load the module anew.
+        UnsupportedModelError: a layer that the batches do not reach, ``awq``: that the first one does not reach; one
+            that is called with anything but a dense tensor.
     """
     if not isinstance(bits, int) or bits not in WIDTHS:
         raise ConfigError(
@@ -79,6 +81,7 @@ def quantize_linears(
         raise ConfigError(
             f"exclude must be a list of patterns, found {exclude!r}: write exclude=['...'], or leave it out"
         )
+    require_memory("ptq.quantize_linears")
     config = build(RunConfig, {
         "model": "module", "output": "module", "method": method, "bits": bits, "group_size": group_size,
         "symmetric": symmetric, "exclude": list(exclude), "gptq": _options("gptq", gptq, GPTQConfig),
@@ -138,15 +141,24 @@ def _schemes(module: nn.Module, config: RunConfig) -> dict[str, Scheme]:
             "as in nn.Sequential(linear)"
         )
     for pattern in unused_patterns(config, found):
-        raise ConfigError(f"a pattern in exclude must match a Linear; {pattern!r} matches none of {', '.join(found)}")
+        known = f"none of {', '.join(found)}"
+        for path, child in module.named_modules(remove_duplicate=False):
+            if matches(pattern, path):
+                known = next(
+                    (f"another name of {first}: write that" for first in found if found[first] is child), known
+                )
+        raise ConfigError(f"a pattern in exclude must match a Linear; {pattern!r} matches {known}")
     schemes = {path: s for path in found if (s := scheme_for(config, path)) is not None}
     if not schemes:
         raise ConfigError(f"the module must hold a Linear that is not excluded; {type(module).__name__} holds none")
     for path, scheme in schemes.items():
         _check_weight(path, found[path].weight)
-        if "weight" not in found[path]._parameters:
+        for name in ("weight", "bias"):
+            linear = found[path]
+            if name in {**linear._parameters, **linear._buffers} or getattr(linear, name) is None:
+                continue
             raise ConfigError(
-                f"the weight of a Linear must be a parameter of its own; {path} computes it from others (a weight norm "
+                f"the {name} of a Linear must be a parameter of its own; {path} computes it from others (a weight norm "
                 "or another parametrization): remove that first, or exclude the layer"
             )
         parent, _, leaf = path.rpartition(".")

@@ -148,7 +148,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(name, str) and not DEVICE.fullmatch(name):
+    if not isinstance(name, torch.device) and not (isinstance(name, str) and DEVICE.fullmatch(name)):
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N; found {name!r}")
     device = torch.device(name)
     count = torch.cuda.device_count() if device.type == "cuda" else 0

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ptq.errors import ConfigError
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Scheme
 from ptq.models.loading import build_skeleton, load_module, locate, model_dtype, read_config, unload_module
 from ptq.models.names import SourceNames
 from ptq.models.streamed import StreamedModel
-from ptq.models.structure import find_blocks
+from ptq.models.structure import find_blocks, require_memory
 from ptq.nn.fuse import fuse_linears
 from ptq.nn.head import check_head, pack_head
 from ptq.nn.linear import QuantLinear
@@ -167,13 +168,15 @@ def load(
         `head_bits` it raises PtqError.
 
     Raises:
-        ConfigError: no such model, an unknown implementation or dtype, one that packed layers cannot compute in, or a
-            head that `head_bits` cannot be for.
+        ConfigError: no such model or device, an unknown implementation or dtype, one that packed layers cannot compute
+            in, a head that `head_bits` cannot be for, a switch that is no bool, or ``meta`` as torch's default device.
         FormatError: a damaged or unreadable checkpoint.
     """
     from ptq.plan import resolve_device
 
-    target = resolve_device(device or "auto")
+    target = resolve_device("auto" if device is None else device)
+    require_memory("ptq.load")
+    _check_switches(fuse=fuse, compile=compile, warmup=warmup)
     checkpoint = open_checkpoint(path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     model = checkpoint.model
     if head_bits is not None:
@@ -185,10 +188,7 @@ def load(
         _replace_head(model, head_bits)
     if fuse:
         fuse_linears(model)
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            module.impl, module.activation = impl, activation
-            prepare_linear(name, module)
+    _prepare(model, impl, activation)
     if warmup:
         warm_up(model, checkpoint.dtype)
     _add_generation_config(model, checkpoint.directory)
@@ -212,6 +212,19 @@ def _replace_head(model: nn.Module, bits: int) -> None:
     assert isinstance(head, nn.Linear)  # check_head has seen it
     path = next(path for path, module in model.named_modules() if module is head)
     replace_module(model, path, pack_head(head, bits))
+
+
+def _check_switches(**switches: object) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, bool):  # "no" would count as True
+            raise ConfigError(f"{name} must be True or False, found {value!r}")
+
+
+def _prepare(model: nn.Module, impl: str, activation: str | None) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            module.impl, module.activation = impl, activation
+            prepare_linear(name, module)
 
 
 def prepare_linear(path: str, linear: QuantLinear) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq.errors import UnsupportedModelError
+
 Run = Callable[[], Any]
 
 
@@ -72,9 +74,24 @@ class HeldRun:
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a Linear is called with."""
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return x
+    """What a Linear is called with.
+
+    Raises:
+        UnsupportedModelError: no tensor, a sparse one, or one of a transform of torch.func, which has no numbers yet.
+    """
+    x: Any = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(x, Tensor):
+        found = f"a {type(x).__name__}"
+    elif x.layout != torch.strided:
+        found = f"one of layout {x.layout}"
+    elif torch._C._functorch.is_functorch_wrapped_tensor(x):
+        found = "one inside torch.vmap or another transform"
+    else:
+        return x
+    raise UnsupportedModelError(
+        f"a Linear must be called with a plain dense tensor to be calibrated; one is called with {found}: make the "
+        "calibration batches tensors, or exclude the layer"
+    )
 
 
 def run_watched(run: Run, module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:

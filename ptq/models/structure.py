@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ptq.errors import UnsupportedModelError
+from ptq.errors import ConfigError, UnsupportedModelError
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of weights that are no packed ones
 
@@ -121,3 +121,12 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 def set_weight(module: nn.Module, weight_NK: Tensor) -> None:
     """Overwrite the weight of a Linear in place, in its own dtype and layout."""
     weight_of(module).copy_(weight_NK)
+
+
+def require_memory(caller: str) -> None:
+    """Raise ConfigError where torch makes new tensors on ``meta``, without memory."""
+    if torch.empty(0).is_meta:
+        raise ConfigError(
+            f"tensors must be made in memory; torch's default device is meta here: call {caller} outside of "
+            "`with torch.device('meta')` and without torch.set_default_device('meta')"
+        )

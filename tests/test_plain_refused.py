@@ -1,0 +1,118 @@
+"""What `ptq.quantize_linears` and `ptq.load` are asked for that cannot be had. Oracle: the sentences, and the module
+as it was.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import ptq
+from ptq.errors import ConfigError, PtqError, UnsupportedModelError
+
+K = 32
+X = torch.randn(16, K, generator=torch.Generator().manual_seed(0))
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def pruned() -> nn.Module:
+    linear = nn.Linear(K, K)
+    prune.l1_unstructured(linear, "bias", 0.5)
+    return nn.Sequential(linear)
+
+
+def parametrized() -> nn.Module:
+    linear = nn.Linear(K, K)
+    parametrize.register_parametrization(linear, "bias", Double())
+    return nn.Sequential(linear)
+
+
+def shared() -> nn.Module:
+    linear = nn.Linear(K, K)
+    return nn.Sequential(linear, nn.Sequential(linear))
+
+
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.up)(x)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(K, K))
+
+
+CALLED = "must be called with a plain dense tensor to be calibrated; one is called with"
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[PtqError], str]] = {
+    "pruned bias": (pruned, {}, ConfigError, "the bias of a Linear must be a parameter of its own; 0 computes it"),
+    "parametrized bias": (parametrized, {}, ConfigError, "the bias of a Linear must be a parameter of its own; 0 comp"),
+    "another name": (shared, {"exclude": ["1.0"]}, ConfigError, "'1.0' matches another name of 0: write that"),
+    "numpy": (plain, {"calibration_batches": [X.numpy()]}, UnsupportedModelError, f"{CALLED} a ndarray: make the"),
+    "text": (plain, {"calibration_batches": ["abc"]}, UnsupportedModelError, f"{CALLED} a str"),
+    "nothing": (plain, {"calibration_batches": [None]}, UnsupportedModelError, f"{CALLED} a NoneType"),
+    "a number": (plain, {"calibration_batches": [5]}, UnsupportedModelError, f"{CALLED} a int"),
+    "sparse": (
+        plain,
+        {"calibration_batches": [X.to_sparse()]},
+        UnsupportedModelError,
+        f"{CALLED} one of layout torch.sparse_coo",
+    ),
+    "mapped": (Mapped, {}, UnsupportedModelError, f"{CALLED} one inside torch.vmap .*or exclude the layer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case: str) -> None:
+    make, options, error, message = REFUSED[case]
+    module = make()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(error, match=message):
+        ptq.quantize_linears(module, **{"calibration_batches": [X], "group_size": 16, **options})
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("call", [lambda: ptq.quantize_linears(plain(), method="rtn"), lambda: ptq.load("nowhere")])
+def test_tensors_must_be_made_in_memory(call: Callable[[], object]) -> None:
+    with (
+        torch.device("meta"),
+        pytest.raises(ConfigError, match="torch's default device is meta here: call ptq.*outside"),
+    ):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": 0}, "device must be auto, cpu, cuda or cuda:N; found 0"),
+        ({"device": ""}, "device must be auto, cpu, cuda or cuda:N; found ''"),
+        ({"fuse": "no"}, "fuse must be True or False, found 'no'"),
+        ({"compile": 1}, "compile must be True or False, found 1"),
+        ({"warmup": None}, "warmup must be True or False, found None"),
+    ],
+)
+def test_load_refuses_before_it_looks(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ptq.load("nowhere", **options)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_weights_that_become_zero_are_lost_whole(method: str) -> None:
+    """Too small for any scale: the error is the weight itself, so the relative loss is 1 by its definition."""
+    module = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
+    module[0].weight.data.mul_(1e-30)
+    module[1].weight.data.zero_()
+    rows = ptq.quantize_linears(module, [X], method=method, group_size=16)
+    assert not module[0].dequantize().any()
+    assert (rows["0"]["relative_loss"], rows["0"]["loss_to_rounding"]) == (1.0, 1.0)
+    assert rows["1"]["relative_loss"] == 0.0  # nothing was there to be lost
