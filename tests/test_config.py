@@ -256,15 +256,6 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [("run #3", "run #3"), (" a b ", "a b"), ("'run' # x", "run"), ('"a#b"', "a#b"), ("a#b", "a#b"), ("~/x", "~/x")],
-)
-def test_a_text_that_is_assigned_is_what_is_written(load, written, meant):
-    """Where it is not quoted: a number sign belongs to a path."""
-    assert load(BASE, f"output={written}").output == meant
-
-
 @pytest.mark.parametrize(("text", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_named(load, text, message):
     with pytest.raises(ConfigError) as caught:

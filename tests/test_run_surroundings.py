@@ -24,6 +24,7 @@ from ptq.errors import ConfigError, FormatError, PtqError
 from ptq.formats.staging import full_disk_as_error, publish, require_writable, staged_directory
 from ptq.journal_directory import place_of
 from ptq.journal_signature import require_same
+from ptq.yaml_tree import override
 
 
 @pytest.fixture(scope="module")
@@ -296,3 +297,14 @@ def test_a_lock_that_cannot_be_opened(parent, tmp_path):
 def test_a_full_disk_says_so_with_any_path(tmp_path):
     with pytest.raises(PtqError, match="no space left"), full_disk_as_error(tmp_path / "deep" / "x", 5):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("run #3", "run #3"), (" a b ", "a b"), ("'run' # x", "run"), ('"a#b"', "a#b"), ("a#b", "a#b"), ("~/x", "~/x")],
+)
+def test_a_text_that_is_assigned_is_what_is_written(written, meant):
+    """Where it is not quoted: a number sign belongs to a path."""
+    tree = {}
+    override(tree, f"output={written}")
+    assert tree == {"output": meant}

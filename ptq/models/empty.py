@@ -17,7 +17,8 @@ _register: Any = None  # nn.Module.register_parameter while there are any
 def empty_parameters() -> Iterator[None]:
     """Put the parameters of modules that this thread makes on ``meta``; other threads' are as they would be.
 
-    `torch.device("meta")` would put buffers there as well, whose values (rotary frequencies) no checkpoint has.
+    `torch.device("meta")` would put buffers there as well, whose values (rotary frequencies) no checkpoint has. Each
+    name gets a Parameter of its own, also where one was to be tied to another: which are, `SourceNames` knows.
     """
     _building.depth = int(getattr(_building, "depth", 0)) + 1
     _enter()
@@ -47,7 +48,7 @@ def _leave() -> None:
 
 def _registered(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
     _register(module, name, param)
-    if param is not None and bool(getattr(_building, "depth", False)) and param.device.type != "meta":
+    if param is not None and bool(getattr(_building, "depth", False)):
         kind: Any = type(param)  # a class of Parameters of its own, where it has one
         empty = kind(param.detach().to("meta"), requires_grad=param.requires_grad)
         empty.__dict__.update(param.__dict__)  # what transformers and others note on their parameters
