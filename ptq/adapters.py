@@ -231,12 +231,12 @@ def _registered(config: Any, model: nn.Module) -> Any:
 
 def _check_parameter(name: str, model: nn.Module) -> None:
     """PEFT passes over the name of a weight that is no parameter without a word."""
-    owner = name.rpartition(".")[0]
-    for path, module in model.named_modules():
-        if isinstance(module, QuantLinear) and f".{path}".removesuffix(".base_layer").endswith(f".{owner}"):
+    for found, module in model.named_modules():
+        path = found.removesuffix(".base_layer")
+        if isinstance(module, QuantLinear) and f".{path}.weight".endswith(f".{name}"):
             raise ConfigError(
                 f"target_parameters must name parameters of layers that are not packed; {name} is in {path}, which is: "
-                f"name {owner or path} in target_modules instead"
+                f"name {path} in target_modules instead"
             )
 
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ptq.cli_places import expand_places
 from ptq.errors import ConfigError, GateError, PtqError
@@ -54,6 +54,8 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
                   "calibration.samples, or set refine.model_steps to 0")  # fmt: skip
         return _fail(options, _with_notes(f"out of memory ({first}): {advice}", error), 1)
     except OSError as error:
+        if error.errno == errno.EIO and signal.SIGHUP in received:  # of a terminal that was closed
+            return SIGNALLED + signal.SIGHUP
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(options, _with_notes(f"the disk is full ({error}): free space or write elsewhere", error), 1)
         return _fail(options, _with_notes(f"a file could not be read or written: {error}", error), 1)
@@ -66,14 +68,17 @@ def _with_notes(message: str, error: Exception) -> str:
 
 @contextmanager
 def _ended_as_by_control_c(received: list[signal.Signals]) -> Iterator[None]:
-    """Signals of schedulers and closed terminals leave nothing half-written either; the second one ends at once.
+    """Signals of schedulers and closed terminals leave nothing half-written either.
 
-    What the caller has set for them stays, as nohup's; and this is for the main thread, as are signals.
+    After the first one has been noticed, the same one again ends at once, and the other kind does nothing: some send
+    both. What the caller has set for them stays, as nohup's; and this is for the main thread, as are signals.
     """
 
     def interrupt(number: int, _: object) -> None:
         received.append(signal.Signals(number))
-        signal.signal(number, signal.SIG_DFL)
+        for each in ours:
+            if signal.getsignal(each) == interrupt:
+                signal.signal(each, signal.SIG_DFL if each == number else signal.SIG_IGN)
         raise KeyboardInterrupt
 
     ours = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
@@ -85,7 +90,7 @@ def _ended_as_by_control_c(received: list[signal.Signals]) -> Iterator[None]:
         yield
     finally:
         for each in ours:
-            if signal.getsignal(each) == interrupt:
+            if signal.getsignal(each) in (interrupt, signal.SIG_IGN):
                 signal.signal(each, signal.SIG_DFL)
 
 
@@ -101,5 +106,6 @@ def _fail(options: argparse.Namespace, message: str, code: int) -> int:
         traceback.print_exc()
     ranks = getattr(options, "ranks", None)  # the processes that share a run
     if ranks is None or ranks.speaks():
-        print(f"ptq: {message if ranks is None else ranks.said(message)}", file=sys.stderr)
+        with suppress(OSError):  # of a terminal that was closed
+            print(f"ptq: {message if ranks is None else ranks.said(message)}", file=sys.stderr)
     return code

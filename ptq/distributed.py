@@ -184,7 +184,8 @@ ALONE = Ranks()
 def joined() -> Ranks:
     """The processes that torchrun started with this one; `ALONE` where it started no other.
 
-    Once they have joined, SIGTERM, by which torchrun ends those that are left, is answered by a sentence.
+    Once they have joined, SIGTERM, by which torchrun ends those that are left, is answered by a sentence; before that,
+    and SIGHUP at any time, ends the process at once.
 
     Raises:
         RankError: they could not be reached.
@@ -195,6 +196,10 @@ def joined() -> Ranks:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
+    # A handler in Python waits until C++ comes back, which here has a day's patience.
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if callable(signal.getsignal(each)):
+            signal.signal(each, signal.SIG_DFL)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, rank, size = next(rendezvous("env://", timeout=PATIENCE))

@@ -5,6 +5,7 @@ import math
 import os
 import resource
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from ptq.formats.digest import digest, raw
 from ptq.formats.staging import full_disk_as_error
 
 ALIGNMENT = 64  # bytes; of every batch in a file
+MAPS = 1 << 16  # as many as Linux lets a process have by default
 
 
 class Batch(NamedTuple):
@@ -102,8 +104,11 @@ def _padded(size: int) -> int:
 @lru_cache
 def _allow_maps() -> None:
     """Python keeps a file open for every map, and shells allow a thousand where the system allows many more."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAPS if most == resource.RLIM_INFINITY else min(most, MAPS)
+    with suppress(ValueError, OSError):  # of a sandbox: a thousand may do
+        if now != resource.RLIM_INFINITY and now < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _mapped(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -115,7 +120,7 @@ def _mapped(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]) 
         if error.errno != errno.EMFILE:
             raise
         raise PtqError(
-            f"each batch of hidden states on disk is an open file; {resource.getrlimit(resource.RLIMIT_NOFILE)[1]} are "
+            f"each batch of hidden states on disk is an open file; {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} are "
             "allowed: set a larger calibration.batch_size, or raise the limit (ulimit -Hn)"
         ) from error
     return torch.from_numpy(data).view(dtype).view(shape)

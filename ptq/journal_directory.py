@@ -1,5 +1,6 @@
 """The directory a run works in: beside its output, locked, kept after a crash, gone once the checkpoint is whole."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -120,6 +121,8 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
     """
     final = output_path(output)
     place = place_of(final)
+    if place.path.is_dir() and not os.access(place.path, os.R_OK | os.W_OK | os.X_OK):
+        raise _not_ours(place.path, os.strerror(errno.EACCES))
     with full_disk_as_error(final, None):
         if not place.published:
             require_writable(final, overwrite)  # before a directory is made for what is refused
@@ -189,10 +192,14 @@ def _lock_of(place: RunDirectory) -> int:
     try:
         return os.open(place.path / LOCK, os.O_RDWR | os.O_CREAT)
     except (PermissionError, IsADirectoryError) as error:
-        raise ConfigError(
-            f"a run must be able to lock {place.path / LOCK}, found: {error.strerror}; if it is another user's run, "
-            "let that one end it, or choose another `output`; otherwise remove the directory"
-        ) from error
+        raise _not_ours(place.path / LOCK, str(error.strerror)) from error
+
+
+def _not_ours(path: Path, found: str) -> ConfigError:
+    return ConfigError(
+        f"a run must be able to write {path}, found: {found}; if it is another user's run, let that one end it, or "
+        "choose another `output`; otherwise remove the directory"
+    )
 
 
 def _taken(descriptor: int, place: RunDirectory) -> bool:

@@ -21,7 +21,8 @@ FREE = (
     *("model", "output", "evaluation", "calibration.offload", "calibration.dataset.files"),
     "refine.model_steps",  # no block depends on it, and what does says it
 )
-DESCRIPTIONS = (".json", ".jinja", ".model", ".txt", ".py")  # of model and tokenizer
+DESCRIPTIONS = (".json", ".jinja", ".model", ".py")  # of model and tokenizer
+WORDS = ("vocab.txt", "merges.txt", "dict.txt")  # of tokenizers; other .txt are licences and logs
 PACKAGES = ("ptq", "torch", "transformers")
 SAMPLES = 256
 SAMPLE_BYTES = 4096
@@ -61,19 +62,21 @@ def model_signature(plan: Plan) -> dict[str, str]:
     return {
         f"model.{path.name}": _file(path)
         for path in sorted(plan.directory.iterdir())
-        if path.is_file() and (path.name in weights or path.suffix in DESCRIPTIONS)
+        if path.is_file() and (path.name in weights or path.name in WORDS or path.suffix in DESCRIPTIONS)
     }
 
 
-def require_unchanged(plan: Plan, before: Mapping[str, str]) -> None:
-    """Raise FormatError where a file of the model is not what it was, by an earlier `model_signature`."""
+def require_unchanged(plan: Plan, before: Mapping[str, str], advice: str) -> None:
+    """Raise FormatError where a file of the model is not what it was, by an earlier `model_signature`.
+
+    What has come into the directory since was not read.
+    """
     now = model_signature(plan)
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if changed:
+    if changed := [name for name, text in before.items() if now.get(name) != text]:
         names = ", ".join(name.removeprefix("model.") for name in changed)
         raise FormatError(
-            f"a model must stay as it is while a run reads it; changed since it began: {names} in {plan.directory}. "
-            "Start over with --fresh once the files are whole"
+            f"a model must stay as it is while a run reads it; in {plan.directory}, these have changed since it began: "
+            f"{names}. {advice}"
         )
 
 

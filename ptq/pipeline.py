@@ -94,7 +94,7 @@ def quantize(
             plan, batches = _calibrate(plan, report.document, progress, prepared, ranks)
             _solve_and_write(plan, batches, place, report.document, progress, ranks)
             _write_report(report, place.checkpoint, progress, started)
-            require_unchanged(plan, model)
+            require_unchanged(plan, model, "Start over with --fresh once the files are whole")
             place.publish(overwrite)
         else:
             model = model_signature(plan)
@@ -102,7 +102,8 @@ def quantize(
         if config.evaluation is not None:
             with progress.stage("evaluate"):
                 evaluation = _evaluated(plan, place)
-            require_unchanged(plan, model)
+            require_unchanged(plan, model, f"The checkpoint in {place.final} was made before that and is complete: "
+                              "evaluate it with ptq eval once the files are whole")  # fmt: skip
             report.document["evaluation"] = evaluation
             report.document["kernels"] = kernels_in_use()
             _write_report(report, report.output, progress, started)

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
@@ -40,9 +40,9 @@ def quantize_linears(
 ) -> dict[str, dict[str, object]]:
     """Quantize the ``nn.Linear`` layers of a module in place: each becomes a `ptq.nn.QuantLinear`.
 
-    A weight that a Linear shares with another module (an embedding, say) stays float there, and memory that parameters
-    have in common with other tensors (views, arrays, mapped files) is left as it is. Hooks on a Linear's forward and
-    backward pass go over to the layer that replaces it.
+    A weight that a Linear shares with another module (an embedding, say) stays float there. Nothing is written into
+    memory that a weight has in common with other tensors (views, arrays, mapped files): it gets its own first. Hooks on
+    a Linear's forward and backward pass go over to the layer that replaces it.
 
     Args:
         module: any module; it is run on the calibration batches, once for each group of layers that share an input, so
@@ -94,7 +94,7 @@ def quantize_linears(
         )
     schemes = _schemes(module, config)
     batches = _batches(calibration_batches, config)
-    _untie(module, schemes)
+    _untie(module, schemes, folds=method == "awq")
     with _evaluating(module), _eagerly():
         weight = module.get_parameter(f"{next(iter(schemes))}.weight")
         probe = _Probe(module, batches) if method == "awq" else None
@@ -153,14 +153,7 @@ def _schemes(module: nn.Module, config: RunConfig) -> dict[str, Scheme]:
         raise ConfigError(f"the module must hold a Linear that is not excluded; {type(module).__name__} holds none")
     for path, scheme in schemes.items():
         _check_weight(path, found[path].weight)
-        for name in ("weight", "bias"):
-            linear = found[path]
-            if name in {**linear._parameters, **linear._buffers} or getattr(linear, name) is None:
-                continue
-            raise ConfigError(
-                f"the {name} of a Linear must be a parameter of its own; {path} computes it from others (a weight norm "
-                "or another parametrization): remove that first, or exclude the layer"
-            )
+        _check_own(path, found[path])
         parent, _, leaf = path.rpartition(".")
         if leaf == "base_layer" and type(module.get_submodule(parent)).__module__.startswith("peft."):
             raise ConfigError(
@@ -169,6 +162,18 @@ def _schemes(module: nn.Module, config: RunConfig) -> dict[str, Scheme]:
             )
         resolve_group_size(scheme, weight_shape(found[path])[1], path)
     return schemes
+
+
+def _check_own(path: str, linear: nn.Module) -> None:
+    """A bias may also be a tensor that is no parameter, unless pruning computes it before each call."""
+    tensors = {"weight": linear._parameters, "bias": {**linear._parameters, **linear._buffers, **vars(linear)}}
+    for name, kept in tensors.items():
+        computed = name not in kept or f"{name}_orig" in linear._parameters
+        if computed and getattr(linear, name, None) is not None:
+            raise ConfigError(
+                f"the {name} of a Linear must be a parameter of its own; {path} computes it from others (a weight norm "
+                "or another parametrization): remove that first, or exclude the layer"
+            )
 
 
 def _check_weight(path: str, weight: Any) -> None:
@@ -187,7 +192,7 @@ def _check_weight(path: str, weight: Any) -> None:
         )
 
 
-def _untie(module: nn.Module, paths: Iterable[str]) -> None:
+def _untie(module: nn.Module, paths: Collection[str], folds: bool) -> None:
     """Give each of these Linears a weight of its own."""
     users: dict[int, int] = {}
     for owner in module.modules():
@@ -198,23 +203,36 @@ def _untie(module: nn.Module, paths: Iterable[str]) -> None:
         weight = linear.get_parameter("weight")
         if users[id(weight)] > 1:
             linear.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
-    _own_memory(module)
+    _own_memory(module, paths, folds)
 
 
-def _own_memory(module: nn.Module) -> None:
-    """Copies of the parameters whose memory is not theirs alone: solvers and folds write into them.
+def _own_memory(module: nn.Module, paths: Iterable[str], folds: bool) -> None:
+    """Copies of the parameters that are written into and whose memory is not theirs alone.
 
-    Views of something larger, tensors over arrays and mapped files, memory of several parameters or processes.
+    Views of something larger, tensors over arrays and mapped files, memory of several parameters or processes. Besides
+    the weights, AWQ's folds write into norms and other Linears.
     """
-    tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if t.layout == torch.strided}
-    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
-    for parameter in module.parameters():
-        if id(parameter) not in tensors or parameter.device.type == "meta" or parameter.is_inference():
-            continue  # of what cannot be changed, nothing is
+    written = [module.get_parameter(f"{path}.weight") for path in paths]
+    if folds:
+        others = [linear.weight for _, linear in linears(module) if isinstance(linear.weight, nn.Parameter)]
+        written += [*others, *(p for p in module.parameters() if _address(p) and p.dim() < 2)]
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    users = Counter(map(_address, tensors.values()))
+    for parameter in {id(p): p for p in written}.values():
+        if not _address(parameter) or (parameter.is_inference() and not torch.is_inference_mode_enabled()):
+            continue
         storage = parameter.untyped_storage()
         alone = users[storage.data_ptr()] == 1 and storage.nbytes() == parameter.numel() * parameter.itemsize
         if not (alone and (parameter.is_cuda or (storage.resizable() and not parameter.is_shared()))):
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 of one that has none of its own: on meta, without a shape yet, of a wrapper."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (ValueError, RuntimeError, NotImplementedError):
+        return 0
 
 
 @contextmanager

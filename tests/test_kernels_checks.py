@@ -1,5 +1,6 @@
 """Every refusal of ptq_kernels.matmul: requirement, finding, remedy."""
 
+import numpy as np
 import ptq_kernels
 import pytest
 import torch
@@ -66,3 +67,14 @@ def test_weight_functions_check_too() -> None:
             function(*CASE.tensors, **arguments)
     with pytest.raises(ValueError, match="must divide in_features"):
         ptq_kernels.canonical(*CASE.tensors, layout="canonical", **arguments)
+
+
+def test_integers_of_numpy_count_as_integers():
+    """As they come out of arithmetic on shapes."""
+    given = {"bits": np.int64(CASE.bits), "group_size": np.int64(CASE.group_size)}
+    plain = {"bits": CASE.bits, "group_size": CASE.group_size}
+    found, expected = (
+        ptq_kernels.matmul(X, CASE.qweight, CASE.scales, CASE.zeros, impl="reference", **sizes)
+        for sizes in (given, plain)
+    )
+    assert torch.equal(found, expected)

@@ -241,3 +241,74 @@ def test_parameters_of_one_memory() -> None:
     before = module["embed"].weight.detach().clone()
     ptq.quantize_linears(module, (), method="rtn", bits=2, group_size=16)
     assert torch.equal(module["embed"].weight, before)
+
+
+class Wrapped(Tensor):
+    """A tensor without memory of its own, as quantized and distributed ones are."""
+
+    @staticmethod
+    def __new__(cls) -> "Wrapped":
+        return Tensor._make_wrapper_subclass(cls, (4, 4))  # type: ignore[attr-defined,no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls()
+
+    def __deepcopy__(self, memo: Any) -> "Wrapped":
+        return self
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+def test_what_is_not_written_into_stays_where_it_is(method: str) -> None:
+    """Parameters beside the quantized ones, whatever they are: shared, tied by data, parts of one memory."""
+    torch.manual_seed(0)
+    flat = torch.randn(2, 16, 32)
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 16), nn.Linear(16, 16)
+            self.embed = nn.Embedding(16, 32).share_memory()
+            self.table = nn.Parameter(flat[0])
+            self.lazy = nn.LazyConv2d(3, 1) if method != "awq" else None  # AWQ copies all parameters
+            self.register_buffer("wrapped", Wrapped())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))  # type: ignore[no-any-return]
+
+    module = Beside()
+    places = [module.embed.weight.data_ptr(), module.table.data_ptr()]
+    ptq.quantize_linears(module, [torch.randn(40, 32)], method=method, bits=4, group_size=16)
+    assert [module.embed.weight.data_ptr(), module.table.data_ptr()] == places
+    assert module.embed.weight.is_shared()
+
+
+def test_an_excluded_layer_stays_tied_by_its_data() -> None:
+    module = nn.ModuleDict({"embed": nn.Embedding(16, 32), "head": nn.Linear(32, 16), "other": nn.Linear(32, 32)})
+    module["head"].weight.data = module["embed"].weight.data
+    ptq.quantize_linears(module, (), method="rtn", group_size=16, exclude=["head"])
+    assert module["head"].weight.data_ptr() == module["embed"].weight.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["attribute", "buffer"])
+def test_a_bias_that_is_a_tensor_but_no_parameter(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 16)
+    bias = layer.bias.detach().clone()
+    del layer.bias
+    if kind == "buffer":
+        layer.register_buffer("bias", bias)
+    else:
+        layer.bias = bias
+    module = nn.Sequential(layer)
+    ptq.quantize_linears(module, (), method="rtn", group_size=16)
+    assert torch.equal(module[0].bias, bias)
+
+
+def test_a_weight_that_is_a_buffer_is_refused() -> None:
+    layer = nn.Linear(32, 16)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    with pytest.raises(ConfigError, match="the weight of a Linear must be a parameter of its own; 0"):
+        ptq.quantize_linears(nn.Sequential(layer), (), method="rtn", group_size=16)

@@ -21,7 +21,7 @@ from tiny_models import run
 from ptq import cli_ending, hidden, predict_time, walk
 from ptq.config import EvaluationConfig
 from ptq.errors import ConfigError, FormatError, PtqError
-from ptq.formats.staging import full_disk_as_error, publish, require_writable, staged_directory
+from ptq.formats.staging import full_disk_as_error, output_path, publish, require_writable, staged_directory
 from ptq.journal_directory import place_of
 from ptq.journal_signature import require_same
 from ptq.yaml_tree import override
@@ -86,6 +86,7 @@ def test_a_mount_point_is_refused_at_the_beginning(parent, tmp_path, monkeypatch
     with pytest.raises(ConfigError, match="below it for --out"), staged_directory(tmp_path / "out", overwrite=True):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert output_path(tmp_path / "out") == tmp_path / "out"  # for what is written into it, as a comparison
 
 
 @pytest.mark.parametrize("hindrance", ["permissions", "sticky bit"])
@@ -96,8 +97,17 @@ def test_an_output_that_cannot_be_removed_is_refused_at_the_beginning(hindrance,
     else:
         tmp_path.chmod(0o1777)
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    with pytest.raises(ConfigError, match=r"one that this user may remove; .*out belongs to another one: choose"):
+    said = {"permissions": "files this user may remove; .*out is write-protected: choose another",
+            "sticky bit": "this user may rename; .*out belongs to another one: choose another"}[hindrance]  # fmt: skip
+    with pytest.raises(ConfigError, match=said):
         require_writable(tmp_path / "out", overwrite=True)
+    if hindrance == "sticky bit":
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ConfigError, match=r"empty belongs to another one"):
+            require_writable(tmp_path / "empty", overwrite=False)
+        for uid in (0, os.stat(tmp_path).st_uid):  # root, and the owner of either directory
+            monkeypatch.setattr(os, "geteuid", lambda uid=uid: uid)
+            require_writable(tmp_path / "out", overwrite=True)
 
 
 def test_an_interruption_between_the_two_renames_gives_the_name_back(tmp_path, monkeypatch):
@@ -214,7 +224,8 @@ def test_a_model_that_changes_under_a_run(file, when, tmp_path, monkeypatch):
         monkeypatch.setattr("ptq.pipeline.evaluate_run", change)
         text = EvaluationConfig(files=(str(tiny_models.TEXT),), tokens=64, window=32, stride=32)
         config = replace(config, evaluation=text)
-    with pytest.raises(FormatError, match=f"must stay as it is while a run reads it; changed .*: {file} in .*--fresh"):
+    advice = "Start over with --fresh" if when == "solve" else "made before that and is complete: evaluate it with ptq"
+    with pytest.raises(FormatError, match=rf"must stay as it is .*changed since it began: {file}\. .*{advice}"):
         run(config)
     assert (tmp_path / "out").exists() == (when == "evaluation")
     if when == "evaluation":
@@ -222,6 +233,15 @@ def test_a_model_that_changes_under_a_run(file, when, tmp_path, monkeypatch):
     else:
         with pytest.raises(ConfigError, match=f"can go on only as it began: .*model.{file} was"):
             run(config)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "added_tokens.json", "LICENSE.txt"])
+def test_a_file_that_comes_into_the_models_directory_is_nothing_to_a_run(name, tmp_path, monkeypatch):
+    """As its own log, or what another program fetches."""
+    parent = small_parent(tmp_path / "parent")
+    during_the_solve(monkeypatch, lambda: (parent / name).write_text("{}"))
+    run(small_run(parent, tmp_path / "out"))
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 class Together:
@@ -255,6 +275,18 @@ def test_more_batches_on_disk_than_files_may_be_open(tmp_path):
         assert [float(tensor.sum()) for tensor in kept] == [3.0 * i for i in range(300)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        hidden._allow_maps.cache_clear()
+
+
+def test_a_sandbox_that_lets_no_limit_be_raised_is_no_hindrance(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    hidden._allow_maps.cache_clear()
+    assert float(hidden.HiddenFile(tmp_path / "hidden").keep(torch.ones(3)).sum()) == 3
+    hidden._allow_maps.cache_clear()
 
 
 def test_more_batches_on_disk_than_the_system_allows(tmp_path, monkeypatch):
@@ -290,8 +322,17 @@ def test_a_record_that_no_run_wrote_is_none(parent, tmp_path):
 def test_a_lock_that_cannot_be_opened(parent, tmp_path):
     config = small_run(parent, tmp_path / "out")
     (place_of(tmp_path / "out").path / "lock").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"must be able to lock .*lock, found: Is a directory; if it is another user"):
+    with pytest.raises(
+        ConfigError, match=r"must be able to write .*lock, found: Is a directory; if it is another user"
+    ):
         run(config)
+
+
+def test_a_run_directory_of_another_user(parent, tmp_path, monkeypatch):
+    place_of(tmp_path / "out").path.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != ".out.run")
+    with pytest.raises(ConfigError, match=r"must be able to write .*\.out\.run, found: Permission denied"):
+        run(small_run(parent, tmp_path / "out"))
 
 
 def test_a_full_disk_says_so_with_any_path(tmp_path):

@@ -157,6 +157,68 @@ def test_blocks_that_hand_on_more_than_hidden_states(dense, carried, used, tmp_p
         stream.enter([tokens(1, 4) % 16])
 
 
+@pytest.mark.parametrize(("kinds", "needed"), [
+    ("AABB", False), ("AABB", True), ("ACCABB", False), ("BAB", True), ("AAAA", False), ("ABAB", False),
+])  # fmt: skip
+@pytest.mark.parametrize("by_setting", [False, True])
+def test_kinds_of_blocks_of_which_some_use_what_another_hands_on(kinds, needed, by_setting, tmp_path):
+    """A hands something on and does not look at it, C hands nothing on, B looks at it: after an A it is refused."""
+
+    class Block(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.linear, self.kind = nn.Linear(8, 8), kind
+            if not by_setting:
+                self.extra = nn.ModuleList(nn.Identity() for _ in range(ord(kind)))
+
+        def forward(self, hidden, before):
+            found = self.linear(hidden)
+            if self.kind == "B" and (needed or before is not None):
+                found = found + before
+            return found, None if self.kind == "C" else found[..., :1]
+
+    class Mixed(Scaled):
+        def __init__(self):
+            super().__init__()
+            self.inner.layers = nn.ModuleList(map(Block, kinds))
+
+        def forward(self, input_ids, use_cache):
+            hidden, before = self.inner.embed(input_ids), torch.zeros(1)
+            for layer in self.inner.layers:
+                hidden, before = layer(hidden, before)
+            return type("Output", (), {"logits": hidden})
+
+    stream = stream_of(saved(Mixed(), tmp_path), Mixed())
+    if "B" in kinds:
+        with pytest.raises(
+            UnsupportedModelError, match=r"nothing but hidden states .* block \d of this model receives"
+        ):
+            stream.enter([tokens(1, 4) % 16])
+    else:
+        stream.enter([tokens(1, 4) % 16])
+
+
+EXITS = {
+    "changes it in place": lambda hidden: hidden.mul_(0.5).sub_(1),
+    "adds random numbers": lambda hidden: hidden + 0.1 * torch.randn_like(hidden),
+    "returns a list": lambda hidden: [hidden, hidden],
+    "returns integers": lambda hidden: hidden.argmax(-1),
+    "returns -inf": lambda hidden: torch.full_like(hidden, -torch.inf),
+}
+
+
+@pytest.mark.parametrize("case", EXITS)
+def test_exits_that_depend_on_the_last_block_alone(case, tmp_path):
+    class Ending(Scaled):
+        def forward(self, input_ids, use_cache):
+            hidden = self.inner.embed(input_ids)
+            for layer in self.inner.layers:
+                hidden = layer(hidden)
+            return type("Output", (), {"logits": EXITS[case](hidden)})
+
+    stream_of(saved(Ending(), tmp_path), Ending()).enter([tokens(1, 4) % 16])
+
+
 @pytest.mark.parametrize("early", [0, 1])
 def test_what_a_model_does_after_its_blocks(early, tmp_path):
     """Its exit may not go back to what an early block returned; to what they all received it may."""

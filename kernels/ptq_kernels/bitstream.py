@@ -104,5 +104,5 @@ def unpack(qweight: Tensor, bits: int, in_features: int) -> Tensor:
 
 
 def _check_bits(bits: int) -> None:
-    if not isinstance(bits, int) or bits not in BITS:
+    if isinstance(bits, float) or bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits!r}; requantize with a supported width")

@@ -13,9 +13,9 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 def check_weight(weight: PackedWeight) -> None:
     """Raise ValueError or TypeError unless the tensors of `weight` fit its bits, group size, layout and each other."""
     bits, group, columns = weight.bits, weight.group_size, weight.in_features
-    if not isinstance(bits, int) or bits not in BITS:
+    if isinstance(bits, float) or bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits!r}; requantize with a supported width")
-    if not isinstance(group, int):
+    if isinstance(group, float):
         raise TypeError(f"group_size must be an int, got {group!r}; count columns with whole numbers")
     if columns < 1:
         raise ValueError(f"in_features must be at least 1, got {columns}; leave a layer without inputs dense")
@@ -78,7 +78,7 @@ def _check_scales(weight: PackedWeight) -> None:
 
 def check_columns(x: Tensor, scales: Tensor, group_size: int) -> None:
     """Raise ValueError unless x has the columns of the weight; what is wrong with the weight `check_weight` says."""
-    if scales.dim() != 2 or not isinstance(group_size, int) or group_size < 1:
+    if scales.dim() != 2 or isinstance(group_size, float) or group_size < 1:
         return
     groups = scales.shape[1]
     if x.shape[-1] != groups * group_size:

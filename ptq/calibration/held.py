@@ -82,8 +82,8 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x: Any = args[0] if args else next(iter(kwargs.values()), None)
     if not isinstance(x, Tensor):
         found = f"a {type(x).__name__}"
-    elif x.layout != torch.strided:
-        found = f"one of layout {x.layout}"
+    elif x.layout != torch.strided or x.is_nested:
+        found = "a nested one" if x.is_nested else f"one of layout {x.layout}"
     elif torch._C._functorch.is_functorch_wrapped_tensor(x):
         found = "one inside torch.vmap or another transform"
     else:

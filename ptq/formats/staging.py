@@ -105,14 +105,9 @@ def output_path(path: Path, option: str = OUTPUT) -> Path:
 
 
 def _require_directory(final: Path, option: str) -> None:
-    """Raises ConfigError for what cannot be given another name with a directory in its place."""
+    """Raises ConfigError for a file."""
     if final.exists() and not final.is_dir():
         raise ConfigError(f"output must be a directory, found the file {final}; choose another {option}")
-    if os.path.ismount(final):
-        raise ConfigError(
-            f"output must be a directory that can be renamed once another is whole; {final} is a mount point: choose a "
-            f"directory below it for {option}"
-        )
 
 
 def _not_created(final: Path, error: OSError, option: str) -> ConfigError:
@@ -139,7 +134,10 @@ def restore(final: Path, aside: Path) -> None:
 def require_writable(final: Path, overwrite: bool, option: str = OUTPUT) -> None:
     """Raises ConfigError where ``final``, which ``option`` names, must not be replaced."""
     _require_directory(final, option)
-    if not final.exists() or not any(final.iterdir()):
+    if not final.exists():
+        return
+    _require_movable(final, option)
+    if not any(final.iterdir()):
         return
     if not overwrite:
         raise ConfigError(f"output directory {final} exists; choose another {option} or pass --overwrite")
@@ -149,9 +147,23 @@ def require_writable(final: Path, overwrite: bool, option: str = OUTPUT) -> None
             f"only a checkpoint directory is overwritten, {final} has {found}; choose another {option} or empty it "
             "yourself"
         )
-    if not os.access(final, os.W_OK | os.X_OK) or _is_kept_by_others(final):
+    if not os.access(final, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"an output that is overwritten must be one that this user may remove; {final} belongs to another one: "
+            f"an output that is overwritten must be one whose files this user may remove; {final} is write-protected: "
+            f"choose another {option}, or change its permissions"
+        )
+
+
+def _require_movable(final: Path, option: str) -> None:
+    """Raises ConfigError for a directory that cannot give its name to another, also where it is empty."""
+    if os.path.ismount(final):
+        raise ConfigError(
+            f"output must be a directory that can be renamed once another is whole; {final} is a mount point: choose a "
+            f"directory below it for {option}"
+        )
+    if _is_kept_by_others(final):
+        raise ConfigError(
+            f"an output that is replaced must be one that this user may rename; {final} belongs to another one: "
             f"choose another {option}, or remove it as its owner"
         )
 

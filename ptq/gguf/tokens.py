@@ -128,8 +128,9 @@ def _around(tokenizer: Any, spec: Mapping[str, Any]) -> tuple[list[int], list[in
         inside = tokenizer(text, add_special_tokens=False)["input_ids"]
         if inside and not special.intersection(inside):
             whole = tokenizer(text)["input_ids"]
-            start = next(i for i in range(len(whole)) if whole[i : i + len(inside)] == inside)
-            return whole[:start], whole[start + len(inside) :]
+            found = [i for i in range(len(whole)) if whole[i : i + len(inside)] == inside]
+            if found:
+                return whole[: found[0]], whole[found[0] + len(inside) :]
     return tokenizer("")["input_ids"], []  # no text has tokens
 
 
