@@ -17,8 +17,8 @@ import signal, sys, time
 from ptq import cli, inspection
 
 def wait(*_, **__):
-    print("waiting", flush=True)
     try:
+        print("waiting", flush=True)
         while True:
             time.sleep(0.05)
     finally:
