@@ -8,7 +8,7 @@ result without memory: the C++ library would follow their addresses.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,37 +80,21 @@ def convert(weight: PackedWeight, name: str) -> PackedWeight:
 
 def _through_operator(weight: PackedWeight, name: str) -> PackedWeight:
     """To or from the canonical layout."""
-    qweight: Tensor = torch.ops.ptq_kernels.convert.default(*weight[:6], weight.layout, name)
+    qweight: Tensor = torch.ops.ptq_kernels.convert.default(*weight[:7], name)
     return weight._replace(qweight=qweight, layout=name)
 
 
-def _convert(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    layout: str,
-    target: str,
-) -> Tensor:
-    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout)
-    return get(target).pack(weight) if layout == "canonical" else get(layout).unpack(weight)
+def _convert(*arguments: Any) -> Tensor:
+    *parts, target = arguments  # those of a PackedWeight but for its order, as declared below
+    weight = PackedWeight(*parts)
+    return get(target).pack(weight) if weight.layout == "canonical" else get(weight.layout).unpack(weight)
 
 
-def _convert_fake(
-    qweight: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    layout: str,
-    target: str,
-) -> Tensor:
-    weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout)
+def _convert_fake(*arguments: Any) -> Tensor:
+    *parts, target = arguments
+    weight = PackedWeight(*parts)
     dtype, shape = get(target).storage(weight)
-    return qweight.new_empty(shape, dtype=dtype)
+    return weight.qweight.new_empty(shape, dtype=dtype)
 
 
 _LIBRARY = torch.library.Library("ptq_kernels", "FRAGMENT")
