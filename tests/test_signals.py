@@ -109,4 +109,7 @@ def test_a_process_that_waits_for_others_is_ended(tmp_path: Path) -> None:
         time.sleep(0.1)
     time.sleep(1)
     process.terminate()
-    assert process.wait(10) == -signal.SIGTERM
+    try:
+        assert process.wait(10) == -signal.SIGTERM
+    finally:
+        process.kill()

@@ -244,15 +244,12 @@ class QuantLinear(nn.Module):
 
     @weight.setter
     def weight(self, value: object) -> None:
-        raise AttributeError(
-            f"the weight of a QuantLinear must stay packed, found a {type(value).__name__} for it; load a state dict, "
-            "or put an nn.Linear in the layer's place"
-        )
+        raise _stays_packed(value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch has it, which assigns parameters by it. Raises AttributeError for "weight", which is computed."""
         if name == "weight":
-            type(self).weight.fset(self, param)  # type: ignore[attr-defined]  # a property of the class
+            raise _stays_packed(param)
         super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
@@ -337,3 +334,10 @@ def _group_order(g_idx: Tensor, quantized: QuantizedWeight) -> Tensor | None:
     except (TypeError, ValueError) as error:
         raise FormatError(str(error)) from error
     return None if torch.equal(perm, torch.arange(columns, dtype=perm.dtype, device=perm.device)) else perm
+
+
+def _stays_packed(value: object) -> AttributeError:
+    return AttributeError(
+        f"the weight of a QuantLinear must stay packed, found a {type(value).__name__} for it; load a state dict, or "
+        "put an nn.Linear in the layer's place"
+    )
