@@ -88,11 +88,12 @@ def _store(
         last = arrived == splits - 1
         if last:
             acc = tl.zeros_like(acc)
+            none = tl.zeros_like(offset)  # a mask of a scalar alone is one of integers in Triton 3.9's interpreter
             # A load of a part is a trip to the L2 cache: several are under way at a time, as many as registers hold.
             for i in range(0, splits, TOGETHER):
                 for j in tl.static_range(TOGETHER):
                     part = parts_ptr + ((i + j) * size + offset)
-                    acc += tl.load(part, mask=mask & (i + j < splits), other=0.0, cache_modifier=".cg")
+                    acc += tl.load(part, mask=mask & (i + j + none < splits), other=0.0, cache_modifier=".cg")
             tl.store(counters_ptr + tl.program_id(0), 0)
     if last:
         if HAS_BIAS:
