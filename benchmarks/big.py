@@ -1,9 +1,9 @@
-"""A large model on a small machine: ``python -m ptq.gptq`` on a random checkpoint, watched from outside.
+"""A large model on a small machine: ``ptq quantize`` on a random checkpoint, watched from outside.
 
-``python benchmarks/random_model.py MODEL && python benchmarks/big.py MODEL OUTPUT [--samples 8] [--length 256]
-[--json FILE]``: default settings. Anonymous memory is read every 20 ms, and processor time at every line the run
-prints, for on a shared machine only that says what a stage costs. Then the output is loaded and generates. A run that
-was cut short goes on; then memory and times are those of its last part.
+``python benchmarks/random_model.py MODEL && python benchmarks/big.py MODEL OUTPUT [--method gptq] [--samples 8]
+[--length 256] [--json FILE]``: default settings. Anonymous memory is read every 20 ms, and processor time at every line
+the run prints, for on a shared machine only that says what a stage costs. Then the output is loaded and generates. A
+run that was cut short goes on; then memory and times are those of its last part.
 """
 
 import argparse
@@ -61,14 +61,15 @@ class Watched:
             time.sleep(0.02)
 
 
-def configuration(model: Path, output: Path, samples: int, length: int) -> Path:
-    """Everything by default but the size of the calibration text."""
+def configuration(options: argparse.Namespace) -> Path:
+    """Everything by default but the method and the size of the calibration text."""
     from ptq.config import CalibrationConfig, DatasetConfig, RunConfig, dump
 
     text = DatasetConfig(files=(str(TEXT),))
-    calibration = CalibrationConfig(dataset=text, samples=samples, sequence_length=length)
-    config = RunConfig(model=str(model), output=str(output), method="gptq", device="cpu", calibration=calibration)
-    file = output.with_suffix(".yaml")
+    calibration = CalibrationConfig(dataset=text, samples=options.samples, sequence_length=options.length)
+    config = RunConfig(model=str(options.model), output=str(options.output), method=options.method, device="cpu",
+                       calibration=calibration)  # fmt: skip
+    file = options.output.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dump(config), encoding="utf-8")
     return file
@@ -98,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="as benchmarks/random_model.py writes it")
     parser.add_argument("output", type=Path, help="directory of the packed checkpoint")
+    parser.add_argument("--method", choices=("gptq", "awq", "rtn"), default="gptq")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8, help="to generate")
@@ -107,14 +109,14 @@ def main() -> None:
     if options.generate:
         generate(str(options.output), options.tokens)
         return
-    file = configuration(options.model, options.output, options.samples, options.length)
-    run = Watched([sys.executable, "-m", "ptq.gptq", "--config", str(file)])
+    run = Watched([sys.executable, "-m", "ptq", "quantize", "--config", str(configuration(options))])
     report = json.loads((options.output / "report.json").read_text(encoding="utf-8"))
     rows = report["modules"].values()
     paths, tokens = [str(options.model), str(options.output)], str(options.tokens)
     use = Watched([sys.executable, __file__, *paths, "--generate", "--tokens", tokens])
     document = {
         "layers": json.loads((options.model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"],
+        "method": options.method,
         "samples": options.samples,
         "length": options.length,
         "threads": report["hardware"]["threads"],

@@ -120,11 +120,11 @@ def _enter(plan: Plan, batches: Sequence[Tensor], journal: Journal, ranks: Ranks
     stream = parent_stream(plan)
     if not batches:
         return Walk(plan, stream, batches, [], [], ranks, plan.device)
-    follow = plan.config.follows_float
+    follow, probed = plan.config.follows_float, plan.config.method == "awq"
     if not journal.records:
-        hidden = stream.enter(batches, journal.keeper(0, "quantized"))
+        hidden = stream.enter(batches, journal.keeper(0, "quantized"), probed=probed)
         return Walk(plan, stream, batches, hidden, list(hidden) if follow else [], ranks, plan.device)
-    stream.enter(batches, lambda first: first.new_empty(0))  # what every block is called with
+    stream.enter(batches, lambda first: first.new_empty(0), probed=probed)  # what every block is called with
     kept = journal.restore()
     return Walk(plan, stream, batches, kept.get("quantized", []), kept.get("float", []), ranks, plan.device)
 
@@ -174,7 +174,7 @@ def _twin_runner(state: Walk, index: int, twin: nn.Module, batch: int) -> Run:
 
 
 def _probe(stream: StreamedModel, index: int, hidden: list[Tensor]) -> Callable[[nn.Module], Tensor]:
-    return lambda module: stream.run_in_place(index, module, hidden[0])
+    return lambda module: stream.run_probe(index, module, hidden[0])
 
 
 def _twin(state: Walk, index: int, block: nn.Module) -> FloatTwin:

@@ -33,7 +33,7 @@ from ptq.formats.checkpoint import CheckpointReader
 from ptq.half_products import fast_half_products
 from ptq.models.loading import build_skeleton, load_module, load_tokenizer, model_dtype, unload_module
 from ptq.models.names import SourceNames
-from ptq.models.streamed import StreamedModel
+from ptq.models.streamed import PROBE_TOKENS, StreamedModel
 from ptq.models.structure import find_blocks, linears, weight_of
 from ptq.plan import make_plan, parent_stream
 from ptq.runtime import load, open_checkpoint, open_stream
@@ -133,6 +133,20 @@ def test_equal_arguments_of_two_batches_are_kept_once(tmp_path):
     stream.enter([tokens(2, 16, 1), tokens(2, 16, 2)])
     tables = {id(call.kwargs["position_embeddings"][0]) for calls in stream.calls for call in calls}
     assert len(tables) == 1
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("shape", [(2, 400), (300, 8)])
+def test_a_probe_is_the_start_of_what_the_block_puts_out(name, shape, tmp_path):
+    """Of long sequences part of the first, of short ones several; with masks and rotary tables of that length."""
+    save(build(name, max_position_embeddings=512), tmp_path)
+    stream = open_stream(open_checkpoint(tmp_path), CPU)
+    (hidden,) = stream.enter([tokens(*shape)], probed=True)
+    with stream.block(1) as block:
+        found = stream.run_probe(1, copy.deepcopy(block).float(), hidden)
+        whole = stream.run_as_block(1, block.float(), 0, hidden.float())
+    rows, length = PROBE_TOKENS // shape[1] or 1, min(PROBE_TOKENS, shape[1])
+    torch.testing.assert_close(found, whole[:rows, :length], atol=1e-5, rtol=1e-5)
 
 
 def whole_model_run(model, config):

@@ -15,22 +15,30 @@ from ptq.models.block_call import BlockCall, hidden_of, share_equal, split_hidde
 from ptq.models.order import check_order
 from ptq.models.passes import ModelPasses, Stop
 
+# About as many tokens, of few sequences, prove that a block's function is unchanged: what is wrong shows at any token.
+PROBE_TOKENS = 256
+
 
 class StreamedModel(ModelPasses):
     """Entry, blocks and exit of a causal language model, each loaded only while it runs.
 
-    ``calls`` has what each block is called with besides hidden states, by block and batch of the last `enter`.
+    ``calls`` has what each block is called with besides hidden states, by block and batch of the last `enter`;
+    ``probe`` what it is called with for a few tokens, and the shape of its hidden states then.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.calls: list[list[BlockCall]] = []
+        self.probe: tuple[list[BlockCall], torch.Size] | None = None
 
     @torch.no_grad()
-    def enter(self, batches: Sequence[Tensor], keep: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    def enter(
+        self, batches: Sequence[Tensor], keep: Callable[[Tensor], Tensor] | None = None, *, probed: bool = False
+    ) -> list[Tensor]:
         """Embed token batches ``int64 [B, T]``: the hidden states block 0 receives, on the CPU, and every block's call.
 
-        ``keep``, where given, takes each batch's hidden states and returns what stands for them in the result.
+        ``keep``, where given, takes each batch's hidden states and returns what stands for them in the result;
+        ``probed``: `run_probe` will be used.
 
         Raises:
             UnsupportedModelError: the model does not call its blocks one after another, each once.
@@ -40,13 +48,15 @@ class StreamedModel(ModelPasses):
         with self.outer():
             check_order(self, batches[0])
             for batch in batches:
-                seen: list[BlockCall] = []
-                start: list[Tensor] = []
-                self.forward(batch, self._recorder(seen, start))
+                seen, start = self._calls_for(batch)
                 for calls, call in zip(self.calls, share_equal(seen, self.calls), strict=True):
                     calls.append(call)
-                first = start[0].cpu()
+                first = start.cpu()
                 hidden.append(first if keep is None else keep(first))
+            if probed:
+                few = batches[0][:, :PROBE_TOKENS]
+                seen, start = self._calls_for(few[: -(-PROBE_TOKENS // few.shape[1])])
+                self.probe = seen, start.shape
         return hidden
 
     @torch.no_grad()
@@ -61,10 +71,12 @@ class StreamedModel(ModelPasses):
         return hidden_of(module(hidden.to(self.device), *call.args, **call.kwargs))
 
     @torch.no_grad()
-    def run_in_place(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Run a float32 stand-in for a block on the first sequences of batch 0."""
-        call = self.calls[index][0]
-        return hidden_of(module(hidden.to(self.device).float(), *to_float(call.args), **to_float(call.kwargs)))
+    def run_probe(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
+        """The output of a float32 stand-in for a block for the first tokens of batch 0, given its hidden states."""
+        assert self.probe is not None, "enter was not told that a probe will run"
+        calls, shape = self.probe
+        call, few = calls[index], hidden[tuple(map(slice, shape))]
+        return hidden_of(module(few.to(self.device).float(), *to_float(call.args), **to_float(call.kwargs)))
 
     @torch.no_grad()
     def logits(self, batch: Tensor, hidden: Tensor) -> Tensor:
@@ -76,6 +88,13 @@ class StreamedModel(ModelPasses):
         output = self.forward(batch, hand_over)
         logits: Tensor = output.logits
         return logits
+
+    def _calls_for(self, batch: Tensor) -> tuple[list[BlockCall], Tensor]:
+        """What every block is called with, and the hidden states that the first one receives."""
+        seen: list[BlockCall] = []
+        start: list[Tensor] = []
+        self.forward(batch, self._recorder(seen, start))
+        return seen, start[0]
 
     def _recorder(self, seen: list[BlockCall], start: list[Tensor]) -> Callable[..., Any]:
         def record(index: int, *args: Any, **kwargs: Any) -> Any:
