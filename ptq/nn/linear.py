@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ptq.errors import FormatError
 from ptq.formats.codec import QuantizedWeight, Scheme
+from ptq.nn.lazy import LazyWeight
 
 _SAME_WIDTH_INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -234,13 +235,17 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, dequantized anew at every read.
+        """The dense weight, dequantized anew after every read, once anything but its dtype, device or shape is used.
 
-        For code that looks at ``linear.weight.dtype`` or ``.device``. It is neither a parameter nor a buffer, so state
-        dicts, moves and optimizers do not see it, and it cannot be assigned. Its dtype is the bias's where there is
-        one, otherwise the scales'.
+        It is neither a parameter nor a buffer, so state dicts, moves and optimizers do not see it, and it cannot be
+        assigned. Its dtype is the bias's where there is one, otherwise the scales'.
         """
-        return self.dequantize(None if self.bias is None else self.bias.dtype)
+        dtype = self.scales.dtype if self.bias is None else self.bias.dtype
+        if torch.compiler.is_compiling():  # it drops what nothing uses
+            return self.dequantize(dtype)
+        shape = (self.out_features, self.in_features)
+        found: Tensor = LazyWeight(shape, dtype, self.scales.device, lambda: self.dequantize(dtype))
+        return found
 
     @weight.setter
     def weight(self, value: object) -> None:

@@ -1,0 +1,115 @@
+"""``QuantLinear.weight`` costs nothing until its values are used; then it is the dense weight in every respect.
+
+Oracle: `QuantLinear.dequantize`, and what torch does with that.
+"""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import ptq_kernels
+import pytest
+import torch
+from packed_weights import random_rows
+from test_fuse import quant_linear
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import T5Config, T5EncoderModel
+
+import ptq
+from ptq.nn import QuantLinear
+from ptq.nn.lazy import LazyWeight
+
+ROWS = random_rows(3, 64, torch.float32)
+
+
+def layer() -> QuantLinear:
+    return quant_linear(48, 64, seed=0, bias=True)
+
+
+def saved_and_loaded(weight: Tensor) -> Tensor:
+    file = io.BytesIO()
+    torch.save(weight, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+USES: dict[str, Callable[[Tensor], Any]] = {
+    "linear": lambda w: functional.linear(ROWS, w),
+    "matmul": lambda w: ROWS @ w.T,
+    "sum": lambda w: w.sum(0),
+    "to": lambda w: w.to(torch.float16),
+    "float": lambda w: w.float(),
+    "clone": lambda w: w.detach().clone(),
+    "copy": copy.deepcopy,
+    "saved": saved_and_loaded,
+    "data": lambda w: w.data,
+    "slice": lambda w: w[3:5, 1],
+    "split": lambda w: torch.cat(w.split(16)),
+    "stack": lambda w: torch.stack([w, w]),
+    "out": lambda w: torch.empty(48, 64).copy_(w),
+    "numpy": lambda w: torch.from_numpy(w.numpy()),
+    "parameter": lambda w: nn.Parameter(w, requires_grad=False),
+    "dispatched": lambda w: torch.ops.aten.mm.default(ROWS, torch.ops.aten.t.default(w)),
+    "vmap": lambda w: torch.func.vmap(lambda row: functional.linear(row, w))(ROWS),
+    "grad": lambda w: torch.func.grad(lambda x: functional.linear(x, w).square().sum())(ROWS),
+    "stride": lambda w: torch.tensor(w.stride()),
+    "like": lambda w: torch.zeros_like(w),
+    "like with values": lambda w: torch.full_like(w, 2.0, dtype=torch.bfloat16),
+    "new": lambda w: w.new_ones(3),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_values_are_those_of_the_dense_weight(name: str) -> None:
+    found, wanted = USES[name](layer().weight), USES[name](layer().dequantize())
+    assert isinstance(found, type(wanted))
+    assert not isinstance(found, LazyWeight)
+    assert found.dtype == wanted.dtype
+    assert torch.equal(found, wanted)
+
+
+def test_autograd_and_text_see_the_dense_weight() -> None:
+    x = ROWS.clone().requires_grad_()
+    functional.linear(x, layer().weight).sum().backward()
+    torch.testing.assert_close(x.grad, layer().dequantize().sum(0).expand(3, 64))
+    assert repr(layer().weight) == repr(layer().dequantize())
+    assert not layer().weight.requires_grad
+
+
+def test_what_is_known_without_values_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = layer().dequantize()
+    monkeypatch.setattr(ptq_kernels, "dequantize", None)
+    weight = layer().weight
+    assert isinstance(weight, Tensor)
+    for read in ("dtype", "device", "shape", "ndim", "itemsize", "nbytes", "is_cuda", "is_cpu", "is_meta"):
+        assert getattr(weight, read) == getattr(dense, read), read
+    for call in ("size", "dim", "numel", "nelement", "element_size", "is_floating_point"):
+        assert getattr(weight, call)() == getattr(dense, call)(), call
+    assert weight.size(1) == 64
+    assert len(weight.shape) == 2
+
+
+def test_values_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, real = [], ptq_kernels.dequantize
+    monkeypatch.setattr(ptq_kernels, "dequantize", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    weight = layer().weight
+    assert torch.equal(weight + weight, 2 * weight)
+    assert type(weight) is Tensor
+    held = layer().weight
+    both = torch.ops.aten.stack.default([held, held])  # C++ holds it, so it cannot become another
+    assert torch.equal(both[0], weight)
+    assert isinstance(held, Tensor)
+    assert torch.equal(held, weight)
+    assert len(calls) == 2
+
+
+def test_a_model_that_reads_dtypes_dequantizes_nothing_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 asks each feed-forward layer for its weight's dtype, three times a pass."""
+    model = T5EncoderModel(T5Config(vocab_size=32, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)).eval()
+    ptq.quantize_linears(model, [], method="rtn", bits=4, group_size=32)
+    ids = torch.arange(8)[None]
+    expected = model(ids).last_hidden_state
+    monkeypatch.setattr(QuantLinear, "dequantize", None)
+    assert torch.equal(model(ids).last_hidden_state, expected)
