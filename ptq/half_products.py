@@ -40,11 +40,32 @@ def fast_half_products(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def plain_products() -> Iterator[None]:
-    """Inside `fast_half_products`: all products are torch's own, and nothing is paid for an operation.
+    """All products are torch's own, nothing is paid for an operation, and float32 products are of float32 values,
+    whatever `torch.set_float32_matmul_precision` permits the model.
 
-    For what multiplies no 16-bit floats and does very many small operations, as solvers do. Does nothing elsewhere, nor
-    where another mode of torch lies over that one.
+    For what multiplies no 16-bit floats and does very many small operations, as solvers do. Another mode of torch that
+    lies over `fast_half_products` stays, and that with it.
     """
+    with float32_products(), _without_mode():
+        yield
+
+
+@contextmanager
+def float32_products(on_cuda: str = "ieee", on_cpu: str = "ieee") -> Iterator[None]:
+    """What float32 products may use: "ieee", or units for shorter types, "tf32" on CUDA and "bf16" on a CPU."""
+    backends: tuple[Any, Any] = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
+    before = [backend.fp32_precision for backend in backends]
+    for backend, precision in zip(backends, (on_cuda, on_cpu), strict=True):
+        backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@contextmanager
+def _without_mode() -> Iterator[None]:
     mode = _get_current_dispatch_mode()
     if not isinstance(mode, _Mode):
         yield

@@ -120,7 +120,7 @@ def _follow(config: RunConfig, ranks: Ranks) -> Report:
         plan, batches = _calibrate(plan, report.document, silent, Prepared(), ranks)
         mapped = config.calibration.offload == "disk"
         journal = Journal(place, {}, units(plan), mapped=mapped, ranks=ranks)
-        walk(plan, ranks.share(batches), journal, silent, ranks, home_of(plan))
+        walk(plan, ranks.share(batches), journal, silent, ranks, home_of(plan, ranks=ranks))
     return report
 
 
@@ -236,10 +236,12 @@ def _solve_and_write(
     if extra := extra_tensors(plan):
         progress.say(describe_extra(extra))
     before = resident_bytes()
-    home = home_of(plan)
+    home = home_of(plan, ranks=ranks)
     prediction = predict(plan, measure_rates(plan.device, place.path, plan.dtype), anonymous_bytes(), home)
     if not resumed and (short := missing_disk(prediction, config)):
         progress.say(f"{short}; should it run full, the same command goes on once there is space")
+    if plan.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(plan.device)  # of other runs in this process
     started = time.perf_counter()
     with PeakMemory() as peak, progress.stage("solve", max(0, block_count(plan) - resumed)):
         walk(plan, ranks.share(batches), journal, progress, ranks, home)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ptq.config import RunConfig
+from ptq.distributed import ALONE, Ranks
 from ptq.errors import ConfigError
 from ptq.formats.staging import output_path
 from ptq.journal import KEPT
@@ -88,20 +89,25 @@ def predict(plan: Plan, rates: Rates, base: int = 0, home: torch.device | None =
     return Prediction({k: v for k, v in memory.items() if v}, host, disk, seconds, evaluation)
 
 
-def home_of(plan: Plan, room: int | None = None) -> torch.device:
+def home_of(plan: Plan, room: int | None = None, ranks: Ranks = ALONE) -> torch.device:
     """Where second moments lie: where everything is computed, or, where they are too large for it, on the host.
 
     Args:
         plan: resolved.
         room: bytes that are free on the plan's device; by default it is asked.
+        ranks: processes that add their second moments up, so all on the host or none.
     """
+    fits = all(ranks.gather(_moments_fit(plan, room)))
+    return plan.device if fits else torch.device("cpu")
+
+
+def _moments_fit(plan: Plan, room: int | None) -> bool:
     if plan.device.type != "cuda" or plan.config.method != "gptq":
-        return plan.device
+        return True
     free = torch.cuda.mem_get_info(plan.device)[0] if room is None else room
     # Refinement of the whole model comes later, and keeps no second moments.
     blocks = plan._replace(config=replace(plan.config, refine=replace(plan.config.refine, model_steps=0)))
-    fits = predict(blocks, Rates(1, 1, 1, 1)).peak <= SHARE_OF_GPU * free
-    return plan.device if fits else torch.device("cpu")
+    return predict(blocks, Rates(1, 1, 1, 1)).peak <= SHARE_OF_GPU * free
 
 
 def describe_prediction(prediction: Prediction) -> str:

@@ -198,3 +198,29 @@ def test_batches_without_tokens_change_nothing():
     (alone,) = collect(named(module), [InputGroup(("0",))], [lambda: module(x)])
     assert stats.tokens == 14
     assert torch.equal(stats.hessian, alone.hessian)
+
+
+class Beside:
+    """As `Ranks` of two processes, of which the other has seen ``tokens`` tokens of every input."""
+
+    size = 2
+
+    def __init__(self, tokens):
+        self.tokens, self.added = tokens, []
+
+    def gather(self, own):
+        return [own, [(self.tokens, K)] * len(own)]
+
+    def add_up(self, tensor):
+        self.added.append(tensor.device)
+
+
+def test_a_process_that_saw_nothing_adds_up_where_the_others_do():
+    """Second moments of experts lie on the host where a GPU is too small, and so must those of no tokens."""
+    module = nn.Sequential(nn.Linear(K, 4, device="meta"))
+    ranks, home = Beside(5), torch.device("cpu")
+    (joined,) = capture._joined([None], named(module), [InputGroup(("0",))], ranks, home)
+    assert joined.tokens == 5
+    assert set(ranks.added) == {home}
+    (joined,) = capture._joined([None], named(module), [InputGroup(("0",))], Beside(5), None)
+    assert joined.hessian.device.type == "meta"

@@ -312,3 +312,27 @@ def test_a_weight_that_is_a_buffer_is_refused() -> None:
     layer.register_buffer("weight", weight)
     with pytest.raises(ConfigError, match="the weight of a Linear must be a parameter of its own; 0"):
         ptq.quantize_linears(nn.Sequential(layer), (), method="rtn", group_size=16)
+
+
+@pytest.mark.parametrize("permitted", ["high", "medium"])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_solver_computes_in_float32_whatever_models_may(method: str, permitted: str) -> None:
+    """`torch.set_float32_matmul_precision` is for the model; with "medium" some processors multiply in bfloat16.
+
+    Oracle: the same without it. The one Linear stands behind a norm, so that no product of the model is its input.
+    """
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 512))
+    x = torch.randn(1024, 512) * (3 * torch.rand(512)).exp()
+    found = []
+    for precision in ("highest", permitted):
+        each = copy.deepcopy(module)
+        torch.set_float32_matmul_precision(precision)
+        try:
+            ptq.quantize_linears(each, [x], method=method, bits=4, group_size=128)
+            assert torch.get_float32_matmul_precision() == precision
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        found.append(each.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name

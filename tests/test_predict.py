@@ -13,6 +13,7 @@ from tiny_models import run
 from ptq import cli, predict_time
 from ptq.allocator import give_back
 from ptq.config import CalibrationConfig, RefineConfig, RunConfig, scheme_for
+from ptq.distributed import Ranks
 from ptq.formats import CODECS
 from ptq.models.loading import build_skeleton
 from ptq.models.names import SourceNames
@@ -94,6 +95,13 @@ def test_second_moments_stay_where_nothing_is_gained(method, device):
     plan = large_plan("405B", device)
     config = RunConfig(model="m", output="o", method=method, calibration=plan.config.calibration)
     assert home_of(plan._replace(config=config), room=1) == plan.device
+
+
+@pytest.mark.parametrize(("fits", "home"), [([True, True], "cuda"), ([True, False], "cpu")])
+def test_second_moments_of_several_processes_lie_in_one_place(fits, home, monkeypatch):
+    """Another GPU may have less room: sums of a tensor on a GPU and one on the host would wait for each other."""
+    monkeypatch.setattr(Ranks, "gather", lambda _, own: [own, *fits[1:]])
+    assert home_of(large_plan("70B", "cuda"), GPU, Ranks(0, 2)).type == home
 
 
 def test_rounding_needs_no_hidden_states():

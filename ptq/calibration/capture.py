@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from ptq.calibration.held import Run, StopForward, first_input, rows_of
 from ptq.distributed import ALONE, Ranks
 from ptq.errors import NumericsError, UnsupportedModelError
 from ptq.grid import check_finite
+from ptq.half_products import float32_products
 from ptq.routing import visiting
 from ptq.squares import add_product
 
@@ -117,12 +118,13 @@ def collect(
         UnsupportedModelError: a group was never fed.
     """
     runs = list(runs)
-    sums = _joined(_sums(modules, groups, runs, where, home), modules, groups, ranks)
+    sums = _joined(_sums(modules, groups, runs, where, home), modules, groups, ranks, home)
     starved = [i for i, group in enumerate(groups) if group.pool is not None and _is_starved(sums[i])]
     stats = []
     with visiting():
         few = [groups[i] for i in starved]
-        whole = dict(zip(starved, _joined(_sums(modules, few, runs, where, home), modules, few, ranks), strict=True))
+        everything = _joined(_sums(modules, few, runs, where, home), modules, few, ranks, home)
+        whole = dict(zip(starved, everything, strict=True))
     for i, (group, total) in enumerate(zip(groups, sums, strict=True)):
         name = f"{where}{group.members[0]}"
         if i in whole:
@@ -166,7 +168,11 @@ def _sums(
 
 
 def _joined(
-    sums: "list[_Sum | None]", modules: Mapping[str, nn.Module], groups: Sequence[InputGroup], ranks: Ranks
+    sums: "list[_Sum | None]",
+    modules: Mapping[str, nn.Module],
+    groups: Sequence[InputGroup],
+    ranks: Ranks,
+    home: torch.device | None,
 ) -> "list[_Sum | None]":
     """The sums over what all processes have seen."""
     if ranks.size == 1:
@@ -176,7 +182,7 @@ def _joined(
         tokens, features = sum(each[i][0] for each in found), max(each[i][1] for each in found)
         own = sums[i]
         if own is None and features:  # no token reached this process's copy of an expert
-            sums[i] = own = _Sum(features, next(modules[group.members[0]].parameters()).device)
+            sums[i] = own = _Sum(features, home or next(modules[group.members[0]].parameters()).device)
         if own is not None:
             own.join(ranks, tokens)
     return sums
@@ -263,27 +269,16 @@ def _finished(total: "_Sum | None", name: str) -> InputStats:
     return InputStats(total.hessian, total.magnitude, total.tokens)
 
 
-@contextmanager
-def exact_products(x: Tensor) -> Iterator[None]:
+def exact_products(x: Tensor) -> AbstractContextManager[None]:
     """Let float32 products of x's values use the matrix units for shorter types, where these hold every value of x.
 
     bfloat16 values are exact in bfloat16 units, float16 and bfloat16 values in TF32 units; both add up in float32, so
-    only the order of the sums differs.
+    only the order of the sums differs. Other values may not, whatever `torch.set_float32_matmul_precision` permits.
     """
-    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
-        backend: Any = torch.backends.cuda.matmul
-        precision = "tf32"
-    elif x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        backend, precision = getattr(torch.backends.mkldnn, "matmul"), "bf16"  # noqa: B009  (unknown to its stubs)
-    else:
-        yield
-        return
-    before = backend.fp32_precision
-    backend.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
+    return float32_products(
+        on_cuda="tf32" if x.dtype in (torch.bfloat16, torch.float16) else "ieee",
+        on_cpu="bf16" if x.dtype == torch.bfloat16 else "ieee",
+    )
 
 
 class _Sum:
