@@ -146,8 +146,10 @@ def warmup(
     """Make ready what products of rows of ``dtype`` with such a weight need, whatever the number of rows.
 
     On a GPU this reads the table of configurations, compiles kernels (seconds, unless they are in Triton's cache on
-    disk) and makes the workspaces, so that a CUDA graph can be captured afterwards. Another weight of the same shape,
-    scheme and dtypes needs no warm-up of its own. Implementations that need none do nothing. Errors as for `matmul`.
+    disk) and makes the workspaces, so that a CUDA graph can be captured afterwards. Graphs that were captured on one
+    stream, as those of ``torch.cuda.graph`` without a stream of their own are, share its workspace: replayed at the
+    same time they give wrong results, and later replays may, too. Another weight of the same shape, scheme and dtypes
+    needs no warm-up of its own. Implementations that need none do nothing. Errors as for `matmul`.
     """
     weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout, perm)
     checks.check_weight(weight)

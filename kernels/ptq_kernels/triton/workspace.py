@@ -46,7 +46,7 @@ def get(device: torch.device, stream: int) -> Workspace:
     A graph is captured on a stream of its own, where zeroing the counters would become part of the graph, and where
     new memory belongs to the graph. So every product outside of a capture leaves a spare workspace behind, and the
     stream of a capture takes it. Graphs captured on one stream share its workspace and must not be replayed at the same
-    time: sums would be wrong.
+    time: sums would be wrong, and counters left above zero, so that later ones were wrong as well.
     """
     key = (device, stream)
     found = _of_stream.get(key)
