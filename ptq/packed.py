@@ -104,8 +104,10 @@ def empty_linear(linear: nn.Module, scheme: Scheme, dtype: torch.dtype) -> Quant
     return QuantLinear.empty(k, n, scheme, getattr(linear, "bias", None) is not None, dtype)
 
 
-def read_packed(packed: Packed, reader: CheckpointReader, name: str, shape: tuple[int, int]) -> QuantLinear:
-    """The layer of one module ``[N, K]``, without its bias, on the CPU.
+def read_packed(
+    packed: Packed, reader: CheckpointReader, name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> QuantLinear:
+    """The layer of one module ``[N, K]`` of a model of ``dtype``, without its bias, on the CPU.
 
     Raises:
         FormatError: tensors that are missing, damaged, or of another shape than the model's.
@@ -130,7 +132,7 @@ def read_packed(packed: Packed, reader: CheckpointReader, name: str, shape: tupl
             f"{stored} must be a packed {shape[0]} x {shape[1]} weight; the checkpoint holds "
             f"{tuple(quantized.codes.shape)}: config.json and the shards do not belong together"
         )
-    return to_quant_linear(quantized, None, order)
+    return to_quant_linear(quantized, None, dtype, order)
 
 
 def written_tensors(

@@ -343,9 +343,9 @@ def _swap(module: nn.Module, results: Mapping[str, ModuleResult]) -> None:
         paths.setdefault(child, []).append(path)
     for path, result in results.items():
         old = module.get_submodule(path)
-        bias = old.bias
-        new = to_quant_linear(result.quantized, bias if isinstance(bias, Tensor) else None)
-        new.to(old.get_parameter("weight").device).prepare_().train(old.training)
+        bias, weight = old.bias, old.get_parameter("weight")
+        new = to_quant_linear(result.quantized, bias if isinstance(bias, Tensor) else None, weight.dtype)
+        new.to(weight.device).prepare_().train(old.training)
         take_hooks(new, old)
         if isinstance(bias, nn.Parameter):
             new.bias = bias  # an optimizer may hold it, or another module

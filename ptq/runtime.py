@@ -97,7 +97,7 @@ def _load_packed(checkpoint: Checkpoint, name: str, device: torch.device) -> Non
     assert checkpoint.packed is not None  # there are schemes only where there are packed weights
     old = checkpoint.model.get_submodule(name)
     assert isinstance(old, QuantLinear)
-    new = read_packed(checkpoint.packed, checkpoint.reader, name, (old.out_features, old.in_features))
+    new = read_packed(checkpoint.packed, checkpoint.reader, name, (old.out_features, old.in_features), old.weight_dtype)
     replace_module(checkpoint.model, name, with_bias(new, old.bias).to(device))
 
 

@@ -1,11 +1,14 @@
 """``QuantLinear.weight`` costs nothing until its values are used; then it is the dense weight in every respect.
 
+Its dtype is that of the layer that stood there.
+
 Oracle: `QuantLinear.dequantize`, and what torch does with that.
 """
 
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ptq_kernels
@@ -13,9 +16,10 @@ import pytest
 import torch
 from packed_weights import random_rows
 from test_fuse import quant_linear
+from tiny_models import build, run, save, settings
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import T5Config, T5EncoderModel
+from transformers import AutoModelForCausalLM, T5Config, T5EncoderModel
 
 import ptq
 from ptq.nn import QuantLinear
@@ -113,3 +117,54 @@ def test_a_model_that_reads_dtypes_dequantizes_nothing_for_it(monkeypatch: pytes
     expected = model(ids).last_hidden_state
     monkeypatch.setattr(QuantLinear, "dequantize", None)
     assert torch.equal(model(ids).last_hidden_state, expected)
+
+
+CHANGES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "none": lambda module: module,
+    "bfloat16": lambda module: module.bfloat16(),
+    "half": lambda module: module.half(),
+    "to": lambda module: module.half().to(torch.float32),
+    "integers": lambda module: copy.deepcopy(module).to("cpu"),
+    "type": lambda module: module.type(torch.float64),
+    "meta": lambda module: module.to("meta"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_dtype_is_that_of_the_layer_that_stood_there(dtype: torch.dtype, bias: bool, change: str) -> None:
+    dense = nn.Sequential(nn.Linear(64, 48, bias=bias, dtype=dtype))
+    packed = copy.deepcopy(dense)
+    ptq.quantize_linears(packed, [], method="rtn", bits=4, group_size=32)
+    dense, packed = CHANGES[change](dense), CHANGES[change](packed)
+    assert packed[0].weight.dtype == dense[0].weight.dtype == packed[0].weight_dtype
+    assert copy.deepcopy(packed)[0].weight_dtype == dense[0].weight.dtype
+
+
+def test_rows_that_a_model_converts_to_it_do_not_overflow() -> None:
+    """T5's activations reach beyond float16, in which scales are exact."""
+    torch.manual_seed(0)
+    model = T5EncoderModel(T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)).eval()
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        model.encoder.block[0].layer[-1].DenseReluDense.wi.weight.mul_(2e5)
+        expected = model(ids).last_hidden_state
+    ptq.quantize_linears(model, [], method="rtn", bits=8, group_size=-1)
+    found = model(ids).last_hidden_state.detach()
+    assert float((found - expected).norm() / expected.norm()) < 0.02  # 8 bits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("options", [{}, {"fuse": True, "head_bits": 4}], ids=["plain", "fused"])
+def test_loaded_layers_have_the_dtype_of_the_model(dtype: str, options: dict[str, Any], tmp_path: Path) -> None:
+    run(settings(save(build("llama"), tmp_path / "parent"), tmp_path / "out", "rtn"))
+    model = ptq.load(tmp_path / "out", dtype=dtype, **options)
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert layers
+    assert {layer.weight.dtype for layer in layers} == {getattr(torch, dtype)}
+    if not options:
+        own = ptq.PtqConfig()
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, quantization_config=own)
+        layers = [module for module in loaded.modules() if isinstance(module, QuantLinear)]
+        assert {layer.weight.dtype for layer in layers} == {getattr(torch, dtype)}

@@ -130,7 +130,8 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
                 f"packed weights must be in memory, the device map puts {name} on the disk; allow more memory "
                 "(max_memory) or choose the devices yourself"
             )
-        layer = read_packed(self.packed, self.reader, name, (slot.out_features, slot.in_features))
+        shape, dtype = (slot.out_features, slot.in_features), slot.weight.dtype
+        layer = read_packed(self.packed, self.reader, name, shape, dtype)
         bias = hook.weights_map["bias"] if waits and slot.bias is not None else slot.bias
         layer = with_bias(layer if waits else layer.to(device), bias)
         replace_module(model, name, layer)

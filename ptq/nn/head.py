@@ -50,4 +50,4 @@ def pack_head(head: nn.Linear, bits: int) -> QuantLinear:
         parts.append((found.codes, found.scales, found.zeros))
     codes, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     quantized = QuantizedWeight(codes, scales, zeros, bits, scheme.columns(columns), True)
-    return to_quant_linear(quantized, head.bias)
+    return to_quant_linear(quantized, head.bias, head.weight.dtype)

@@ -35,7 +35,8 @@ class QuantLinear(nn.Module):
     place, or replaced without ``qweight``, reach what is dequantized, but not the product of a prepared layer.
 
     A change of dtype (``.to(torch.bfloat16)``, ``.half()``) converts the bias only: a float16 scale is not exact in
-    bfloat16. The result of a forward pass has the dtype of its input.
+    bfloat16. The result of a forward pass has the dtype of its input. ``weight_dtype`` is what ``weight`` has, for
+    models that convert their rows to it: the dtype of the layer that stood here, after the same changes of dtype.
     """
 
     qweight: Tensor
@@ -59,6 +60,7 @@ class QuantLinear(nn.Module):
         self.bits, self.group_size, self.symmetric = scheme.bits, scheme.columns(in_features), scheme.symmetric
         self.impl = "auto"
         self.activation: str | None = None  # "int8": see ptq_kernels.matmul
+        self.weight_dtype = scales.dtype if bias is None else bias.dtype
         self.layout = "canonical"
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
@@ -123,7 +125,9 @@ class QuantLinear(nn.Module):
         scales_dtype: torch.dtype = torch.float32,
         permuted: bool = False,
     ) -> "QuantLinear":
-        """A layer of the right shapes with arbitrary contents, to be filled from a state dict; `dtype` is the bias's.
+        """A layer of the right shapes with arbitrary contents, to be filled from a state dict.
+
+        dtype: of the bias and of `weight`.
 
         permuted: the state dict has `perm`. Raises FormatError for less than one input or output, or if the group size
         does not divide `in_features`.
@@ -143,7 +147,9 @@ class QuantLinear(nn.Module):
         zeros = None if scheme.symmetric else torch.empty(out_features, groups, dtype=torch.uint8, device=device)
         values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         perm = torch.arange(in_features, dtype=torch.int32, device=device) if permuted else None
-        return cls((qweight, scales, zeros), scheme, values, in_features, perm)
+        layer = cls((qweight, scales, zeros), scheme, values, in_features, perm)
+        layer.weight_dtype = dtype
+        return layer
 
     @classmethod
     def stacked(cls, linears: Sequence["QuantLinear"]) -> "QuantLinear":
@@ -156,7 +162,9 @@ class QuantLinear(nn.Module):
         bias = torch.cat([each.detach() for each in biases]) if biases else None
         scheme = Scheme(first.bits, first.group_size, first.symmetric)
         tensors = (qweight, scales, torch.cat(zeros) if zeros else None)
-        return cls(tensors, scheme, bias, first.in_features, first.perm)
+        layer = cls(tensors, scheme, bias, first.in_features, first.perm)
+        layer.weight_dtype = first.weight_dtype
+        return layer
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., K]`` bfloat16, float16 or float32 to ``[..., N]`` in the same dtype; accumulation in float32."""
@@ -238,9 +246,9 @@ class QuantLinear(nn.Module):
         """The dense weight, dequantized anew after every read, once anything but its dtype, device or shape is used.
 
         It is neither a parameter nor a buffer, so state dicts, moves and optimizers do not see it, and it cannot be
-        assigned. Its dtype is the bias's where there is one, otherwise the scales'.
+        assigned.
         """
-        dtype = self.scales.dtype if self.bias is None else self.bias.dtype
+        dtype = self.weight_dtype
         if torch.compiler.is_compiling():  # it drops what nothing uses
             return self.dequantize(dtype)
         shape = (self.out_features, self.in_features)
@@ -288,6 +296,7 @@ class QuantLinear(nn.Module):
 
         device = self.qweight.device
         moves = self.layout != "canonical" and fn(torch.empty(0, dtype=torch.uint8, device=device)).device != device
+        converted = fn(torch.empty(0, dtype=self.weight_dtype, device=device)).dtype
         if moves:
             self._canonicalize_()  # another device may not read, or even invert, this layout
         dtype = self.scales.dtype
@@ -296,6 +305,8 @@ class QuantLinear(nn.Module):
             super()._apply(moved, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         finally:  # a move may fail for want of a device or of memory on it
             self.scales = self.scales.view(dtype)
+        if converted.is_floating_point:
+            self.weight_dtype = converted
         if moves and self.impl == "auto" and self.activation is None and not self.qweight.is_meta:
             self.prepare_()
         return self

@@ -17,9 +17,16 @@ def exact_dtype(scales: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def to_quant_linear(quantized: QuantizedWeight, bias: Tensor | None, g_idx: Tensor | None = None) -> QuantLinear:
-    """A QuantLinear of a solver's or a file's result; for ``g_idx`` see `QuantLinear.from_quantized`."""
-    return QuantLinear.from_quantized(quantized, bias, exact_dtype(quantized.scales), g_idx)
+def to_quant_linear(
+    quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, g_idx: Tensor | None = None
+) -> QuantLinear:
+    """A QuantLinear of a solver's or a file's result; ``dtype`` is that of the weight it stands for.
+
+    For ``g_idx`` see `QuantLinear.from_quantized`.
+    """
+    layer = QuantLinear.from_quantized(quantized, bias, exact_dtype(quantized.scales), g_idx)
+    layer.weight_dtype = dtype
+    return layer
 
 
 def take_hooks(new: nn.Module, old: nn.Module) -> None:
