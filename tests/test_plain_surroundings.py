@@ -98,18 +98,24 @@ def test_neither_autocast_nor_a_default_dtype_changes_the_result(method: str) ->
 
 
 @pytest.mark.parametrize("columns", [64, 33])  # laid out for the kernels, and canonical
-def test_products_are_not_rounded_by_autocast(columns: int) -> None:
-    """float32 rows are float32 inside, whatever the layout; the gradient as well."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_converts_rows_and_nothing_inside(dtype: torch.dtype, columns: int) -> None:
+    """Products are those of rows in its dtype, whatever the layout; the gradient as well, in the input's own dtype."""
+    torch._dynamo.reset()  # each case compiles anew, and a limit counts them all
     layer = nn.Sequential(nn.Linear(columns, 48))
     ptq.quantize_linears(layer, method="rtn", group_size=-1)
     other = copy.deepcopy(layer)
     other[0]._canonicalize_()
-    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(1))
-    for module in (layer, other):
-        want = torch.autograd.functional.vjp(module, x, torch.ones(5, 48))
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for module in (layer, other, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        v = torch.ones(5, 48, dtype=torch.bfloat16)
+        want = torch.autograd.functional.vjp(lambda x, module=module: module(x.bfloat16()), x, v)
         with torch.autocast("cpu", torch.bfloat16):
-            found = torch.autograd.functional.vjp(module, x, torch.ones(5, 48))
+            found = torch.autograd.functional.vjp(module, x, v)
+        assert found[0].dtype == torch.bfloat16
+        assert found[1].dtype == dtype
         assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
+        assert module(x).dtype == dtype
 
 
 def test_a_transformer_layer_of_torch():

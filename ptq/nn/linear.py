@@ -35,8 +35,9 @@ class QuantLinear(nn.Module):
     place, or replaced without ``qweight``, reach what is dequantized, but not the product of a prepared layer.
 
     A change of dtype (``.to(torch.bfloat16)``, ``.half()``) converts the bias only: a float16 scale is not exact in
-    bfloat16. The result of a forward pass has the dtype of its input. ``weight_dtype`` is what ``weight`` has, for
-    models that convert their rows to it: the dtype of the layer that stood here, after the same changes of dtype.
+    bfloat16. The result of a forward pass has the dtype of its input, or of autocast. ``weight_dtype`` is what
+    ``weight`` has, for models that convert their rows to it: the dtype of the layer that stood here, after the same
+    changes of dtype.
     """
 
     qweight: Tensor
@@ -167,7 +168,13 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[..., K]`` bfloat16, float16 or float32 to ``[..., N]`` in the same dtype; accumulation in float32."""
+        """``[..., K]`` bfloat16, float16 or float32 to ``[..., N]`` in the same dtype; accumulation in float32.
+
+        Under ``torch.autocast`` the input is converted to its dtype first, as torch's own layers do.
+        """
+        # The first question is the cheaper one, and mostly answered with no.
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
         bias = self._parameters["bias"]
         # A module's attributes that are tensors are found by a slow detour, which a decoding step takes 400 times.
         held: dict[str, Any] = self._buffers
