@@ -97,12 +97,12 @@ def block_work(plan: Plan, block: Block, *, apart: bool = False) -> tuple[dict[s
         calibrating = _calibrating(plan, stage), {"activations": _activations(plan, stage), **waiting}
         needs += [calibrating, (_solving(plan, stage), {"solver": _solver(plan, stage), **waiting})]
     if plan.config.method == "awq":
-        widest = max(stage.features for stage in block.stages)
-        moments = FLOAT * (sum(stage.features**2 * stage.inputs for stage in block.stages) + 2 * widest**2)
+        moments = FLOAT * sum(stage.features**2 * stage.inputs for stage in block.stages)
+        rescaled = 2 * FLOAT * max(stage.features for stage in block.stages) ** 2
         copies = {"float32 block": 2 * block.parameters * FLOAT // plan.dtype.itemsize}
         activations = max(_activations(plan, stage) for stage in block.stages)
-        alone = (moments, {**copies, "solver": solver, "activations": activations})
-        needs = [alone] if plan.config.awq.codes == "round" else [alone, *((m, copies | work) for m, work in needs)]
+        alone = [(moments, {"activations": activations}), (moments + rescaled, {**copies, "solver": solver})]
+        needs = alone if plan.config.awq.codes == "round" else [*alone, *((m, copies | work) for m, work in needs)]
     if apart:
         moments, work = max(m for m, _ in needs), max((w for _, w in needs), key=lambda w: sum(w.values()))
     else:
