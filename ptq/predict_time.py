@@ -22,6 +22,7 @@ from ptq.awq.solver import CONFIRMED, CONFIRMED_ROWS, SCREENED_ROWS
 from ptq.gptq.columns import columns_library
 from ptq.grid_search import COARSE, REFITS, SHRINKS
 from ptq.half_products import fast_half_products
+from ptq.loss import multiplied
 from ptq.plan import Plan, block_count
 from ptq.predict_memory import Block, Stage, held_share, tokens_of, vocabulary, width
 
@@ -180,15 +181,16 @@ def _codes(plan: Plan, block: Block, rates: Rates) -> float:
     """Grids, codes and what they lose."""
     weights = sum(n * k for n, k in block.weights)
     squares = sum(n * k * k for n, k in block.weights)
+    loss = sum(2 * n * k * multiplied(k) for n, k in block.weights)
     products, candidates, columns = 0.0, 0.0, 0.0
     if _solves(plan):
         settings = plan.config.gptq
-        # Half of all columns are still to come when a block is done; descent and three losses multiply by all of H.
-        products += squares * (settings.candidates + 2 * settings.sweeps + 6)
+        # Half of all columns are still to come when a block is done; descent multiplies by all of H.
+        products += squares * (settings.candidates + 2 * settings.sweeps) + 3 * loss
         columns += weights * (settings.candidates + settings.sweeps) * settings.block_size / 2
         candidates += weights * (2 * len(SHRINKS) + REFITS)
     if plan.config.method == "awq":
-        products += 6 * squares
+        products += 4 * loss  # of codes and rounding, each beside the energy of the weight
     elements = _candidate(plan) * candidates + COLUMN * columns + WEIGHT * weights
     solving = products / (COLUMNS * rates.products) + elements / rates.elements + LINEAR * len(block.weights)
     return solving + (_awq_search(plan, block, rates) if plan.config.method == "awq" else 0)
@@ -204,7 +206,7 @@ def _awq_search(plan: Plan, block: Block, rates: Rates) -> float:
     tried, products, judged, clipped = 2 * plan.config.awq.grid, 0.0, 0.0, 0.0
     for n, k in block.weights:
         rows = tried * min(n, SCREENED_ROWS) + (CONFIRMED + 1) * min(n, CONFIRMED_ROWS)
-        products += 2 * rows * k * k
+        products += 2 * rows * k * multiplied(k)
         judged += rows * k * (2 * len(COARSE) + REFITS)
         clipped += n * k * (2 * len(SHRINKS) + REFITS)
     group = plan.config.group_size if plan.config.group_size > 0 else max(k for _, k in block.weights)

@@ -22,7 +22,7 @@ from ptq.grid import (
     values,
 )
 from ptq.grid_search import SHRINKS, diagonal_blocks, search_grid
-from ptq.loss import quadratic_loss, rounding_loss
+from ptq.loss import NARROWEST, PANELS, quadratic_loss, rounding_loss
 from ptq.rtn import rtn_solve
 
 BITS = [2, 3, 4, 8]
@@ -238,7 +238,9 @@ def test_diagonal_blocks():
     assert torch.equal(torch.block_diag(*blocks), H * torch.block_diag(*[torch.ones(8, 8)] * 3))
 
 
-def test_quadratic_loss_is_the_mean_squared_output_error():
-    x, error = oracles.correlated_inputs(40, 24), weight(6)
-    # 40 * 24 float64 products, summed in another order
+@pytest.mark.parametrize("columns", [24, NARROWEST + 1, PANELS * NARROWEST + 40])
+def test_quadratic_loss_is_the_mean_squared_output_error(columns):
+    """Of one panel of columns, and of several that do not divide them."""
+    x, error = oracles.correlated_inputs(40, columns), weight(6, columns)
+    # 40 float64 products a column, summed in another order
     assert quadratic_loss(error, oracles.second_moment([x])) == pytest.approx(oracles.output_error(x, error), rel=1e-12)

@@ -191,7 +191,7 @@ def test_time_by_hand(library, candidate, monkeypatch):
     shapes = [(hidden, hidden)] * 2 + [(hidden * kv // heads, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
     weights, squares = sum(n * k for n, k in shapes), sum(n * k * k for n, k in shapes)
     products = predict(plan, Rates(1e12, 1e30, 1e30, 1e30)).seconds
-    assert products["codes"] == pytest.approx(depth * (squares * (7 + 2 + 6) / (1.1 * 1e12) + 7 * 0.012))
+    assert products["codes"] == pytest.approx(depth * (squares * (7 + 2 + 3 * 2 * 9 / 16) / (1.1 * 1e12) + 7 * 0.012))
     assert products["forward passes"] + products["Hessians"] + products["disk"] < 1e-6
     elements = predict(plan, Rates(1e30, 1e30, 1e10, 1e30)).seconds
     assert elements["codes"] == pytest.approx(
