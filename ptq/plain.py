@@ -154,14 +154,31 @@ def _schemes(module: nn.Module, config: RunConfig) -> dict[str, Scheme]:
     for path, scheme in schemes.items():
         _check_weight(path, found[path].weight)
         _check_own(path, found[path])
-        parent, _, leaf = path.rpartition(".")
-        if leaf == "base_layer" and type(module.get_submodule(parent)).__module__.startswith("peft."):
+        _check_no_adapter(module, path)
+        resolve_group_size(scheme, weight_shape(found[path])[1], path)
+    return schemes
+
+
+def _check_no_adapter(module: nn.Module, path: str) -> None:
+    """The Linear must be neither below an adapter of PEFT nor one of its matrices, whatever it lies over."""
+    owners = path.split(".")
+    for depth in range(1, len(owners)):
+        owner = ".".join(owners[:depth])
+        # by name, as PEFT need not be here; ptq's own layer over packed weights is a subclass elsewhere
+        kinds = {
+            (base.__module__.partition(".")[0], base.__name__) for base in type(module.get_submodule(owner)).__mro__
+        }
+        if ("peft", "BaseTunerLayer") not in kinds:
+            continue
+        if owners[depth:] == ["base_layer"]:
             raise ConfigError(
                 f"an adapter goes over packed layers, which nothing can be merged into; {path} has one of PEFT over it "
                 "already: merge or unload that, quantize, and make the next one with ptq.adapters.lora_config"
             )
-        resolve_group_size(scheme, weight_shape(found[path])[1], path)
-    return schemes
+        raise ConfigError(
+            f"the matrices of an adapter must stay float; {path} is one of PEFT's, in {owner}: quantize before there "
+            f"is an adapter, or exclude '{owner}.*'"
+        )
 
 
 def _check_own(path: str, linear: nn.Module) -> None:

@@ -63,3 +63,17 @@ def test_parameters_of_a_packed_layer_are_no_targets(over) -> None:
         adapters.lora_config(over(), target_modules=["2"], target_parameters=["weight"])
     found = adapters.lora_config(packed(), target_modules=["0"], target_parameters=["2.weight"])
     assert found.target_parameters == ["2.weight"]
+
+
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_the_matrices_of_an_adapter_over_packed_layers_are_not_quantized(group_size: int) -> None:
+    module = packed()
+    model = peft.get_peft_model(module, adapters.lora_config(module, r=4, target_modules=["0"]))
+    before, want = {name: value.clone() for name, value in model.state_dict().items()}, model(X)
+    said = r"base_model.model.0.lora_A.default is one of PEFT's, in base_model.model.0: quantize before there is an"
+    with pytest.raises(ConfigError, match=said):
+        ptq.quantize_linears(model, method="rtn", group_size=group_size)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(X), want)
+    rows = ptq.quantize_linears(model, method="rtn", group_size=-1, exclude=["base_model.model.0.*"])
+    assert list(rows) == ["base_model.model.2"]
