@@ -99,6 +99,11 @@ def quantize(
         else:
             model = model_signature(plan)
             plan = as_chosen(plan, report.document)
+            # What a call that makes up for the evaluation may change: another one, or none.
+            report.document["configuration"] = asdict(config)
+            report.document.pop("evaluation", None)
+            if config.evaluation is None:
+                _write_again(report, plan.config, progress, started)
         if config.evaluation is not None:
             with progress.stage("evaluate"):
                 evaluation = _evaluated(plan, place)
@@ -106,7 +111,7 @@ def quantize(
                               "evaluate it with ptq eval once the files are whole")  # fmt: skip
             report.document["evaluation"] = evaluation
             report.document["kernels"] = kernels_in_use()
-            _write_report(report, report.output, progress, started)
+            _write_again(report, plan.config, progress, started)
     return report
 
 
@@ -193,6 +198,12 @@ def _write_report(report: Report, directory: Path, progress: Progress, started: 
     report.document["peak_bytes"] = dict(progress.peaks)
     atomic_write_text(directory / "report.json", json_text(report.document))
     atomic_write_text(directory / "report.html", report_page(report.output.name, report.document))
+
+
+def _write_again(report: Report, config: RunConfig, progress: Progress, started: float) -> None:
+    """Report and configuration of a checkpoint that is in its place, with the evaluation that was made."""
+    atomic_write_text(report.output / "ptq_config.yaml", dump(config))
+    _write_report(report, report.output, progress, started)
 
 
 def _calibrate(

@@ -1,5 +1,6 @@
 """Runs that died once their checkpoint was whole. Oracle: the same text is asked for, and nothing is solved again."""
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from test_resume import interrupted, unfinished
 from tiny_models import run
 
 from ptq import walk
-from ptq.config import EvaluationConfig
+from ptq.config import EvaluationConfig, load_config
 from ptq.errors import ConfigError, DataError
 
 
@@ -70,3 +71,26 @@ def test_a_run_that_died_while_it_evaluated_evaluates(parent, tmp_path, monkeypa
         interrupted(config, overwrite=True)
     run(replace(config, bits=8), overwrite=True)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["configuration"]["bits"] == 8
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_makes_up_for_an_evaluation_is_recorded_with_the_settings_it_used(parent, tmp_path, monkeypatch, asked):
+    """Oracle: the second call's configuration, in every file that holds one."""
+    first = EvaluationConfig(files=(str(tiny_models.TEXT),), tokens=64, window=32, stride=32)
+    config = replace(small_run(parent, tmp_path / "out"), evaluation=first)
+    with monkeypatch.context() as patch:
+        patch.setattr("ptq.pipeline.evaluate_run", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(config)
+    second = replace(config, evaluation=replace(first, tokens=96, stride=16) if asked else None)
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "quantize_block", None)
+        run(second)
+    assert load_config(tmp_path / "out" / "ptq_config.yaml") == second
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    recorded = document["configuration"]["evaluation"]
+    assert ("evaluation" in document) == asked
+    assert (recorded and (recorded["tokens"], recorded["stride"])) == ((96, 16) if asked else None)
+    shown = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert ('"tokens": 96' in shown, '"evaluation": null' in shown) == (asked, not asked)
+    assert not unfinished(config).exists()
