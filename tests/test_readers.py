@@ -3,6 +3,7 @@
 Oracles: the table in ptq/readers.py, case by case; splits against codecs encoding the shares.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from format_examples import random_weight
 from ptq.formats import CODECS, Scheme
 from ptq.readers import LOADS, REFUSES, SLOWER, UNKNOWN, Facts, split_problems, verdicts
 
+ROOT = Path(__file__).resolve().parent.parent
 S4, A4 = Scheme(4, 128, True), Scheme(4, 128, False)
 LINEARS = [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
                                                  "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]  # fmt: skip
@@ -193,3 +195,20 @@ def test_few_keys_are_repeated() -> None:
     given = facts("gptq", Scheme(4, 32, True), names=[name], shape=(32, 256), roles={name: "column"}, heads=(8, 2))
     assert split_problems(given, 8) == []
     assert split_problems(given._replace(heads=(8, 8)), 8) == [f"{name}: 32 / 8 = 4 rows of 4 bits are no whole words"]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/formats.md"])
+@pytest.mark.parametrize("codec", ["gptq", "gptq_v2", "awq"])
+def test_the_tables_name_every_package_that_transformers_needs(document: str, codec: str) -> None:
+    rows = (ROOT / document).read_text(encoding="utf-8").splitlines()
+    row = next(row for row in rows if row.startswith(f"| `{codec}`") and "gptqmodel" in row)
+    reason = verdicts(facts(codec, A4 if codec == "awq" else S4))[0].reason
+    assert [name in row for name in ("gptqmodel", "optimum")] == [name in reason for name in ("gptqmodel", "optimum")]
+
+
+def test_the_guide_to_budgets_says_which_widths_engines_refuse() -> None:
+    guide = " ".join((ROOT / "docs/compare.md").read_text(encoding="utf-8").split())
+    assert "vLLM refuses GPTQ weights, and SGLang compressed-tensors ones, of 2 and 3 bits" in guide
+    for codec, reader in (("gptq", 1), ("compressed-tensors", 2)):
+        found = {bits: verdicts(facts(codec, Scheme(bits, 128, True)))[reader].status for bits in (2, 3, 4, 8)}
+        assert [bits for bits, status in found.items() if status == REFUSES] == [2, 3]
