@@ -12,6 +12,8 @@ Document = Mapping[str, Any]
 # "<path of the blocks>.<number>.<Linear>"
 _IN_BLOCK = re.compile(r"(.+?\.)(\d+)\.(.+)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+# "<implementation> on <device>, <bits and layout>", as ptq_kernels.chosen names what runs
+_KERNEL = re.compile(r"(\S+) on (\S+), (.+)")
 # Linears of a group that are named before the rest is counted.
 _NAMED = 6
 
@@ -143,12 +145,30 @@ def _settings(document: Document) -> str:
     parts = []
     if "configuration" in document:
         parts.append(folded("configuration", listing(json.dumps(document["configuration"], indent=1))))
-    for key in ("calibration", "kernels"):
-        if document.get(key):
-            parts.append(folded(key, listing(json.dumps(document[key], indent=1))))
+    if document.get("calibration"):
+        parts.append(folded("calibration", listing(json.dumps(document["calibration"], indent=1))))
+    parts += _kernels(document)
     if document.get("versions"):
         parts.append(table(["package", "version"], [[k, str(v)] for k, v in document["versions"].items()]))
     return section("Configuration and versions", *parts) if parts else ""
+
+
+def _kernels(document: Document) -> list[str]:
+    """What multiplied with the packed weights, and what would in a model that is loaded to be used."""
+    found = document.get("kernels", {})
+    rows = []
+    # a report of an earlier version has what evaluated alone, without a name above it
+    for user, kernels in (found if "evaluation" in found else {"evaluation": found}).items():
+        for name, how in kernels.items():
+            match = _KERNEL.fullmatch(name)
+            rows.append([user, *(match.group(2, 1, 3) if match else ("", "", name)), how])
+    if not rows:
+        return []
+    said = (
+        "The evaluation multiplies with each block as the file holds it, once for all its text; ptq.load first lays a "
+        "weight out for the fastest kernel of this machine, so these rows are what a loaded model runs with."
+    )
+    return [table(["kernels of", "device", "implementation", "weights", "how"], rows), paragraph(said, note=True)]
 
 
 def _names(modules: Sequence[str]) -> str:

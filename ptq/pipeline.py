@@ -16,7 +16,7 @@ from ptq.calibration.data import token_hash
 from ptq.config import BitBudget, RunConfig, dump
 from ptq.distributed import ALONE, Ranks
 from ptq.errors import ConfigError, FormatError
-from ptq.evaluation import evaluate_run, require_text
+from ptq.evaluation import evaluate_run, kernels_of, require_text
 from ptq.formats.checkpoint import atomic_write_text, read_json
 from ptq.formats.staging import CHAT_TEMPLATES, json_text
 from ptq.journal import Journal
@@ -24,7 +24,6 @@ from ptq.journal_directory import RunDirectory, run_directory, what_is_left
 from ptq.journal_signature import model_signature, require_same, require_unchanged, signature_of
 from ptq.models.experts import routers
 from ptq.models.tying import state_ties
-from ptq.nn.linear import kernels_in_use
 from ptq.page_report import report_page
 from ptq.parent import parent_of
 from ptq.plan import (
@@ -110,7 +109,7 @@ def quantize(
             require_unchanged(plan, model, f"The checkpoint in {place.final} was made before that and is complete: "
                               "evaluate it with ptq eval once the files are whole")  # fmt: skip
             report.document["evaluation"] = evaluation
-            report.document["kernels"] = kernels_in_use()
+            report.document["kernels"] = kernels_of(plan)
             _write_again(report, plan.config, progress, started)
     return report
 

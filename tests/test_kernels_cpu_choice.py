@@ -82,6 +82,26 @@ def test_the_best_set_serves_and_is_named(caplog: pytest.LogCaptureFixture, monk
     assert ptq_kernels.chosen() == {"cpu on cpu, 4 bits, layout strips": f"C++ library for {best}"}
 
 
+@pytest.mark.parametrize("with_library", [True, False])
+@pytest.mark.parametrize(("bits", "shape", "group_size"), [(4, (48, 64), 32), (3, (48, 64), 64), (4, (40, 24), 8)])
+def test_what_would_run_is_what_runs(
+    bits: int, shape: tuple[int, int], group_size: int, with_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a weight of that shape, prepared and multiplied."""
+    monkeypatch.setattr(ptq_kernels.dispatch, "_chosen", {})
+    if not with_library:
+        monkeypatch.setattr(library, "best", lambda: None)
+    case = random_case(*shape, group_size, bits=bits)
+    foreseen = ptq_kernels.foreseen(
+        *shape, bits=bits, group_size=group_size, symmetric=case.zeros is None, device=torch.device("cpu")
+    )
+    assert ptq_kernels.chosen() == {}
+    prepared = ptq_kernels.prepare(*case.tensors, **case.sized)
+    x = random_rows(3, shape[1], torch.bfloat16)
+    ptq_kernels.matmul(x, prepared.qweight, *case.tensors[1:], layout=prepared.layout, **case.scheme)
+    assert ptq_kernels.chosen() == dict([foreseen])
+
+
 def test_a_processor_takes_what_it_can_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = f"processor : 0\nvendor_id : AuthenticAMD\nflags : {' '.join(library.SETS['avx512bf16'])}\n"
     monkeypatch.setattr(library, "_CPUINFO", tmp_path / "cpuinfo")

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptq_kernels import chosen
 from tiny_models import TEXT, build, run, save, settings
 
+import ptq
 from ptq import cli
 from ptq.config import BitBudget, EvaluationConfig
+from ptq.nn import QuantLinear
 from ptq.page import Series, chart, facts, folded, listing, page, paragraph, section, table
 from ptq.page_report import report_page
 from ptq.page_scale import TICKS, linear_scale, log_scale
@@ -180,6 +183,27 @@ def test_every_run_writes_its_page(made: Path) -> None:
                    report["versions"]["torch"], '"budget": 3.5', "model.layers.1.mlp.down_proj", "solve",
                    "peak memory, GiB"):  # fmt: skip
         assert figure in said
+
+
+def test_the_page_tells_the_kernels_of_the_evaluation_from_those_of_a_loaded_model(made: Path) -> None:
+    """Oracle: what `ptq.load` chooses for this checkpoint."""
+    kernels = json.loads((made / "report.json").read_text())["kernels"]
+    assert (
+        kernels["evaluation"].items() >= {"cpu on cpu, 3 bits, layout canonical": "chunked dequantize-matmul"}.items()
+    )
+    model = ptq.load(made)
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
+    assert {key.partition(", ")[2] for key in kernels["ptq.load"]} == {
+        f"{layer.bits} bits, layout {layer.layout}" for layer in layers
+    }
+    model(torch.ones(1, 2, dtype=torch.long))
+    assert kernels["ptq.load"].items() <= chosen().items()
+    said = " ".join(check_self_contained((made / "report.html").read_text()).text)
+    for (user, key), how in {(user, key): how for user, rows in kernels.items() for key, how in rows.items()}.items():
+        assert f"{user} cpu cpu {key.partition(', ')[2]} {how}" in said
+    assert "so these rows are what a loaded model runs with" in said
+    earlier = report_page("out", {"kernels": kernels["evaluation"]})
+    assert "evaluation cpu cpu 3 bits, layout canonical" in " ".join(check_self_contained(earlier).text)
 
 
 def test_inspect_writes_a_page(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,10 +107,23 @@ def names() -> tuple[str, ...]:
 
 def chosen() -> dict[str, str]:
     """What has run so far, as ``{"cpu on cpu, 4 bits, layout canonical": how}``."""
-    return {
-        f"{name} on {device}, {bits} bits, layout {layout}": how
-        for (name, device, bits, layout), how in _chosen.items()
-    }
+    return {_words(*key): how for key, how in _chosen.items()}
+
+
+def foreseen(
+    out_features: int, in_features: int, *, bits: int, group_size: int, symmetric: bool, device: torch.device
+) -> tuple[str, str]:
+    """What would run for a weight of this shape once it is prepared: an entry of `chosen`, without such a weight."""
+    none = torch.empty((), device=device)  # a place, not memory: all that is asked of the tensors
+    scales = none.expand(out_features, in_features // group_size)
+    weight = PackedWeight(none, scales, None if symmetric else scales, bits, group_size, in_features)
+    name = choose("auto", device)
+    weight = weight._replace(layout=fastest_layout(name, weight))
+    return _words(name, device.type, bits, weight.layout), _IMPLEMENTATIONS[name].describe(weight)
+
+
+def _words(name: str, device: str, bits: int, layout: str) -> str:
+    return f"{name} on {device}, {bits} bits, layout {layout}"
 
 
 def check_name(impl: str) -> None:

@@ -1,6 +1,6 @@
 """A linear layer that keeps its weight packed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ptq_kernels
@@ -17,6 +17,17 @@ _SAME_WIDTH_INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torc
 def kernels_in_use() -> dict[str, str]:
     """What ran so far in this process, for a report: implementation, device, bits and layout, and why."""
     return ptq_kernels.chosen()
+
+
+def kernels_to_come(weights: Iterable[tuple[Scheme, tuple[int, int]]], device: torch.device) -> dict[str, str]:
+    """What `prepare_` would choose on ``device`` for weights of these schemes and shapes ``(N, K)``."""
+    found = (
+        ptq_kernels.foreseen(
+            n, k, bits=scheme.bits, group_size=scheme.columns(k), symmetric=scheme.symmetric, device=device
+        )
+        for scheme, (n, k) in dict.fromkeys(weights)
+    )
+    return dict(sorted(found))
 
 
 class QuantLinear(nn.Module):
