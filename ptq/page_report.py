@@ -112,17 +112,30 @@ def _budget(document: Document) -> str:
 
 def _resources(document: Document) -> str:
     seconds, peaks = document.get("seconds", {}), document.get("peak_bytes", {})
-    rows = [[name, f"{value:.1f}", _gibibytes(peaks.get(name))] for name, value in seconds.items()]
+    rows = [[name, f"{value:.1f}", _gigabytes(peaks.get(name))] for name, value in seconds.items()]
     if not rows:
         return ""
     if peaks and rows[-1][0] == "total":
-        rows[-1][2] = _gibibytes(max(peaks.values()))
+        rows[-1][2] = _gigabytes(max(peaks.values()))
     on_gpu = document.get("memory", {}).get("peak_on_gpu")
     if on_gpu is not None:
-        rows.append(["solve, on the GPU", "", _gibibytes(on_gpu)])
+        rows.append(["solve, on the GPU", "", _gigabytes(on_gpu)])
     hardware = ", ".join(f"{key} {value}" for key, value in document.get("hardware", {}).items())
-    head = ["stage", "seconds", "peak memory, GiB"]
-    return section("Time and memory", table(head, rows), paragraph(hardware, note=True))
+    head = ["stage", "seconds", "peak memory, GB, libraries and mapped files included"]
+    notes = [paragraph(text, note=True) for text in (_predicted(document), hardware) if text]
+    return section("Time and memory", table(head, rows), *notes)
+
+
+def _predicted(document: Document) -> str:
+    if "prediction" not in document:
+        return ""
+    memory, seconds = document["prediction"]["memory"], document["prediction"]["seconds"]
+    on_gpu = "peak_on_gpu" in document.get("memory", {})
+    kind = "on the GPU" if on_gpu else "without libraries and mapped files"
+    return (
+        f"Solving and writing: {seconds['predicted']:.1f} s predicted, {seconds['actual']:.1f} s taken; peak memory "
+        f"{kind} {_gigabytes(memory['predicted'])} GB predicted, {_gigabytes(memory['actual'])} GB used."
+    )
 
 
 def _modules(document: Document) -> str:
@@ -180,8 +193,8 @@ def _megabytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def _gibibytes(size: float | None) -> str:
-    return "" if size is None else f"{size / 2**30:.2f}"
+def _gigabytes(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e9:.2f}"
 
 
 def _number(value: Any, spec: str) -> str:

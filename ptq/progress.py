@@ -66,4 +66,5 @@ class Progress:
 
 
 def _memory() -> str:
-    return f"{anonymous_bytes() / 2**30:.2f} GiB"
+    """Of the process by itself, at this moment; libraries and mapped files do not count."""
+    return f"{anonymous_bytes() / 1e9:.2f} GB now"

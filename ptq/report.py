@@ -136,7 +136,7 @@ def summary(report: Report) -> str:
     if "prediction" in document:
         memory, seconds = document["prediction"]["memory"], document["prediction"]["seconds"]
         lines.append(
-            f"solve: memory {memory['predicted'] / 1e9:.2f} GB predicted, {memory['actual'] / 1e9:.2f} GB used; "
+            f"solve: peak memory {memory['predicted'] / 1e9:.2f} GB predicted, {memory['actual'] / 1e9:.2f} GB used; "
             f"time {seconds['predicted']:.1f} s predicted, {seconds['actual']:.1f} s taken"
         )
     lines += ["", f"checkpoint  {report.output}", f"report      {report.output / 'report.json'}"]

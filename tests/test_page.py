@@ -181,8 +181,21 @@ def test_every_run_writes_its_page(made: Path) -> None:
     result = report["evaluation"]["models"]["result"]
     for figure in (f"{result['perplexity']:.3f}", f"{result['kl']:.5f}", f"{report['size']['bits_per_weight']:.3f}",
                    report["versions"]["torch"], '"budget": 3.5', "model.layers.1.mlp.down_proj", "solve",
-                   "peak memory, GiB"):  # fmt: skip
+                   "peak memory, GB, libraries and mapped files included"):  # fmt: skip
         assert figure in said
+
+
+@pytest.mark.parametrize(("on_gpu", "kind"), [({}, "without libraries and mapped files"),
+                                              ({"peak_on_gpu": 410_000_000}, "on the GPU")])  # fmt: skip
+def test_the_page_says_what_was_predicted_and_used(on_gpu: dict[str, int], kind: str) -> None:
+    prediction = {"memory": {"predicted": 450_000_000, "actual": 410_000_000},
+                  "seconds": {"predicted": 3.54, "actual": 2.31}}  # fmt: skip
+    document = {"seconds": {"solve": 2.2}, "peak_bytes": {"solve": 1_250_000_000}, "prediction": prediction,
+                "memory": on_gpu}  # fmt: skip
+    said = " ".join(check_self_contained(report_page("out", document)).text)
+    assert f"3.5 s predicted, 2.3 s taken; peak memory {kind} 0.45 GB predicted, 0.41 GB used." in said
+    assert "solve 2.2 1.25" in said
+    assert ("solve, on the GPU 0.41" in said) == bool(on_gpu)
 
 
 def test_the_page_tells_the_kernels_of_the_evaluation_from_those_of_a_loaded_model(made: Path) -> None:
