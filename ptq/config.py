@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from ptq.config_paths import find_directory, find_files, resolve_config_path, search_roots, with_variables
+from ptq.config_paths import config_text, counted, find_directory, find_files, search_roots, with_variables
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.schema import at_least, build, check_rules, checked
@@ -236,11 +236,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     ``overrides`` are ``key=value`` with dotted keys and YAML values, as in ``calibration.samples=64``,
     ``overrides.model.layers.0.bits=8`` or ``evaluation=null``; later ones win. Raises ConfigError.
     """
-    file = resolve_config_path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} must be a readable UTF-8 file, found: {error}") from error
+    return configured(*config_text(path), overrides)
+
+
+def configured(file: Path, text: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load_config`, of a file that was read: a pipe gives its text once."""
     tree = parse(text, str(file))
     if tree is None:
         raise ConfigError(f"{file} is empty; it needs at least the keys model, output and method")
@@ -347,7 +347,9 @@ def _locate(config: RunConfig, roots: Sequence[Path]) -> RunConfig:
     named, output = with_variables(config.model, "model"), with_variables(config.output, "output")
     model = find_directory(named, roots)
     if model is None and named.startswith(("/", "./", "../", "~")):
-        raise ConfigError(f"model must be a hub name or a directory that exists, found {named!r}; check it")
+        raise ConfigError(
+            f"model must be a hub name or a directory that exists, found {named!r}; check it{counted((named,))}"
+        )
     dataset, evaluation = config.calibration.dataset, config.evaluation
     dataset = replace(dataset, files=find_files(dataset.files, "calibration.dataset.files", roots))
     if evaluation is not None:

@@ -18,13 +18,24 @@ def resolve_config_path(name: str | Path) -> Path:
     bare = len(path.parts) == 1 and not path.is_absolute()
     tried = [path, SHIPPED / path] if bare else [path]
     for candidate in tried:
-        if candidate.is_file():
+        if candidate.exists() and not candidate.is_dir():  # a pipe will do, as in --config <(...)
             return candidate
+    if directory := next((candidate for candidate in tried if candidate.is_dir()), None):
+        raise ConfigError(f"a configuration must be a file of YAML; {directory} is a directory: name a file in it")
     shipped = sorted(file.name for file in SHIPPED.glob("*.yaml"))
     raise ConfigError(
         f"no configuration file at {_places(tried)}"
         f"{suggestion(path.name, shipped)}; the ones that come with ptq are {', '.join(shipped)}"
     )
+
+
+def config_text(name: str | Path) -> tuple[Path, str]:
+    """A configuration file, found as `resolve_config_path` does, and what it holds."""
+    file = resolve_config_path(name)
+    try:
+        return file, file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} must be a readable UTF-8 file, found: {error}") from error
 
 
 def expanded(name: str) -> str:
@@ -69,9 +80,17 @@ def find_files(names: Sequence[str], key: str, roots: Sequence[Path]) -> tuple[s
             what = "a directory" if other.is_dir() else "neither a file nor a directory"
             raise ConfigError(f"{key} must name regular files, {other.absolute()} is {what}: name files of text")
         if found is None:
-            raise ConfigError(f"{key} must name files that exist, found none at {_places(tried)}; check the path")
+            raise ConfigError(
+                f"{key} must name files that exist, found none at {_places(tried)}; check the path{counted(tried)}"
+            )
         located.append(str(found))
     return tuple(located)
+
+
+def counted(names: Iterable[str | Path]) -> str:
+    """For the end of an error about paths that are not there: where relative ones count from."""
+    relative = not all(Path(name).expanduser().is_absolute() for name in names)
+    return ": a relative one counts from the working directory, wherever the configuration is" if relative else ""
 
 
 def _places(tried: Iterable[Path]) -> str:

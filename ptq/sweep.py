@@ -14,8 +14,8 @@ from typing import Any
 from ptq.calibration.data import token_hash
 from ptq.compare import PARENT, compare_checkpoints
 from ptq.compare_page import FILES
-from ptq.config import RunConfig, load_config
-from ptq.config_paths import resolve_config_path
+from ptq.config import RunConfig, configured, load_config
+from ptq.config_paths import config_text
 from ptq.errors import ConfigError, FormatError
 from ptq.formats.checkpoint import CheckpointReader, atomic_write_text, read_json
 from ptq.formats.staging import json_text, output_path, require_writable
@@ -45,14 +45,11 @@ def load_variants(config: str, variants: str, out: Path, assignments: Sequence[s
     Raises:
         ConfigError: a file, name, key or value that is not as required; no evaluation text.
     """
-    file = resolve_config_path(variants)
-    try:
-        tree = parse(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} must be a readable UTF-8 file, found: {error}") from error
+    file, text = config_text(variants)
+    tree = parse(text, str(file))
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"{file} must map names to changed keys, as in 'three: {{bits: 3}}'; found {tree!r}")
-    configs = {}
+    source, configs = config_text(config), {}
     for name, changes in tree.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (PARENT, *FILES):
             raise ConfigError(
@@ -65,7 +62,7 @@ def load_variants(config: str, variants: str, out: Path, assignments: Sequence[s
         if common:
             raise ConfigError(f"{file}: {name} changes {common[0]}, which is the same for all variants: use --set")
         changed = [*assignments, _assignment("output", str(out / name)), *_assignments(changes)]
-        configs[name] = load_config(config, changed)
+        configs[name] = configured(*source, changed)
         if configs[name].evaluation is None:
             raise ConfigError(f"a sweep compares on held-out text; {config} names none: set evaluation.files")
     return configs

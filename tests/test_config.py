@@ -25,11 +25,10 @@ from ptq.config import (
     dump,
     load_config,
     matches,
-    resolve_config_path,
     scheme_for,
     unused_patterns,
 )
-from ptq.config_paths import find_files
+from ptq.config_paths import find_files, resolve_config_path
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 
