@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ptq.budget import check_budget
-from ptq.config import DEVICE, BitBudget, RunConfig, matches, scheme_for, unused_patterns
+from ptq.config import DEVICE, WIDTHS, BitBudget, RunConfig, fixed_bits, matches, scheme_for, unused_patterns
 from ptq.errors import ConfigError
 from ptq.formats import CODECS
 from ptq.formats.checkpoint import CheckpointReader
@@ -247,13 +247,16 @@ def estimate_size(plan: Plan) -> Size:
             if plan.names.find(name) is None and name.removesuffix(".weight") not in plan.targets:
                 after += parameter.numel() * plan.dtype.itemsize
     packed = weights = 0
-    scales_dtype = plan.codec.scales_dtype(plan.dtype)
     for path, scheme in plan.targets.items():
         n, k = plan.shapes[path]
-        specs = plan.codec.tensor_specs(path, n, k, scheme, scales_dtype)
-        packed += sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in specs.values())
+        packed += _packed_bytes(plan, path, scheme)
         weights += n * k
     return Size(before, after + packed, 8 * packed / weights)
+
+
+def _packed_bytes(plan: Plan, path: str, scheme: Scheme) -> int:
+    specs = plan.codec.tensor_specs(path, *plan.shapes[path], scheme, plan.codec.scales_dtype(plan.dtype))
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in specs.values())
 
 
 def replaced_tensors(plan: Plan) -> set[str]:
@@ -318,8 +321,8 @@ def describe(plan: Plan) -> str:
     if extra := extra_tensors(plan):
         lines.append(f"extra      {describe_extra(extra)}")
     lines.append(
-        f"size       {size.before / 1e6:.1f} MB -> {size.after / 1e6:.1f} MB, "
-        f"{size.bits_per_weight:.3f} bits a quantized weight"
+        f"size       {size.before / 1e6:.1f} MB -> {size.after / 1e6:.1f} MB of tensors (the files' headers come on "
+        f"top), {size.bits_per_weight:.3f} bits a quantized weight"
     )
     if isinstance(plan.config.bits, BitBudget):
         lines.append("budget     is spent before the solve, by a pass over all blocks that the figures below leave out")
@@ -337,9 +340,18 @@ def _with_budget(plan: Plan, size: Size) -> Size:
     if not isinstance(plan.config.bits, BitBudget):
         return size
     weights = {path: plan.shapes[path][0] * plan.shapes[path][1] for path in plan.targets}
-    total = sum(weights.values())
-    more = plan.config.bits.budget * total - sum(s.bits * weights[path] for path, s in plan.targets.items())
-    return Size(size.before, size.after + int(more / 8), size.bits_per_weight + more / total)
+    more = plan.config.bits.budget * sum(weights.values())
+    more -= sum(scheme.bits * weights[path] for path, scheme in plan.targets.items())
+    free = {path: scheme for path, scheme in plan.targets.items() if fixed_bits(plan.config, path) is None}
+    if not free:
+        return size
+    added = 0.0  # bytes for a bit more of all that is free: zero points grow with the codes
+    for path, scheme in free.items():
+        other = next((bits for bits in WIDTHS if bits > scheme.bits), WIDTHS[0])
+        between = _packed_bytes(plan, path, scheme._replace(bits=other)) - _packed_bytes(plan, path, scheme)
+        added += between / (other - scheme.bits)
+    added *= more / sum(weights[path] for path in free)
+    return Size(size.before, size.after + round(added), size.bits_per_weight + 8 * added / sum(weights.values()))
 
 
 def parent_stream(plan: Plan) -> StreamedModel:

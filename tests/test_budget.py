@@ -228,6 +228,19 @@ def test_the_plan_says_what_a_budget_will_take(parent, tmp_path) -> None:
     assert abs(size - unspent - report.document["size"]["after"]) < 0.05e6 + 60 * 160
 
 
+@pytest.mark.parametrize(("format_", "symmetric"), [("gptq", True), ("gptq_v2", False), ("compressed-tensors", False)])
+@pytest.mark.parametrize("fixed", [None, 8])
+def test_the_plan_counts_zero_points_at_the_budget(parent, tmp_path, format_, symmetric, fixed) -> None:
+    """Oracle: the bits a weight of the run's report; what was not spent takes its share of zero points along."""
+    overrides = {} if fixed is None else {"v_proj": SchemeOverride(bits=fixed)}
+    config = settings(parent, tmp_path / "out", "rtn", bits=BitBudget(3.5), format=format_, symmetric=symmetric,
+                      overrides=overrides)  # fmt: skip
+    planned = float(describe(make_plan(config)).partition(" bits a quantized weight")[0].rpartition(" ")[2])
+    document = run(config).document
+    unspent = 3.5 - document["budget"]["average_bits"]
+    assert abs(planned - unspent * (1 + 1 / 16) - document["size"]["bits_per_weight"]) < 0.001 + 0.01 * unspent
+
+
 WRONG = {
     "a uniform format": ({"format": "awq"}, "holds several widths; awq holds one"),
     "asymmetric in v1": ({"symmetric": False}, "gptq holds no asymmetric widths"),

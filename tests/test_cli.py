@@ -72,7 +72,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert quantize(tmp_path / "out", "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "16 x 128 x 256: 4 bits, 2 groups of 128 a row, symmetric" in printed
-    assert "16.8 MB -> 7.5 MB, 4.250 bits" in printed
+    assert "16.8 MB -> 7.5 MB of tensors (the files' headers come on top), 4.250 bits" in printed
     assert [line.split()[0] for line in printed.splitlines()[-4:]] == ["memory", "evaluation", "disk", "time"]
     assert list(tmp_path.iterdir()) == []
 
