@@ -76,9 +76,18 @@ def _made(document: Document) -> str:
     schemes = Counter(
         (row["bits"], row["group_size"], row["symmetric"]) for row in document.get("modules", {}).values()
     )
+    if budget := document.get("budget"):
+        widths = ", ".join(map(str, budget["widths"]))
+        asked = f"{budget['budget']:g} bits a weight on average, without scales and zeros, among {widths}"
+        rows.append(("bit budget", f"{asked}; {budget['average_bits']:.4g} were spent"))
     for (bits, group_size, symmetric), count in schemes.most_common():
         groups = "one group a row" if group_size == -1 else f"groups of {group_size}"
-        rows.append((f"{count} Linears", f"{bits} bits, {groups}, {'symmetric' if symmetric else 'asymmetric'}"))
+        rows.append(
+            (
+                f"{count} Linear{'' if count == 1 else 's'}",
+                f"{bits} bits, {groups}, {'symmetric' if symmetric else 'asymmetric'}",
+            )
+        )
     rows.append(("left in float", _some(document.get("kept_in_float", ())) or "no Linear"))
     rows.append(("format", configuration["format"]))
     size = document.get("size")

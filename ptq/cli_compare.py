@@ -12,6 +12,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
                         help=".txt, .jsonl or .parquet; may be repeated")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
+    parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
                         help="of the activations; float32 takes their rounding out of the comparison")  # fmt: skip
@@ -27,8 +28,9 @@ def _compare(options: argparse.Namespace) -> int:
     from ptq.formats.staging import output_path
 
     settings = EvaluationConfig(
-        files=tuple(options.text), tokens=options.tokens, window=options.window, stride=options.window
-    )
+        files=tuple(options.text), tokens=options.tokens, window=options.window,
+        stride=options.window if options.stride is None else options.stride,
+    )  # fmt: skip
     check_evaluation(settings, "--")
     if options.out:
         output_path(Path(options.out), "--out")

@@ -145,10 +145,9 @@ def show(exported: Exported) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(exported.kinds.items()))
     lines = [f"{exported.path}: {exported.size / 1e6:.1f} MB", f"tensors: {kinds}"]
     if exported.carried:
-        lines.append(
-            f"{exported.carried} tensors carried over, every code unchanged, no value off by more than "
-            f"{exported.deviation:.4f} of a step"
-        )
+        off = f"no value off by more than {exported.deviation:.2g} of a step"
+        values = off if exported.deviation else "every value exactly the checkpoint's"
+        lines.append(f"{exported.carried} tensors carried over, every code unchanged, {values}")
     if exported.loss is not None:
         lines.append(f"solved with the Hessian: on average {exported.loss:.3f} of the loss of rounding")
     return "\n".join([*lines, *exported.notes])

@@ -6,6 +6,7 @@ is renamed into place last of all, is the commit: report rows and the checksum o
 such record is sealed by a checksum of its own and names the record before it.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -27,6 +28,13 @@ SHARE = 0.04  # of the time since the last one
 SECONDS = 0.05
 KEPT = 2  # commits whose hidden states stay: if the last is damaged, the one before serves
 SHOWN = 5  # differences named in a message
+DIGITS = 12  # of a checksum, in a message
+# Parts of a signature that are computed from others, with what those begin with.
+SETTING = {"calibration text": " (calibration.dataset)"}  # where a person finds what has another name here
+FOLLOWS = {
+    "calibration text": ("configuration.calibration.", "model.", "version."),
+    "quantized modules": ("configuration.", "model.", "version.", "calibration text"),
+}
 
 Row = dict[str, Any]
 Streams = dict[str, list[Tensor]]  # "quantized" and "float" -> one tensor [B, T, C] a batch
@@ -314,12 +322,22 @@ def _record(content: Mapping[str, Any]) -> Record:
 
 
 def _check_same(before: Mapping[str, str], now: Mapping[str, str], place: Path) -> None:
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if not changed:
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if not differing:
         return
-    shown = [f"{key} was {before.get(key, 'absent')} and is {now.get(key, 'absent')}" for key in changed[:SHOWN]]
+    # What follows from a change that is named says nothing more.
+    changed = [key for key in differing if not any(other.startswith(FOLLOWS.get(key, ())) for other in differing)]
+    shown = [
+        f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}{SETTING.get(key, '')}"
+        for key in changed[:SHOWN]
+    ]
     more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     raise ConfigError(
         f"the unfinished run in {place} can go on only as it began: {'; '.join(shown)}{more}. Undo the change, "
         "or start over with --fresh"
     )
+
+
+def _short(text: str | None) -> str:
+    """A value of a signature for a message: what a person compares of a checksum is its beginning."""
+    return "absent" if text is None else re.sub(rf"\b([0-9a-f]{{{DIGITS}}})[0-9a-f]{{20,}}\b", r"\1...", text)

@@ -14,6 +14,8 @@ _IN_BLOCK = re.compile(r"(.+?\.)(\d+)\.(.+)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # "<implementation> on <device>, <bits and layout>", as ptq_kernels.chosen names what runs
 _KERNEL = re.compile(r"(\S+) on (\S+), (.+)")
+# Keys of the report whose meaning a person would not guess.
+_HARDWARE = {"columns": "library that solved GPTQ's columns:"}
 # Linears of a group that are named before the rest is counted.
 _NAMED = 6
 
@@ -120,7 +122,7 @@ def _resources(document: Document) -> str:
     on_gpu = document.get("memory", {}).get("peak_on_gpu")
     if on_gpu is not None:
         rows.append(["solve, on the GPU", "", _gigabytes(on_gpu)])
-    hardware = ", ".join(f"{key} {value}" for key, value in document.get("hardware", {}).items())
+    hardware = ", ".join(f"{_HARDWARE.get(key, key)} {value}" for key, value in document.get("hardware", {}).items())
     head = ["stage", "seconds", "peak memory, GB, libraries and mapped files included"]
     notes = [paragraph(text, note=True) for text in (_predicted(document), hardware) if text]
     return section("Time and memory", table(head, rows), *notes)

@@ -1,7 +1,7 @@
 """Where a quantized checkpoint loads: what transformers, vLLM and SGLang accept, as rules on plain facts.
 
 Evidence of a rule, in brackets: [run] checked by running the reader, [source] read in its source, [thread] said in a
-public discussion. transformers 5.23 was run, and vLLM 0.32 on a CPU; vLLM on GPUs and SGLang were read in mid-2026 and
+public discussion. transformers 5.24 was run, and vLLM 0.32 on a CPU; vLLM on GPUs and SGLang were read in mid-2026 and
 change: look again before relying on a row for another release.
 """
 

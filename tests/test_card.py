@@ -56,7 +56,7 @@ def test_everything_in_the_report_is_on_the_card() -> None:
         "[owner/model](https://huggingface.co/owner/model) quantized with GPTQ by ptq 1.2.3.",
         "| method | GPTQ |",
         "| 2 Linears | 4 bits, groups of 128, symmetric |",
-        "| 1 Linears | 8 bits, one group a row, asymmetric |",
+        "| 1 Linear | 8 bits, one group a row, asymmetric |",
         "| left in float | lm_head |",
         "| size | 5700.0 MB, parent 16060.5 MB |",
         "| bits a weight, scales and zeros included | 4.156 |",
@@ -70,6 +70,13 @@ def test_everything_in_the_report_is_on_the_card() -> None:
         "That of the parent: mit.",
     ):
         assert line in text.splitlines(), line
+
+
+def test_a_budget_is_said_as_it_was_asked_for() -> None:
+    budget = {"budget": 3.5, "average_bits": 3.49921, "widths": [2, 3, 4, 8], "groups": []}
+    asked = "3.5 bits a weight on average, without scales and zeros, among 2, 3, 4, 8"
+    assert f"| bit budget | {asked}; 3.499 were spent |" in card(report(budget=budget)).splitlines()
+    assert "bit budget" not in card(report())
 
 
 def test_the_front_matter_is_yaml_with_the_parents_licence() -> None:

@@ -284,6 +284,23 @@ def test_the_sweep_on_the_command_line(files, tmp_path, capsys) -> None:
     assert {"a", "b", "compare.json", "compare.html"} <= {path.name for path in (tmp_path / "o").iterdir()}
 
 
+@pytest.mark.parametrize("given", [[], ["--stride", "16"]])
+def test_the_stride_of_a_comparison(made, capsys, given) -> None:
+    """Oracle: the evaluation of one checkpoint at the same protocol."""
+    checkpoint = str(made / "three")
+    protocol = ["--parent", str(made / "parent"), "--text", str(TEXT), "--tokens", "128", "--window", "32", *given]
+    assert cli.main(["eval", checkpoint, *protocol]) == 0
+    evaluated = capsys.readouterr().out
+    assert cli.main(["compare", checkpoint, *protocol]) == 0
+    compared = capsys.readouterr().out
+    said = f"window 32, stride {given[1] if given else 32}"
+    figure = next(line for line in evaluated.splitlines() if line.startswith("result")).split()[2]
+    assert all(text in compared for text in (said, figure))
+    assert said in evaluated
+    assert cli.main(["compare", checkpoint, *protocol, "--stride", "33"]) == 2
+    assert "--stride must be at most --window (32), found 33" in capsys.readouterr().err
+
+
 WRONG = {
     "[]": "must map names to changed keys",
     "": "must map names to changed keys",

@@ -349,3 +349,12 @@ def test_text_shorter_than_a_window(write):
     config = evaluation(write("a.txt", "abc"), window=5, stride=5)
     with pytest.raises(DataError, match=r"a.txt: a window of 5 tokens is required, found 4 tokens; use more text or a"):
         list(evaluation_windows(config, Characters()))
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize(("name", "text", "found"), [
+    ("a.txt", "", "the file is empty"), ("a.jsonl", "\n", "found none"),
+])  # fmt: skip
+def test_a_file_without_text_to_evaluate_on(write, name, text, found, adds_bos):
+    with pytest.raises(DataError, match=f"{name}: text is required, {found}; use more text"):
+        list(evaluation_windows(evaluation(write(name, text), window=5, stride=5), Characters(adds_bos=adds_bos)))

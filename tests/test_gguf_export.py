@@ -140,7 +140,9 @@ def test_a_checkpoint_is_carried_over(parents, tmp_path, type_name):
             # float32 sums of a minimum and a product round once
             assert off.max() <= done.deviation + (16 * 2.0**-23 if type_name == "Q4_1" else 0)
     assert (done.deviation > 0) == (type_name == "Q4_1")
-    assert "14 tensors carried over" in show(done)
+    values = f"no value off by more than {done.deviation:.2g} of a step\n"
+    exact = "every value exactly the checkpoint's\n"
+    assert f"14 tensors carried over, every code unchanged, {values if done.deviation else exact}" in show(done)
 
 
 def test_text_lets_the_float_rest_of_a_checkpoint_be_solved(parents, tmp_path, solving):

@@ -185,6 +185,12 @@ def test_every_run_writes_its_page(made: Path) -> None:
         assert figure in said
 
 
+def test_the_page_says_what_the_columns_are() -> None:
+    document = {"seconds": {"solve": 1.0}, "hardware": {"device": "cpu", "columns": "amx", "processes": 1}}
+    said = " ".join(check_self_contained(report_page("out", document)).text)
+    assert "device cpu, library that solved GPTQ's columns: amx, processes 1" in said
+
+
 @pytest.mark.parametrize(("on_gpu", "kind"), [({}, "without libraries and mapped files"),
                                               ({"peak_on_gpu": 410_000_000}, "on the GPU")])  # fmt: skip
 def test_the_page_says_what_was_predicted_and_used(on_gpu: dict[str, int], kind: str) -> None:

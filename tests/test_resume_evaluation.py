@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 from crashes import checksums, small_parent, small_run
-from test_resume import interrupted, unfinished
+from test_resume import interrupted, stop, unfinished
 from tiny_models import run
 
 from ptq import walk
@@ -94,3 +94,19 @@ def test_what_makes_up_for_an_evaluation_is_recorded_with_the_settings_it_used(p
     shown = html.unescape((tmp_path / "out" / "report.html").read_text())
     assert ('"tokens": 96' in shown, '"evaluation": null' in shown) == (asked, not asked)
     assert not unfinished(config).exists()
+
+
+def test_a_refusal_to_go_on_names_settings_and_shortens_checksums(parent, tmp_path, monkeypatch):
+    """Oracle: the one key that was changed; nothing that is computed from it, and no checksum to its end."""
+    config = small_run(parent, tmp_path / "out")
+    stop(config, 1)
+    samples = replace(config.calibration, samples=config.calibration.samples - 1)
+    beginning = r"can go on only as it began: "
+    for changed, said in (
+        (replace(config, bits=8), r"configuration.bits was 4 and is 8\. Undo the change"),
+        (replace(config, calibration=samples), r"configuration.calibration.samples was \d+ and is \d+\. Undo"),
+        (with_text(config, tmp_path / "other.txt"),
+         r"calibration text was [0-9a-f]{12}\.\.\. and is [0-9a-f]{12}\.\.\. \(calibration.dataset\)\. Undo"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=beginning + said):
+            run(changed)

@@ -5,6 +5,7 @@ token the tokenizer itself starts a text with (bos), or else its eos.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -96,8 +97,12 @@ def evaluation_windows(config: EvaluationConfig, tokenizer: "PreTrainedTokenizer
             yield Window(tokens, max(1, config.window - config.stride) if count else 1)
             count += 1
         if count == 0:
+            where = source.name or source.files[0]
+            if counted.total == len(before):
+                found = "found none" if source.name or os.stat(where).st_size else "the file is empty"
+                raise DataError(f"{where}: text is required, {found}; use more text")
             raise DataError(
-                f"{source.name or source.files[0]}: a window of {config.window} tokens is required, "
+                f"{where}: a window of {config.window} tokens is required, "
                 f"found {counted.total} tokens; use more text or a shorter window"
             )
         remaining -= config.window + (count - 1) * config.stride
