@@ -181,7 +181,7 @@ def _kernels(document: Document) -> list[str]:
         return []
     said = (
         "The evaluation multiplies with each block as the file holds it, once for all its text; ptq.load first lays a "
-        "weight out for the fastest kernel of this machine, so these rows are what a loaded model runs with."
+        "weight out for the fastest kernel of this machine, so its rows are what a loaded model runs with."
     )
     return [table(["kernels of", "device", "implementation", "weights", "how"], rows), paragraph(said, note=True)]
 

@@ -356,5 +356,5 @@ def test_text_shorter_than_a_window(write):
     ("a.txt", "", "the file is empty"), ("a.jsonl", "\n", "found none"),
 ])  # fmt: skip
 def test_a_file_without_text_to_evaluate_on(write, name, text, found, adds_bos):
-    with pytest.raises(DataError, match=f"{name}: text is required, {found}; use more text"):
+    with pytest.raises(DataError, match=f"{name}: text is required, {found}; use other text"):
         list(evaluation_windows(evaluation(write(name, text), window=5, stride=5), Characters(adds_bos=adds_bos)))

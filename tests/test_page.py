@@ -220,7 +220,7 @@ def test_the_page_tells_the_kernels_of_the_evaluation_from_those_of_a_loaded_mod
     said = " ".join(check_self_contained((made / "report.html").read_text()).text)
     for (user, key), how in {(user, key): how for user, rows in kernels.items() for key, how in rows.items()}.items():
         assert f"{user} cpu cpu {key.partition(', ')[2]} {how}" in said
-    assert "so these rows are what a loaded model runs with" in said
+    assert "so its rows are what a loaded model runs with" in said
     earlier = report_page("out", {"kernels": kernels["evaluation"]})
     assert "evaluation cpu cpu 3 bits, layout canonical" in " ".join(check_self_contained(earlier).text)
 

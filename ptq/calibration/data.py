@@ -100,7 +100,7 @@ def evaluation_windows(config: EvaluationConfig, tokenizer: "PreTrainedTokenizer
             where = source.name or source.files[0]
             if counted.total == len(before):
                 found = "found none" if source.name or os.stat(where).st_size else "the file is empty"
-                raise DataError(f"{where}: text is required, {found}; use more text")
+                raise DataError(f"{where}: text is required, {found}; use other text")
             raise DataError(
                 f"{where}: a window of {config.window} tokens is required, "
                 f"found {counted.total} tokens; use more text or a shorter window"
