@@ -22,6 +22,8 @@ BOS, EOS = 1, 2
 class Characters:
     """A tokenizer: each character is its code point. Records how long the texts were that it saw."""
 
+    all_special_ids = (BOS, EOS)
+
     def __init__(self, adds_bos=True, eos=EOS, template=None):
         self.adds_bos, self.bos_token_id, self.eos_token_id, self.chat_template = adds_bos, BOS, eos, template
         self.longest = 0
@@ -68,6 +70,38 @@ def test_documents_are_packed_with_the_tokenizers_own_mark_between_them(write, t
     assert [batch.shape for batch in batches] == [(2, 4)]
     assert batches[0].dtype == torch.int64
     assert "".join(strings(batches)) == expected[:8], "two windows are all there are, in order"
+
+
+@pytest.mark.parametrize(
+    ("single", "named", "start", "end"),
+    [
+        ("<|bos|> $A", ("bos", "eos"), [0], []),
+        ("<|bos|> $A", (), [0], []),
+        ("<|bos|> $A", ("eos",), [0], []),
+        ("<|bos|> <|eos|> $A", ("eos",), [0, 1], []),
+        ("$A", ("bos", "eos"), [], [1]),
+        ("$A <|eos|>", ("eos",), [], [1]),
+        ("$A <|eos|>", (), [], []),
+    ],
+    ids=["bos", "nothing-named", "eos-named", "two-tokens", "bos-unused", "only-an-end", "end-not-named"],
+)
+def test_a_text_starts_as_the_tokenizer_starts_it(write, single, named, start, end):
+    """Oracle: the template of the tokenizer, written by hand. What it ends with counts only where it names it eos."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    built = Tokenizer.from_file(str(ROOT / "examples/tiny-llama/tokenizer.json"))
+    built.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, **{f"{name}_token": f"<|{name}|>" for name in named})
+    text = "One of the two. " * 8
+    inside = tokenizer(text, add_special_tokens=False)["input_ids"]
+    length = len(start + inside + end)
+    file = write("a.txt", text)
+    (batch,) = calibration_batches(calibration(file, samples=1, sequence_length=length), tokenizer)
+    assert batch[0].tolist() == start + inside + end
+    length -= len(end)
+    (window,) = evaluation_windows(evaluation(file, window=length, stride=length, tokens=length), tokenizer)
+    assert window.tokens.tolist() == start + inside
 
 
 @pytest.mark.parametrize("name", ["A.TXT", "A.Jsonl", "A.JSONL"])
@@ -251,6 +285,9 @@ def test_tokens_that_the_model_cannot_embed(write):
         calibration_batches(calibration(file), tokenizer)
     with pytest.raises(DataError, match=message):
         list(evaluation_windows(evaluation(file, window=4, stride=4), tokenizer))
+    tokenizer.embedding_rows = BOS  # what it starts a text with counts, too
+    with pytest.raises(DataError, match=r"vocabulary size of 1, found 1: the tokenizer"):
+        calibration_batches(calibration(write("b.txt", "\0" * 8)), tokenizer)
 
 
 def test_blank_documents_teach_nothing_and_are_left_out(write):

@@ -27,7 +27,7 @@ LAYERS = [
     Layer(  # words and arithmetic: torch and the standard library (and yaml in yaml_tree)
         "ptq.errors ptq.version ptq.schema ptq.yaml_tree ptq.half_products "
         "ptq.allocator ptq.config_paths ptq.routing ptq.distributed ptq.grid ptq.grid_search ptq.squares ptq.loss "
-        "ptq.gate ptq.page ptq.page_scale ptq.page_report "
+        "ptq.gate ptq.affixes ptq.page ptq.page_scale ptq.page_report "
         "ptq.formats.codec ptq.formats.bitpack ptq.formats.capability ptq.formats.checks ptq.formats.staging",
         mutual=True,
     ),

@@ -1,7 +1,7 @@
 """Calibration and evaluation tokens, without padding, from text of any length.
 
-Text is tokenized in pieces, so memory does not grow with it. Where one document ends and the next begins stands the
-token the tokenizer itself starts a text with (bos), or else its eos.
+Text is tokenized in pieces, so memory does not grow with it. Where one document ends and the next begins stand the
+tokens the tokenizer itself starts a text with (bos, with most), or else its eos.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ptq.affixes import around
 from ptq.calibration.draw import draw_part, stretches
 from ptq.calibration.text import Row, documents, encodable, parts, pieces, rows, running_text
 from ptq.config import CalibrationConfig, EvaluationConfig
@@ -132,7 +133,10 @@ class _Counted:
 
 def _tokens(piece: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     # verbose=False: no warning that the text is longer than the model's context, which it is never shown at once.
-    ids: list[int] = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    return _embeddable(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
+
+
+def _embeddable(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     rows = getattr(tokenizer, "embedding_rows", None)  # as load_tokenizer notes them
     if rows is not None:
         require_embeddable(max(ids, default=0), rows)
@@ -141,8 +145,9 @@ def _tokens(piece: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def _marks(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """Tokens before and after each document."""
-    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
-        return [tokenizer.bos_token_id], []
+    before, _ = around(tokenizer, tokenizer.all_special_ids)
+    if before:
+        return _embeddable(before, tokenizer), []
     return [], [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 

@@ -6,9 +6,9 @@ How text is cut is `ptq.gguf.words`'s.
 import json
 import re
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
+from ptq.affixes import around
 from ptq.errors import UnsupportedModelError
 from ptq.gguf.words import Value, space_note, words_keys
 
@@ -108,7 +108,8 @@ def _scores(model: Mapping[str, Any], pieces: list[str]) -> list[float]:
 def _special(tokenizer: Any, spec: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, Value]:
     """Ids of special tokens, and which of them stand around a text."""
     keys: dict[str, Value] = {f"tokenizer.ggml.{SPECIAL[name]}_token_id": index for name, index in ids.items()}
-    for name, found in zip(("bos", "eos"), _around(tokenizer, spec), strict=True):
+    added = {token["id"] for token in spec["added_tokens"]}
+    for name, found in zip(("bos", "eos"), around(tokenizer, added), strict=True):
         if found not in ([], [ids.get(name)]):
             where = {"bos": "before", "eos": "after"}[name]
             raise UnsupportedModelError(
@@ -118,20 +119,6 @@ def _special(tokenizer: Any, spec: Mapping[str, Any], ids: Mapping[str, int]) ->
             )
         keys[f"tokenizer.ggml.add_{name}_token"] = bool(found)
     return keys
-
-
-def _around(tokenizer: Any, spec: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text, which must be one that it has tokens for."""
-    special = {token["id"] for token in spec["added_tokens"]}
-    texts = (tokenizer.decode([index]) for index in spec["model"]["vocab"].values() if index not in special)
-    for text in chain(("a",), texts):
-        inside = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if inside and not special.intersection(inside):
-            whole = tokenizer(text)["input_ids"]
-            found = [i for i in range(len(whole)) if whole[i : i + len(inside)] == inside]
-            if found:
-                return whole[: found[0]], whole[found[0] + len(inside) :]
-    return tokenizer("")["input_ids"], []  # no text has tokens
 
 
 def _templates(tokenizer: Any) -> dict[str, Value]:
