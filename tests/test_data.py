@@ -33,6 +33,9 @@ class Characters:
         start = [BOS] if self.adds_bos and add_special_tokens else []
         return {"input_ids": start + [ord(character) for character in text]}
 
+    def get_chat_template(self):
+        return self.chat_template
+
     def apply_chat_template(self, messages, tokenize):
         assert not tokenize
         return "".join(f"<{message['role']}>{message['content']}" for message in messages)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ptq.affixes import around
+from ptq.calibration.chat import render
 from ptq.calibration.draw import draw_part, stretches
-from ptq.calibration.text import Row, documents, encodable, parts, pieces, rows, running_text
+from ptq.calibration.text import Row, documents, parts, pieces, rows, running_text
 from ptq.config import CalibrationConfig, EvaluationConfig
 from ptq.errors import DataError
 
@@ -44,7 +45,7 @@ def calibration_batches(config: CalibrationConfig, tokenizer: "PreTrainedTokeniz
     4 million characters (or 16 a token, where that is more) from documents, or stretches of 65,536 characters, that
     are drawn before they are tokenized. Hub datasets: the first ones after shuffling. With ``chat_template`` a sample
     is one row, cut at ``sequence_length`` tokens; rows below 16 tokens are left out. The same configuration gives the
-    same tokens. Raises DataError.
+    same tokens, on any day: a template that asks for the date is told 26 July 2024. Raises DataError.
     """
     if config.chat_template and not tokenizer.chat_template:
         raise DataError(
@@ -207,7 +208,7 @@ def _conversations(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBas
 
     def sequences(conversations: Iterable[Row]) -> Iterator[Tensor]:
         for row in conversations:
-            text = _render(row, tokenizer)
+            text = render(row, tokenizer)
             tokens = chain.from_iterable(_tokens(piece, tokenizer) for piece in pieces([text]))
             sequence = list(islice(tokens, config.sequence_length))
             if len(sequence) >= SHORTEST_CHAT:
@@ -228,32 +229,6 @@ def _conversations(config: CalibrationConfig, tokenizer: "PreTrainedTokenizerBas
         f"calibration needs {config.samples} rows of {SHORTEST_CHAT} tokens or more, found {len(kept)}; "
         "use more rows or fewer samples"
     )
-
-
-def _render(row: Row, tokenizer: "PreTrainedTokenizerBase") -> str:
-    from jinja2 import TemplateError
-
-    messages = [{"role": "user", "content": row.value}] if isinstance(row.value, str) else row.value
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise DataError(
-            f"{row.place}: a list of messages ({{role, content}}) or a prompt is required, found "
-            f"{type(row.value).__name__}; name the column that holds conversations"
-        )
-    for message in messages:
-        # A template renders what is not there as nothing, so other keys would calibrate on empty turns.
-        if "role" not in message or not {"content", "tool_calls"} & message.keys():
-            raise DataError(
-                f"{row.place}: messages must have the keys role and content, found {', '.join(map(repr, message))}; "
-                "rename them, as in {'from': 'human', 'value': ...} to {'role': 'user', 'content': ...}"
-            )
-    if not messages:
-        raise DataError(f"{row.place}: at least one message is required, found an empty list; leave the row out")
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # A template is a program of the model's: it may fail in any way on what it does not expect.
-        raise DataError(f"{row.place}: the chat template refuses this conversation: {error}; leave it out") from error
-    return encodable(text, row.place)
 
 
 def _draw(sequences: Iterator[T], config: CalibrationConfig) -> list[T]:

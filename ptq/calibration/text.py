@@ -20,10 +20,11 @@ SHUFFLE_BUFFER = 10_000  # rows of a streamed dataset that are mixed
 
 
 class Row(NamedTuple):
-    """One value of the configured column, and where it stood (for errors)."""
+    """One value of the configured column, where it stood (for errors), and what its row has as ``tools``."""
 
     value: object
     place: str
+    tools: object = None
 
     def text(self) -> str:
         """The value, which must be text. Raises DataError."""
@@ -186,7 +187,7 @@ def _row(row: dict[str, Any], column: str, place: str) -> Row:
     if column not in row:
         columns = ", ".join(row)
         raise DataError(f"{place}: the column {column!r} is required, found {columns}; set column to one of these")
-    return Row(row[column], place)
+    return Row(row[column], place, row.get("tools"))
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
