@@ -1,9 +1,7 @@
 """The dense copy of a checkpoint with a LoRA adapter in it: what can be in it, and its tensors."""
 
 import json
-import shutil
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,13 @@ from torch import Tensor, nn
 
 from ptq.errors import ConfigError
 from ptq.formats.checkpoint import atomic_write_text, read_json
-from ptq.formats.staging import CHAT_TEMPLATES
 from ptq.models.conversion import Conversions
+from ptq.models.description import copy_description
 from ptq.models.experts import UnfusedExperts, experts_of
 from ptq.models.loading import working_dtype
 from ptq.models.structure import is_transposed
 from ptq.models.tying import state_ties
 from ptq.nn.linear import QuantLinear
-from ptq.pipeline import NOT_COPIED
 from ptq.runtime import Checkpoint
 
 PREFIX = "base_model.model."  # of names in an adapter's file
@@ -157,12 +154,7 @@ def _own_tensor(source: Checkpoint, name: str) -> str:
 
 def write_description(source: Checkpoint, staged: Path) -> None:
     """Everything but the tensors: config.json of a dense checkpoint, and the files beside it."""
-    skipped = (*NOT_COPIED, "ptq_config.yaml")
-    for entry in source.directory.iterdir():
-        if entry.is_file() and not any(fnmatchcase(entry.name, pattern) for pattern in skipped):
-            shutil.copyfile(entry, staged / entry.name)
-    if (source.directory / CHAT_TEMPLATES).is_dir():
-        shutil.copytree(source.directory / CHAT_TEMPLATES, staged / CHAT_TEMPLATES)
+    copy_description(source.directory, staged)
     settings = read_json(source.directory / "config.json")
     for key in ("quantization_config", "torch_dtype"):
         settings.pop(key, None)

@@ -22,8 +22,13 @@ from ptq.readers import REFUSES, Facts, Verdict, split_problems, unknown_roles, 
 
 PARTS = (2, 4, 8)  # GPUs of a tensor-parallel group
 _SHOWN = 3  # of many alike
-# Settings of which GPTQ files have two copies; readers take one or the other.
-_TWICE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic")
+# Files with a second copy of settings, of GPTQ and of AutoAWQ: how a setting is called there and in config.json.
+_TWICE = {
+    "quantize_config.json": {
+        key: key for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic")
+    },
+    "quant_config.json": {"w_bit": "bits", "q_group_size": "group_size", "zero_point": "zero_point"},
+}
 _EXPERT = re.compile(r"\.experts\.\*\.(gate_proj|up_proj|down_proj)$")
 
 
@@ -222,17 +227,22 @@ def _compare(
 
 
 def _second_copy(directory: Path, settings: Config) -> list[str]:
-    """GPTQ's quantize_config.json is read first by some readers: two that differ are two models."""
-    path = directory / "quantize_config.json"
-    if not path.is_file():
-        return []
-    copy = read_json(path)
-    differing = [key for key in _TWICE if key in copy and key in settings and copy[key] != settings[key]]
-    return [
-        f"{key} is {settings[key]!r} in config.json and {copy[key]!r} in quantize_config.json: some readers take one, "
-        "some the other"
-        for key in differing
-    ]
+    """Some readers take the settings from a file of their own: two that differ are two models."""
+    problems = []
+    for file, keys in _TWICE.items():
+        copy = read_json(directory / file) if (directory / file).is_file() else {}
+        problems += [
+            f"{key} is {settings[key]!r} in config.json and {copy[other]!r} in {file}: some readers take one, some the "
+            "other"
+            for other, key in keys.items()
+            if other in copy and key in settings and copy[other] != settings[key]
+        ]
+    if settings.get("quant_method") != "modelopt" and (directory / "hf_quant_config.json").is_file():
+        problems.append(
+            f"quant_method is {settings.get('quant_method')!r} in config.json, and hf_quant_config.json is another "
+            "tool's (ModelOpt): some readers take one, some the other"
+        )
+    return problems
 
 
 def _is_output(model: nn.Module, name: str) -> bool:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +17,11 @@ from ptq.distributed import ALONE, Ranks
 from ptq.errors import ConfigError, FormatError
 from ptq.evaluation import evaluate_run, kernels_of, require_text
 from ptq.formats.checkpoint import atomic_write_text, read_json
-from ptq.formats.staging import CHAT_TEMPLATES, json_text
+from ptq.formats.staging import json_text
 from ptq.journal import Journal
 from ptq.journal_directory import RunDirectory, run_directory, what_is_left
 from ptq.journal_signature import model_signature, require_same, require_unchanged, signature_of
+from ptq.models.description import copy_description
 from ptq.models.experts import routers
 from ptq.models.tying import state_ties
 from ptq.page_report import report_page
@@ -43,11 +43,6 @@ from ptq.progress import Progress
 from ptq.report import PeakMemory, Report, anonymous_bytes, hardware, resident_bytes, versions
 from ptq.version import VERSION
 from ptq.walk import units, walk
-
-# Weights and what describes them are written anew; everything else beside them is the parent's.
-NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
-              "config.json", "quantize_config.json", "report.json", "report.html", ".*", "*.md",
-              "original")  # fmt: skip
 
 
 def quantize(
@@ -297,14 +292,7 @@ def _write_description(plan: Plan, staged: Path) -> None:
     state_ties(plan.hf_config, settings)
     if any(plan.names.is_tied(f"{name}.weight") for name in head_targets(plan)):
         settings["tie_word_embeddings"] = False  # a packed head cannot share the embedding's storage
-    ignore = shutil.ignore_patterns(*NOT_COPIED)
-    entries = list(plan.directory.iterdir())
-    skipped = ignore(str(plan.directory), [e.name for e in entries])
-    for entry in entries:
-        if entry.is_file() and entry.name not in skipped:
-            shutil.copyfile(entry, staged / entry.name)
-    if (plan.directory / CHAT_TEMPLATES).is_dir():
-        shutil.copytree(plan.directory / CHAT_TEMPLATES, staged / CHAT_TEMPLATES, dirs_exist_ok=True)
+    copy_description(plan.directory, staged)
     atomic_write_text(staged / "config.json", json.dumps(settings, indent=2) + "\n")
     if quantization["quant_method"] == "gptq":
         atomic_write_text(staged / "quantize_config.json", json.dumps(quantization, indent=2) + "\n")

@@ -208,6 +208,22 @@ def test_a_configuration_of_other_weights_is_damage(
     assert message in (lint(edited(made(), tmp_path / "x", **changes)).failure or "")
 
 
+def test_settings_of_other_tools_must_be_the_same(made: Callable[..., Path], tmp_path: Path) -> None:
+    """AutoAWQ's file has names of its own; ModelOpt's describes a format that no checkpoint here has."""
+    checkpoint = Path(shutil.copytree(made("awq", symmetric=False), tmp_path / "x"))
+    settings = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    own = {"w_bit": settings["bits"], "q_group_size": settings["group_size"], "zero_point": True, "version": "GEMM"}
+    (checkpoint / "quant_config.json").write_text(json.dumps(own))
+    assert lint(checkpoint).problems == []
+    (checkpoint / "quant_config.json").write_text(json.dumps({**own, "q_group_size": 77}))
+    (problem,) = lint(checkpoint).problems
+    assert f"group_size is {settings['group_size']} in config.json and 77 in quant_config.json" in problem
+    (checkpoint / "quant_config.json").unlink()
+    (checkpoint / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    (problem,) = lint(checkpoint).problems
+    assert "quant_method is 'awq' in config.json, and hf_quant_config.json is another tool's (ModelOpt)" in problem
+
+
 def test_a_checkpoint_that_nobody_loads_fails(made: Callable[..., Path], tmp_path: Path) -> None:
     """Asymmetric mixed widths: transformers takes one scheme, vLLM and SGLang want 4 or 8 bits."""
     mixed = made("compressed-tensors", symmetric=False, bits=3)

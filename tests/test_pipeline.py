@@ -240,14 +240,53 @@ def test_shards_on_both_sides(tmp_path):
     assert torch.equal(first, second)
 
 
+# Weights of other frameworks and of what other tools made of them, and what would tell readers of those tools.
+OF_OTHERS = (
+    *(
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "consolidated.00.pth",
+        "tf_model.h5",
+        "tf_model.h5.index.json",
+    ),
+    *(
+        "flax_model.msgpack",
+        "flax_model.msgpack.index.json",
+        "rust_model.ot",
+        "model.onnx",
+        "model.onnx_data",
+        "a.mlmodel",
+    ),
+    *("weights.npz", "model.ckpt.index", "model.ckpt.data-00000-of-00001", "all.tar.gz", "all.zip", "model.gguf"),
+    *("quant_config.json", "hf_quant_config.json", "recipe.yaml", ".hidden.json", "picture.png", "notes.md"),
+)
+# Code, tokenizers of all kinds, chat templates, processors, licences.
+OF_USE = (
+    *(
+        "modeling_x.py",
+        "kernel.cu",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "LICENSE",
+        "license.txt",
+        "NOTICE",
+    ),
+    *("tokenizer.model", "tokenizer.model.v3", "qwen.tiktoken", "vocab.bpe", "merges.txt", "source.spm", "bpe.codes"),
+)
+
+
 def test_what_stands_beside_the_weights(llama, tmp_path):
     (llama / "README.md").write_text("the parent's card")
-    (llama / "pytorch_model.bin").write_bytes(b"pickled")
+    for name in OF_OTHERS:
+        (llama / name).write_bytes(b"{}")
+    for name in OF_USE:
+        (llama / name).write_text("of use")
     run(settings(llama, tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "ptq_config.yaml", "quantize_config.json",
-        "report.html", "report.json", "tokenizer.json", "tokenizer_config.json",
+        "report.html", "report.json", "tokenizer.json", "tokenizer_config.json", *OF_USE,
     }  # fmt: skip
+    assert {(tmp_path / "out" / name).read_text() for name in OF_USE} == {"of use"}
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["dtype"] == "bfloat16"
     assert quantization(tmp_path / "out") == json.loads((tmp_path / "out" / "quantize_config.json").read_text())

@@ -10,9 +10,7 @@ from torch import Tensor
 from ptq.errors import ConfigError, FormatError
 from ptq.formats.checks import DTYPES
 from ptq.formats.codec import TensorSpec
-
-# What tells how a model is run, and under which licence.
-DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*", "NOTICE*")
+from ptq.models.description import DESCRIPTION
 
 
 @contextmanager

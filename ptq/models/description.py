@@ -1,0 +1,31 @@
+"""The files beside a model's weights that tell how it is run, and under which licence."""
+
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ptq.formats.staging import CHAT_TEMPLATES
+
+# What is fetched of a hub model and copied of a local one. Anything else is not of use to who loads the checkpoint:
+# weights of other frameworks, archives, logs.
+DESCRIPTION = (
+    *("*.json", "*.jinja", "*.py", "*.cpp", "*.cu"),
+    *("*.model", "tokenizer.model.*", "*.txt", "*.tiktoken", "*.spm", "*.bpe", "*.vocab", "*.codes"),  # of tokenizers
+    *("README.md", "LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "COPYING*"),
+)
+# Of these, what is written anew, and what tells how another tool quantized the model.
+ANEW = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "*.index.json",
+        "report.json", "README.md", ".*")  # fmt: skip
+
+
+def copy_description(directory: Path, staged: Path) -> None:
+    """Copy what describes the model in ``directory``, but for what its quantized or dense copy has of its own."""
+    for entry in directory.iterdir():
+        if entry.is_file() and _matches(entry.name, DESCRIPTION) and not _matches(entry.name, ANEW):
+            shutil.copyfile(entry, staged / entry.name)
+    if (directory / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(directory / CHAT_TEMPLATES, staged / CHAT_TEMPLATES, dirs_exist_ok=True)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
