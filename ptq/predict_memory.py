@@ -5,6 +5,7 @@ is left of the drift while they are solved; a block needs what the largest of th
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -65,8 +66,12 @@ def outer_bytes(plan: Plan) -> int:
 
 
 def width(plan: Plan) -> int:
-    """Of the hidden states."""
-    return int(plan.hf_config.get_text_config().hidden_size)
+    """Of the hidden states; a configuration may have another name for it, and most Linears of a block read them."""
+    said = getattr(plan.hf_config.get_text_config(), "hidden_size", None)
+    if said is not None:
+        return int(said)
+    inside = Counter(k for name, (_, k) in plan.shapes.items() if name.startswith(f"{plan.blocks}."))
+    return inside.most_common(1)[0][0]
 
 
 def tokens_of(plan: Plan) -> int:
@@ -139,8 +144,12 @@ def evaluation_work(plan: Plan) -> dict[str, int]:
 
 
 def vocabulary(plan: Plan) -> int:
-    """Tokens that a logit is computed for."""
-    return int(plan.hf_config.get_text_config().vocab_size)
+    """Tokens that a logit is computed for; no matrix beside the blocks has more rows than embeddings and head."""
+    said = getattr(plan.hf_config.get_text_config(), "vocab_size", None)
+    if said is not None:
+        return int(said)
+    beside = (p for name, p in plan.skeleton.named_parameters() if not name.startswith(f"{plan.blocks}."))
+    return max((p.shape[0] for p in beside if p.dim() == 2), default=0)
 
 
 def _bytes(module: nn.Module, plan: Plan) -> int:

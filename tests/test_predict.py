@@ -4,6 +4,7 @@ import dataclasses
 import io
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ptq.models.structure import find_blocks, linears, weight_shape
 from ptq.pipeline import quantize
 from ptq.plan import Plan, make_plan
 from ptq.predict import compared, describe_prediction, home_of, predict
+from ptq.predict_memory import vocabulary, width
 from ptq.predict_time import Rates, measure_rates
 from ptq.progress import Progress
 from ptq.report import PeakMemory, anonymous_bytes
@@ -220,3 +222,16 @@ def test_the_command(tmp_path, capsys):
     for word in ("quantize     16 x 128 x 256", "memory ", "disk ", "time ", "hidden states 0.03 GB"):
         assert word in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("without", ["hidden_size", "vocab_size"])
+def test_a_configuration_with_other_names(without, tmp_path):
+    """As code of a model's own has them. Oracle: the prediction where it has the usual ones."""
+    plan = make_plan(small_run(small_parent(tmp_path / "parent"), tmp_path / "out"))
+    rates = Rates(1e9, 1e9, 1e9, 1e9)
+    usual = plan.hf_config.to_dict()
+    unusual = SimpleNamespace(**{key: value for key, value in usual.items() if key != without})
+    unusual.get_text_config = lambda: unusual
+    other = plan._replace(hf_config=unusual)
+    assert predict(other, rates, 0, torch.device("cpu")) == predict(plan, rates, 0, torch.device("cpu"))
+    assert (width(other), vocabulary(other)) == (usual["hidden_size"], usual["vocab_size"])
