@@ -149,6 +149,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parent", help="the float model it came from: adds KL divergence and top-1 agreement")
     files = ".txt, .jsonl or .parquet; may be repeated"
     parser.add_argument("--text", action="append", default=[], metavar="FILE", help=files)
+    parser.add_argument("--column", default="text", help="of .jsonl and .parquet that holds it (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
     parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")
@@ -182,12 +183,12 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _eval_text(options: argparse.Namespace) -> dict[str, Any]:
-    from ptq.config import EvaluationConfig, check_evaluation
+    from ptq.config import DatasetConfig, EvaluationConfig, check_evaluation
     from ptq.evaluation import evaluate_checkpoint, show
 
     settings = EvaluationConfig(
-        files=tuple(options.text), tokens=options.tokens, window=options.window,
-        stride=options.window if options.stride is None else options.stride,
+        dataset=DatasetConfig(files=tuple(options.text), column=options.column), tokens=options.tokens,
+        window=options.window, stride=options.window if options.stride is None else options.stride,
     )  # fmt: skip
     check_evaluation(settings, "--")
     document = evaluate_checkpoint(
@@ -227,6 +228,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="PATH", help="file, or directory for NAME-TYPE.gguf (default: here)")
     text = "solve for the block formats on this text; may be repeated"
     parser.add_argument("--text", action="append", metavar="FILE", help=text)
+    parser.add_argument("--column", help="of .jsonl and .parquet that holds it (default text)")
     parser.add_argument("--samples", type=int, help=f"sequences of it (default {SAMPLES})")
     parser.add_argument("--length", type=int, help=f"tokens of each (default {LENGTH})")
     how = "take text, options and device from a configuration instead: its calibration, gptq, device, dtype and strict"
@@ -245,13 +247,13 @@ def _export(options: argparse.Namespace) -> int:
 
     if options.config and options.text:
         raise ConfigError("export takes its text from --text or from --config, found both: leave one of them out")
-    given = [f"--{name}" for name in ("samples", "length", "device") if getattr(options, name) is not None]
+    given = [f"--{name}" for name in ("column", "samples", "length", "device") if getattr(options, name) is not None]
     if given and not options.text:
         found = "--config, which has its own" if options.config else "none"
         raise ConfigError(f"{', '.join(given)} need --text FILE to solve on; found {found}: leave them out")
     run = load_config(options.config) if options.config else None
     if options.text:
-        text = DatasetConfig(files=tuple(options.text))
+        text = DatasetConfig(files=tuple(options.text), column=options.column or "text")
         samples = SAMPLES if options.samples is None else options.samples
         length = LENGTH if options.length is None else options.length
         calibration = CalibrationConfig(dataset=text, samples=samples, sequence_length=length)

@@ -10,6 +10,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parent", required=True, metavar="MODEL", help="the float model they were made from")
     parser.add_argument("--text", required=True, action="append", metavar="FILE",
                         help=".txt, .jsonl or .parquet; may be repeated")  # fmt: skip
+    parser.add_argument("--column", default="text", help="of .jsonl and .parquet that holds it (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
     parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")
@@ -24,13 +25,12 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 def _compare(options: argparse.Namespace) -> int:
     from ptq.compare import compare_checkpoints, show
     from ptq.compare_page import write_comparison
-    from ptq.config import EvaluationConfig, check_evaluation
+    from ptq.config import DatasetConfig, EvaluationConfig, check_evaluation
     from ptq.formats.staging import output_path
 
-    settings = EvaluationConfig(
-        files=tuple(options.text), tokens=options.tokens, window=options.window,
-        stride=options.window if options.stride is None else options.stride,
-    )  # fmt: skip
+    text = DatasetConfig(files=tuple(options.text), column=options.column)
+    stride = options.window if options.stride is None else options.stride
+    settings = EvaluationConfig(dataset=text, tokens=options.tokens, window=options.window, stride=stride)
     check_evaluation(settings, "--")
     if options.out:
         output_path(Path(options.out), "--out")

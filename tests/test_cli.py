@@ -125,6 +125,24 @@ def test_home_directories_where_a_shell_leaves_them(
         load_config("demo.yaml", ["model=~nobody-of-that-name/x"])
 
 
+def test_the_column_that_holds_the_text(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the figures of the same text in the usual column."""
+    words = (TEXT / "eval-novel.txt").read_text()[:2000]
+    found = []
+    for column in ("text", "story"):
+        file = tmp_path / f"{column}.jsonl"
+        file.write_text(json.dumps({column: words, "number": 1}) + "\n")
+        text = ["--text", str(file), "--tokens=64", "--window=32", "--column", column]
+        json_file = tmp_path / f"{column}.json"
+        assert cli.main(["eval", str(checkpoint), *text, "--json", str(json_file)]) == 0
+        assert cli.main(["compare", str(checkpoint), "--parent", str(MODEL), *text]) == 0
+        assert json.loads(json_file.read_text())["text"] == [str(file)]
+        found.append((json.loads(json_file.read_text())["models"], capsys.readouterr().out))
+    assert found[0] == found[1]
+    assert cli.main(["eval", str(checkpoint), "--text", str(file), "--tokens=64", "--window=32"]) == 1
+    assert "the column 'text' is required, found story, number; set column to one of" in capsys.readouterr().err
+
+
 def test_eval_and_inspect(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = ["--text", str(TEXT / "eval-novel.txt"), "--tokens", "256", "--window", "64"]
     figures = tmp_path / "figures.json"

@@ -19,6 +19,7 @@ from ptq import cli
     ("inspect", ["--html", "/proc/x.html"], "--html must name a file that can be written; /proc takes none"),
     ("eval", ["--text", "~nobody-of-that-name/a.txt"], "must begin with a home directory that there is, found none"),
     ("export", ["--type", "F16", "--device", "cpu"], "--device need --text FILE to solve on; found none"),
+    ("export", ["--type", "F16", "--column", "story"], "--column need --text FILE to solve on; found none"),
     ("export", ["--type", "Q4_0", "--config", "demo.yaml", "--samples", "3"], "found --config, which has its own"),
     ("export", ["--type", "Q4_0", "--text", "a.txt", "--samples", "0"], "--samples must be 1 or more, found 0"),
     ("export", ["--type", "Q4_0", "--text", "a.txt", "--length", "1"], "--length must be 2 or more, found 1"),

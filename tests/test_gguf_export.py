@@ -345,6 +345,12 @@ def test_the_command_line(parents, tmp_path, capsys, text):
         assert word in printed
     assert cli.main([*arguments, *solve]) == 2
     assert "pass --overwrite" in capsys.readouterr().err
+    made, rows = tmp_path / "llama-Q4_0.gguf", tmp_path / "a.jsonl"
+    kept = made.read_bytes()
+    rows.write_text(json.dumps({"story": Path(text).read_text()}) + "\n")
+    solve[1] = str(rows)
+    assert cli.main([*arguments, *solve, "--column", "story", "--overwrite"]) == 0
+    assert made.read_bytes() == kept, "it is the same text"
 
 
 def test_text_may_come_from_a_configuration(parents, tmp_path, capsys, text):
