@@ -188,6 +188,12 @@ def _check_patterns(config: RunConfig, modules: list[str]) -> None:
     unused = [p for p in unused_patterns(config, modules) if p != "lm_head"]
     if unused and any(matches(unused[0], module) for module in modules):
         raise ConfigError(f"overrides of {unused[0]!r} have no effect: `exclude` has every Linear that it matches")
+    if unused and _is_expression(unused[0]):
+        raise ConfigError(
+            f"a pattern in exclude or overrides must match a Linear; {unused[0]!r} matches none: patterns are no "
+            "regular expressions, but match a module's whole path as a shell matches file names; write '*.mlp.*' for "
+            "what is below any mlp"
+        )
     if unused:
         names = dict.fromkeys([*modules, *(m.rpartition(".")[2] for m in modules)])  # many end alike
         near = get_close_matches(unused[0], names, n=2, cutoff=0.3)
@@ -195,6 +201,11 @@ def _check_patterns(config: RunConfig, modules: list[str]) -> None:
             f"a pattern in exclude or overrides must match a Linear; {unused[0]!r} matches none"
             + (f": did you mean {' or '.join(near)}?" if near else "")
         )
+
+
+def _is_expression(pattern: str) -> bool:
+    """Whether it looks like a regular expression: llm-compressor marks them with "re:"."""
+    return pattern.startswith(("re:", ".*", "^")) or any(sign in pattern for sign in "\\$(|+")
 
 
 def _check_reach(config: RunConfig, schemes: Mapping[str, Scheme | None], blocks: str, never: Sequence[str]) -> None:

@@ -127,6 +127,13 @@ def test_an_output_among_the_models_files(place, check, parent, tmp_path):
     ("changes", "sentence"),
     [
         ({"exclude": ("up_prj",)}, "'up_prj' matches none: did you mean up_proj"),
+        *(
+            (
+                {"exclude": (pattern,)},
+                "patterns are no regular expressions, but match a module's whole path",
+            )
+            for pattern in ("re:.*mlp.*", ".*mlp.*", r"model\.layers\.0", "^model", "(q|k)_proj", "down_proj$", "mlp.+")
+        ),
         ({"overrides": {"vision.*": SchemeOverride(bits=8)}}, "'vision.*' matches none"),
         ({"exclude": ("*",)}, "exclude rules out all 15"),
         ({"group_size": 48}, "group_size must be -1 or divide in_features 64, found 48"),
