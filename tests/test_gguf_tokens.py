@@ -114,6 +114,12 @@ def test_a_vocabulary_of_few_letters(unknown):
     assert (keys["tokenizer.ggml.add_bos_token"], keys["tokenizer.ggml.add_eos_token"]) == (False, False)
 
 
+def test_an_end_mark_that_stands_for_unknown_letters_is_no_unknown_token():
+    """As GPT-2's; no letter is unknown to its bytes."""
+    kinds = tokenizer_keys(byte_level(plain_words(), unk_token="</s>"), 261)["tokenizer.ggml.token_type"]
+    assert kinds[258:] == [3, 3, 4]
+
+
 def test_a_vocabulary_of_no_text():
     built = Tokenizer(models.BPE(vocab={"</s>": 0}, merges=[]))
     built.pre_tokenizer = plain_words()
@@ -192,8 +198,12 @@ def sentencepiece(**changes: object) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def test_a_sentencepiece_tokenizer():
-    keys = tokenizer_keys(sentencepiece(), 265)
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_a_sentencepiece_tokenizer(unknown):
+    """The model inside the LlamaTokenizer of transformers 5 names no unknown token."""
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.model.unk_token = unknown
+    keys = tokenizer_keys(tokenizer, 265)
     assert keys["tokenizer.ggml.model"] == "llama"
     assert keys["tokenizer.ggml.add_space_prefix"] is True
     assert keys["tokenizer.ggml.token_type"] == [2, 3, 3, *[6] * 256, *[1] * 6]

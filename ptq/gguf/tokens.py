@@ -33,11 +33,13 @@ def tokenizer_keys(tokenizer: Any, rows: int, ids: Mapping[str, int] | None = No
     spec = _spec(tokenizer)
     model = spec["model"]
     keys = words_keys(spec)
-    pieces, kinds = _vocabulary(spec, rows, bool(model.get("byte_fallback")))
+    named = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
+    # GPT-2 and its like name their end mark here, for no letter is unknown to them.
+    unknown = None if named["unk"] in (named["bos"], named["eos"]) else named["unk"]
+    pieces, kinds = _vocabulary(spec, rows, bool(model.get("byte_fallback")), unknown)
     keys |= {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": kinds}
     if model.get("byte_fallback"):
         keys["tokenizer.ggml.scores"] = _scores(model, pieces)
-    named = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
     found = {name: index for name, index in named.items() if isinstance(index, int)}
     return keys | _special(tokenizer, spec, {**(ids or {}), **found}) | _templates(tokenizer)
 
@@ -65,8 +67,10 @@ def _spec(tokenizer: Any) -> dict[str, Any]:
     return spec
 
 
-def _vocabulary(spec: Mapping[str, Any], rows: int, has_bytes: bool) -> tuple[list[str], list[int]]:
-    """The text and the type of every row of the embedding."""
+def _vocabulary(
+    spec: Mapping[str, Any], rows: int, has_bytes: bool, unknown: int | None
+) -> tuple[list[str], list[int]]:
+    """The text and the type of every row of the embedding; ``unknown`` is what transformers takes for any other."""
     by_id = {index: piece for piece, index in spec["model"]["vocab"].items()}
     added = {each["id"]: each for each in spec["added_tokens"]}
     last = max([*by_id, *added])
@@ -81,8 +85,8 @@ def _vocabulary(spec: Mapping[str, Any], rows: int, has_bytes: bool) -> tuple[li
         if index in added:
             token = added[index]
             pieces.append(token["content"])
-            unknown = token["content"] == spec["model"].get("unk_token")
-            kinds.append(UNKNOWN if unknown else CONTROL if token["special"] else USER_DEFINED)
+            is_unknown = index == unknown or token["content"] == spec["model"].get("unk_token")
+            kinds.append(UNKNOWN if is_unknown else CONTROL if token["special"] else USER_DEFINED)
         elif index in by_id:
             pieces.append(by_id[index])
             is_byte = has_bytes and len(by_id[index]) == 6 and by_id[index].startswith("<0x")
