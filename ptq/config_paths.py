@@ -76,6 +76,11 @@ def find_files(names: Sequence[str], key: str, roots: Sequence[Path]) -> tuple[s
     for name in (with_variables(name, key) for name in names):
         tried = [root / expanded(name) for root in roots]
         found = next((path for path in tried if path.is_file()), None)
+        if not any(path.exists() for path in tried) and any(sign in name for sign in "*?["):
+            raise ConfigError(
+                f"{key} must name files that exist, found none at {_places(tried)}: patterns are not expanded, name "
+                "each file"
+            )
         if found is None and (other := next((path for path in tried if path.exists()), None)):
             what = "a directory" if other.is_dir() else "neither a file nor a directory"
             raise ConfigError(f"{key} must name regular files, {other.absolute()} is {what}: name files of text")

@@ -140,6 +140,14 @@ def test_variables_in_paths(key, written, load, tmp_path, monkeypatch):
         load(text)
 
 
+def test_patterns_of_files_are_not_expanded(tmp_path):
+    """A name with such a character in it may be there."""
+    (tmp_path / "a[1].txt").touch()
+    with pytest.raises(ConfigError, match=r"found none at \S+/\*.txt: patterns are not expanded, name each file"):
+        find_files(["*.txt"], "files", [tmp_path])
+    assert find_files(["a[1].txt"], "files", [tmp_path]) == (str(tmp_path / "a[1].txt"),)
+
+
 @pytest.mark.parametrize("name", ["no-such.txt", "/x/no-such.txt"])
 def test_a_place_that_was_looked_at_twice_is_named_once(name, monkeypatch):
     monkeypatch.chdir(ROOT / "ptq")  # where the paths of shipped configurations count from

@@ -343,6 +343,14 @@ def test_files_that_are_not_there(tmp_path, name):
         calibration_batches(calibration(tmp_path / name), Characters())
 
 
+def test_patterns_are_not_expanded(write):
+    """A name with such a character in it may be there."""
+    kept = write("a.txt", "abcdefgh")
+    with pytest.raises(DataError, match="found: No such file or directory: patterns are not expanded, name each file"):
+        calibration_batches(calibration(kept.with_name("*.txt")), Characters())
+    assert calibration_batches(calibration(write("[1].txt", "abcdefgh")), Characters())
+
+
 def test_the_hash_is_over_shapes_and_little_endian_tokens():
     batches = [torch.tensor([[1, 2]]), torch.tensor([[-1], [1 << 40]])]
     expected = hashlib.sha256(

@@ -133,7 +133,10 @@ def _open(path: Path) -> io.BufferedReader:
     try:
         return path.open("rb")
     except OSError as error:
-        raise DataError(f"{path.absolute()}: a readable text file is required, found: {error.strerror}") from error
+        advice = ": patterns are not expanded, name each file" if any(sign in path.name for sign in "*?[") else ""
+        raise DataError(
+            f"{path.absolute()}: a readable text file is required, found: {error.strerror}{advice}"
+        ) from error
 
 
 def _undecodable(path: Path, start: int, error: UnicodeDecodeError) -> DataError:
