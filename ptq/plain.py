@@ -1,6 +1,7 @@
 """Quantizing any PyTorch module, without Hugging Face."""
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -286,9 +287,19 @@ def _twin(module: nn.Module, batches: Iterable[Any]) -> FloatTwin:
 def _runner(module: nn.Module, batch: Any) -> Callable[[], Any]:
     def run() -> Any:
         given = _copied(batch)  # a module may change its arguments in place, or fill a cache among them
-        if isinstance(given, Mapping):
-            return module(**given)
-        return module(*given) if isinstance(given, tuple | list) else module(given)
+        named = given if isinstance(given, Mapping) else {}
+        placed = () if named is given else given if isinstance(given, tuple | list) else (given,)
+        try:
+            return module(*placed, **named)
+        except TypeError as error:
+            try:
+                inspect.signature(module.forward).bind(*placed, **named)
+            except TypeError as misfit:
+                raise ConfigError(
+                    f"a batch must be the arguments of the module, found one that does not fit its forward: {misfit}; "
+                    "leave labels out, and name arguments in a dict"
+                ) from error
+            raise
 
     return run
 

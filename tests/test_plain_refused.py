@@ -106,6 +106,32 @@ def test_load_refuses_before_it_looks(options: dict[str, Any], message: str) -> 
         ptq.load("nowhere", **options)
 
 
+class Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise TypeError("a reason of its own")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [((X, torch.zeros(16)), "too many positional arguments"), ({"y": X}, "missing a required argument: '.*'")],
+    ids=["labels", "names"],
+)
+def test_batches_that_are_not_the_modules_arguments(method: str, batch: Any, found: str) -> None:
+    """As a DataLoader gives them. A TypeError of the module itself is not called a matter of its arguments."""
+    module = plain()
+    message = f"a batch must be the arguments of the module, found one that does not fit its forward: {found}; leave"
+    with pytest.raises(ConfigError, match=message):
+        ptq.quantize_linears(module, [batch], method=method, group_size=K)
+    assert type(module[0]) is nn.Linear
+    with pytest.raises(TypeError, match="a reason of its own"):
+        ptq.quantize_linears(Failing(), [X], method=method, group_size=K)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_weights_that_become_zero_are_lost_whole(method: str) -> None:
     """Too small for any scale: the error is the weight itself, so the relative loss is 1 by its definition."""
