@@ -18,6 +18,7 @@ from ptq.models.loading import build_skeleton, model_dtype, read_config
 from ptq.models.names import SourceNames, unplaced
 from ptq.models.stock import initialization_error, left_out
 from ptq.models.structure import is_transposed, linears, weight_shape
+from ptq.packed import require_described
 from ptq.readers import REFUSES, Facts, Verdict, split_problems, unknown_roles, verdicts
 
 PARTS = (2, 4, 8)  # GPUs of a tensor-parallel group
@@ -66,6 +67,8 @@ def lint(path: str | Path, *, trust_remote_code: bool = False) -> Lint:
     hf_config = read_config(directory, trust_remote_code=trust_remote_code)
     settings = read_json(directory / "config.json").get("quantization_config")
     if not isinstance(settings, dict):
+        if any(directory.glob("*.safetensors")):
+            require_described(directory, CheckpointReader(directory).names())
         raise ConfigError(
             f"only quantized checkpoints are checked; {directory / 'config.json'} has no quantization_config"
         )

@@ -1,6 +1,7 @@
 """The packed weights of a checkpoint, and the QuantLinears of a model that they belong to."""
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +87,19 @@ def _require_orders(config: Config, stored: set[str]) -> None:
                 f"actorder {order!r} in {label} of config_groups needs weight_g_idx tensors, the file has none; use "
                 "actorder 'weight', which needs none"
             )
+
+
+def require_described(directory: Path, names: Iterable[str]) -> None:
+    """Raise FormatError for packed tensors in a directory whose config.json has no word about them."""
+    packed = sorted(name for name in names if name.endswith((".qweight", ".weight_packed")))
+    if packed:
+        raise FormatError(
+            f"packed weights must be described by quantization_config in config.json; {directory} holds "
+            f"{packed[0]} ({len(packed)} such in all), and its config.json has none, without which they say nothing: "
+            "where another tool wrote the directory, fetch its config.json again; where a part or a state dict of a "
+            "model of ptq.quantize_linears was saved, give quantize_linears the whole transformers model and call its "
+            "save_pretrained, or run `ptq quantize` on the float checkpoint"
+        )
 
 
 def require_multiplied(dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Quantizing any PyTorch module, without Hugging Face."""
+"""Quantizing any PyTorch module, without Hugging Face; a model of transformers can be saved as a checkpoint."""
 
 import copy
 import inspect
@@ -17,6 +17,7 @@ from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.grid import resolve_group_size
 from ptq.half_products import fast_half_products
+from ptq.integration.made import attach_made
 from ptq.models.structure import linears, require_memory, weight_shape
 from ptq.nn.swap import replace_module, take_hooks, to_quant_linear
 from ptq.schema import build
@@ -43,7 +44,8 @@ def quantize_linears(
 
     A weight that a Linear shares with another module (an embedding, say) stays float there. Nothing is written into
     memory that a weight has in common with other tensors (views, arrays, mapped files): it gets its own first. Hooks on
-    a Linear's forward and backward pass go over to the layer that replaces it.
+    a Linear's forward and backward pass go over to the layer that replaces it. ``save_pretrained`` of a model of
+    transformers writes a checkpoint afterwards, which `ptq.load` reads.
 
     Args:
         module: any module; it is run on the calibration batches, once for each group of layers that share an input, so
@@ -74,25 +76,11 @@ def quantize_linears(
         UnsupportedModelError: a layer that the batches do not reach, ``awq``: that the first one does not reach; one
             that is called with anything but a dense tensor.
     """
-    if not isinstance(bits, int) or bits not in WIDTHS:
-        raise ConfigError(
-            f"bits must be 2, 3, 4 or 8, found {bits!r}; a budget needs a language model: python -m ptq.gptq"
-        )
-    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
-        raise ConfigError(
-            f"exclude must be a list of patterns, found {exclude!r}: write exclude=['...'], or leave it out"
-        )
-    require_memory("ptq.quantize_linears")
-    config = build(RunConfig, {
-        "model": "module", "output": "module", "method": method, "bits": bits, "group_size": group_size,
-        "symmetric": symmetric, "exclude": list(exclude), "gptq": _options("gptq", gptq, GPTQConfig),
-        "awq": _options("awq", awq, AWQConfig), "refine": _options("refine", refine, RefineConfig),
+    config = _config({
+        "method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "exclude": exclude,
+        "gptq": _options("gptq", gptq, GPTQConfig), "awq": _options("awq", awq, AWQConfig),
+        "refine": _options("refine", refine, RefineConfig),
     })  # fmt: skip
-    if config.refine.model_steps:
-        raise ConfigError(
-            "refine.model_steps must be 0 for a module, which predicts no tokens; use refine.steps, or python -m "
-            "ptq.gptq for a language model"
-        )
     schemes = _schemes(module, config)
     batches = _batches(calibration_batches, config)
     _untie(module, schemes, folds=method == "awq")
@@ -105,7 +93,29 @@ def quantize_linears(
         with fast_half_products(weight.device):
             results = quantize_block(module, runs, task)
     _swap(module, results)
+    attach_made(module)
     return {path: result.row for path, result in results.items()}
+
+
+def _config(given: dict[str, Any]) -> RunConfig:
+    """The settings of a run that a module can have."""
+    bits, exclude = given["bits"], given["exclude"]
+    if not isinstance(bits, int) or bits not in WIDTHS:
+        raise ConfigError(
+            f"bits must be 2, 3, 4 or 8, found {bits!r}; a budget needs a language model: python -m ptq.gptq"
+        )
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        raise ConfigError(
+            f"exclude must be a list of patterns, found {exclude!r}: write exclude=['...'], or leave it out"
+        )
+    require_memory("ptq.quantize_linears")
+    config = build(RunConfig, {"model": "module", "output": "module", **given, "exclude": list(exclude)})
+    if config.refine.model_steps:
+        raise ConfigError(
+            "refine.model_steps must be 0 for a module, which predicts no tokens; use refine.steps, or python -m "
+            "ptq.gptq for a language model"
+        )
+    return config
 
 
 def _batches(given: Any, config: RunConfig) -> list[Any]:

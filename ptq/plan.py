@@ -32,7 +32,7 @@ from ptq.models.loading import (
 from ptq.models.names import SourceNames, unplaced
 from ptq.models.streamed import StreamedModel
 from ptq.models.structure import find_blocks, linears, weight_shape
-from ptq.packed import require_multiplied
+from ptq.packed import require_described, require_multiplied
 
 
 class Plan(NamedTuple):
@@ -100,6 +100,7 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
     codec.check(schemes, shapes)
     on_hub = not Path(config.model).expanduser().is_dir()
     reader = HubHeaders(config.model, config.revision) if on_hub and not weights else CheckpointReader(directory)
+    require_described(directory, reader.names())
     names = SourceNames(skeleton, reader.names())
     for name, parameter in skeleton.named_parameters():
         names.require(name)

@@ -19,7 +19,15 @@ from ptq.nn.fuse import fuse_linears
 from ptq.nn.head import check_head, pack_head
 from ptq.nn.linear import QuantLinear
 from ptq.nn.swap import replace_module
-from ptq.packed import Packed, empty_linear, place_packed, read_packed, require_multiplied, with_bias
+from ptq.packed import (
+    Packed,
+    empty_linear,
+    place_packed,
+    read_packed,
+    require_described,
+    require_multiplied,
+    with_bias,
+)
 
 
 class Checkpoint(NamedTuple):
@@ -63,6 +71,7 @@ def open_checkpoint(
     blocks = find_blocks(model)
     reader = CheckpointReader(directory)
     if settings is None:
+        require_described(directory, reader.names())
         names = SourceNames(model, reader.names())
         return Checkpoint(directory, hf_config, reader, model, blocks, names, None, {}, working, None)
     packed = place_packed(model, reader, settings, partial(empty_linear, dtype=working))

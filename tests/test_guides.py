@@ -51,7 +51,10 @@ def follow(text: str) -> int:
 
 
 PAGES = {
-    "quantize.md": (7, ["first/report.html", "first/model.safetensors", "rounded/config.json"]),
+    "quantize.md": (
+        8,
+        ["first/report.html", "first/model.safetensors", "rounded/config.json", "in-memory/config.json"],
+    ),
     "adapters.md": (4, ["adapter/adapter_model.safetensors", "merged/model.safetensors"]),
     "tasks.md": (1, ["tasks.json"]),
     "bits.md": (2, []),

@@ -1,7 +1,7 @@
 """The quantizer that transformers calls for packed checkpoints, and its configuration."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ptq.errors import FormatError, PtqError
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Config
+from ptq.integration.made import describe_made
 from ptq.integration.slots import PackedSlot
 from ptq.models.experts import experts_of, unfuse_experts
 from ptq.models.loading import load_module
@@ -260,6 +261,25 @@ class FloatQuantizer(PtqQuantizer):
         """The model's own tensors. Raises PtqError while a layer is packed."""
         _refuse_more(model, ())
         return model.state_dict(), {}
+
+
+class MadeQuantizer(PtqQuantizer):
+    """Of a model whose layers `ptq.quantize_linears` packed in memory: what file it becomes, its saving decides."""
+
+    def __init__(self, layers: Collection[str], conversions: list[Any] | None) -> None:
+        super().__init__(PtqConfig())
+        self._layers, self._conversions = set(layers), conversions  # type: ignore[assignment]  # None: the class's own
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of a checkpoint, whose configuration the model then has; raises as `describe_made`."""
+        model._weight_conversions = self._conversions  # type: ignore[assignment]  # an attribute of transformers' own
+        self.packed = describe_made(model, self._layers)
+        try:
+            written = super().get_state_dict_and_metadata(model)
+        finally:
+            del self.packed  # it describes the model of this moment
+        model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
+        return written
 
 
 def attach(model: Any, packed: Packed | None) -> None:

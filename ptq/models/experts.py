@@ -201,6 +201,14 @@ def routers(root: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def stacks(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Path and values of every parameter that holds a stack of matrices, as those of experts."""
+    for path, module in root.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if _is_stack(module, parameter):
+                yield f"{path}.{name}" if path else name, parameter
+
+
 def unfuse_experts(root: nn.Module) -> None:
     """Take every fused experts module below ``root`` apart, in place; weights that are there come along.
 
