@@ -20,6 +20,7 @@ from ptq.half_products import fast_half_products
 from ptq.integration.made import attach_made
 from ptq.models.structure import linears, require_memory, weight_shape
 from ptq.nn.swap import replace_module, take_hooks, to_quant_linear
+from ptq.passed_over import passed_over, warn_passed_over
 from ptq.schema import build
 from ptq.task import BlockTask, FloatTwin, ModuleResult
 
@@ -46,6 +47,9 @@ def quantize_linears(
     memory that a weight has in common with other tensors (views, arrays, mapped files): it gets its own first. Hooks on
     a Linear's forward and backward pass go over to the layer that replaces it. ``save_pretrained`` of a model of
     transformers writes a checkpoint afterwards, which `ptq.load` reads.
+
+    What multiplies without being an ``nn.Linear`` (experts in stacks, subclasses with a forward of their own) stays in
+    float, with a warning unless ``exclude`` names it.
 
     Args:
         module: any module; it is run on the calibration batches, once for each group of layers that share an input, so
@@ -81,7 +85,9 @@ def quantize_linears(
         "gptq": _options("gptq", gptq, GPTQConfig), "awq": _options("awq", awq, AWQConfig),
         "refine": _options("refine", refine, RefineConfig),
     })  # fmt: skip
-    schemes = _schemes(module, config)
+    left = passed_over(module, [linear for _, linear in linears(module)])
+    schemes = _schemes(module, config, [path for each in left for path in each.paths])
+    warn_passed_over(module, left, config.exclude, stacklevel=3)  # above this function there is torch.no_grad's
     batches = _batches(calibration_batches, config)
     _untie(module, schemes, folds=method == "awq")
     with _evaluating(module), _eagerly():
@@ -143,15 +149,15 @@ def _options(name: str, given: Any, kind: type[Any]) -> dict[str, Any]:
     return asdict(given or kind())
 
 
-def _schemes(module: nn.Module, config: RunConfig) -> dict[str, Scheme]:
-    """How each Linear that is not excluded will be quantized."""
+def _schemes(module: nn.Module, config: RunConfig, others: Collection[str]) -> dict[str, Scheme]:
+    """How each Linear that is not excluded will be quantized; patterns may also mean ``others``, which stay anyway."""
     found = dict(linears(module))
     if "" in found:
         raise ConfigError(
             f"the module must hold its Linears, to be replaced in it; found a bare {type(module).__name__}: wrap it, "
             "as in nn.Sequential(linear)"
         )
-    for pattern in unused_patterns(config, found):
+    for pattern in unused_patterns(config, [*found, *others]):
         known = f"none of {', '.join(found)}"
         for path, child in module.named_modules(remove_duplicate=False):
             if matches(pattern, path):

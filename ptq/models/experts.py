@@ -201,11 +201,16 @@ def routers(root: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def is_lazy(parameter: Tensor) -> bool:
+    """Whether a parameter gets its shape in the first forward pass."""
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
 def stacks(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Path and values of every parameter that holds a stack of matrices, as those of experts."""
     for path, module in root.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if _is_stack(module, parameter):
+            if not is_lazy(parameter) and _is_stack(module, parameter):
                 yield f"{path}.{name}" if path else name, parameter
 
 
