@@ -250,7 +250,8 @@ def _export(options: argparse.Namespace) -> int:
     given = [f"--{name}" for name in ("column", "samples", "length", "device") if getattr(options, name) is not None]
     if given and not options.text:
         found = "--config, which has its own" if options.config else "none"
-        raise ConfigError(f"{', '.join(given)} need --text FILE to solve on; found {found}: leave them out")
+        need = "need" if given[1:] else "needs"
+        raise ConfigError(f"{', '.join(given)} {need} --text FILE to solve on; found {found}: leave that out")
     run = load_config(options.config) if options.config else None
     if options.text:
         text = DatasetConfig(files=tuple(options.text), column=options.column or "text")

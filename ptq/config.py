@@ -348,7 +348,7 @@ def _locate(config: RunConfig, roots: Sequence[Path]) -> RunConfig:
     model = find_directory(named, roots)
     if model is None and named.startswith(("/", "./", "../", "~")):
         raise ConfigError(
-            f"model must be a hub name or a directory that exists, found {named!r}; check it{counted((named,))}"
+            f"model must be a hub name or a directory that exists, found {named!r}; check it{counted((named,), roots)}"
         )
     dataset, evaluation = config.calibration.dataset, config.evaluation
     dataset = replace(dataset, files=find_files(dataset.files, "calibration.dataset.files", roots))

@@ -18,8 +18,8 @@ def resolve_config_path(name: str | Path) -> Path:
     bare = len(path.parts) == 1 and not path.is_absolute()
     tried = [path, SHIPPED / path] if bare else [path]
     for candidate in tried:
-        if candidate.exists() and not candidate.is_dir():  # a pipe will do, as in --config <(...)
-            return candidate
+        if candidate.is_file() or candidate.is_fifo() or str(candidate) == os.devnull or _is_terminal(candidate):
+            return candidate  # a pipe will do, as in --config <(...)
     if directory := next((candidate for candidate in tried if candidate.is_dir()), None):
         raise ConfigError(f"a configuration must be a file of YAML; {directory} is a directory: name a file in it")
     shipped = sorted(file.name for file in SHIPPED.glob("*.yaml"))
@@ -27,6 +27,13 @@ def resolve_config_path(name: str | Path) -> Path:
         f"no configuration file at {_places(tried)}"
         f"{suggestion(path.name, shipped)}; the ones that come with ptq are {', '.join(shipped)}"
     )
+
+
+def _is_terminal(path: Path) -> bool:
+    if not path.is_char_device():
+        return False
+    with path.open("rb", buffering=0) as device:
+        return device.isatty()
 
 
 def config_text(name: str | Path) -> tuple[Path, str]:
@@ -86,16 +93,19 @@ def find_files(names: Sequence[str], key: str, roots: Sequence[Path]) -> tuple[s
             raise ConfigError(f"{key} must name regular files, {other.absolute()} is {what}: name files of text")
         if found is None:
             raise ConfigError(
-                f"{key} must name files that exist, found none at {_places(tried)}; check the path{counted(tried)}"
+                f"{key} must name files that exist, found none at {_places(tried)}; check the path"
+                f"{counted(tried, roots)}"
             )
         located.append(str(found))
     return tuple(located)
 
 
-def counted(names: Iterable[str | Path]) -> str:
+def counted(names: Iterable[str | Path], roots: Sequence[Path]) -> str:
     """For the end of an error about paths that are not there: where relative ones count from."""
-    relative = not all(Path(name).expanduser().is_absolute() for name in names)
-    return ": a relative one counts from the working directory, wherever the configuration is" if relative else ""
+    if all(Path(name).expanduser().is_absolute() for name in names):
+        return ""
+    others = "".join(f" and, as this configuration comes with ptq, from {root}" for root in roots[1:])
+    return f": a relative one counts from the working directory{others or ', wherever the configuration is'}"
 
 
 def _places(tried: Iterable[Path]) -> str:

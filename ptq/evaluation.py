@@ -11,7 +11,7 @@ from ptq.errors import ConfigError
 from ptq.evaluate import Metrics, Scorer, compare, streamed
 from ptq.models.loading import load_tokenizer
 from ptq.models.structure import linears, set_weight, weight_of
-from ptq.nn.linear import kernels_in_use, kernels_to_come
+from ptq.nn.linear import kernels_to_come
 from ptq.plan import Plan, check_context, resolve_device
 from ptq.report import table
 from ptq.rtn import rtn_solve
@@ -54,11 +54,14 @@ def evaluate_run(plan: Plan, output: Path) -> dict[str, Any]:
     return _document(settings, metrics, {name: sum(files.values()) for name, files in sizes.items()})
 
 
-def kernels_of(plan: Plan) -> dict[str, dict[str, str]]:
-    """For a report: the kernels that evaluated, from the words of the file, and those that `ptq.load` takes here."""
+def kernels_of(plan: Plan, evaluated: dict[str, str]) -> dict[str, dict[str, str]]:
+    """For a report: the kernels that ``evaluated``, from the words of the file, and those that `ptq.load` takes.
+
+    The latter are of the device of the run, which is known to be there and to be free.
+    """
     # The fastest kernel's layout is worth its making where a model stays in memory, not for blocks that come and go.
     weights = ((scheme, plan.shapes[path]) for path, scheme in plan.targets.items())
-    return {"evaluation": kernels_in_use(), "ptq.load": kernels_to_come(weights, resolve_device("auto"))}
+    return {"evaluation": evaluated, "ptq.load": kernels_to_come(weights, plan.device)}
 
 
 def evaluate_checkpoint(

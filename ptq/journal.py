@@ -325,13 +325,15 @@ def _check_same(before: Mapping[str, str], now: Mapping[str, str], place: Path) 
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if not differing:
         return
-    # What follows from a change that is named says nothing more.
+    # What may follow from a change that is named is not named beside it.
     changed = [key for key in differing if not any(other.startswith(FOLLOWS.get(key, ())) for other in differing)]
     shown = [
         f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}{SETTING.get(key, '')}"
         for key in changed[:SHOWN]
     ]
     more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    if "calibration text" in set(differing) - set(changed):
+        more += "; the calibration text is another, too, which may follow from that"
     raise ConfigError(
         f"the unfinished run in {place} can go on only as it began: {'; '.join(shown)}{more}. Undo the change, "
         "or start over with --fresh"

@@ -179,11 +179,13 @@ def _kernels(document: Document) -> list[str]:
             rows.append([user, *(match.group(2, 1, 3) if match else ("", "", name)), how])
     if not rows:
         return []
-    said = (
-        "The evaluation multiplies with each block as the file holds it, once for all its text; ptq.load first lays a "
-        "weight out for the fastest kernel of this machine, so its rows are what a loaded model runs with."
-    )
-    return [table(["kernels of", "device", "implementation", "weights", "how"], rows), paragraph(said, note=True)]
+    said = "The evaluation multiplies with each block as the file holds it, once for all its text"
+    if "ptq.load" in found:
+        said += (
+            "; ptq.load first lays a weight out for the fastest kernel of this machine, so its rows are what a loaded "
+            "model runs with"
+        )
+    return [table(["kernels of", "device", "implementation", "weights", "how"], rows), paragraph(f"{said}.", note=True)]
 
 
 def _names(modules: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from ptq.journal_signature import model_signature, require_same, require_unchang
 from ptq.models.description import copy_description
 from ptq.models.experts import routers
 from ptq.models.tying import state_ties
+from ptq.nn.linear import kernels_recorded
 from ptq.page_report import report_page
 from ptq.parent import parent_of
 from ptq.plan import (
@@ -97,15 +98,16 @@ def quantize(
             report.document["configuration"] = asdict(config)
             report.document.pop("evaluation", None)
             if config.evaluation is None:
-                _write_again(report, plan.config, progress, started)
+                _write_again(report, plan.config)
         if config.evaluation is not None:
-            with progress.stage("evaluate"):
+            with progress.stage("evaluate"), kernels_recorded() as ran:
                 evaluation = _evaluated(plan, place)
             require_unchanged(plan, model, f"The checkpoint in {place.final} was made before that and is complete: "
                               "evaluate it with ptq eval once the files are whole")  # fmt: skip
             report.document["evaluation"] = evaluation
-            report.document["kernels"] = kernels_of(plan)
-            _write_again(report, plan.config, progress, started)
+            report.document["kernels"] = kernels_of(plan, ran)
+            _add_evaluation(report, progress)
+            _write_again(report, plan.config)
     return report
 
 
@@ -190,14 +192,27 @@ def _rounded(progress: Progress) -> dict[str, float]:
 def _write_report(report: Report, directory: Path, progress: Progress, started: float) -> None:
     report.document["seconds"] = {**_rounded(progress), "total": round(time.perf_counter() - started, 2)}
     report.document["peak_bytes"] = dict(progress.peaks)
+    _write_pages(report, directory)
+
+
+def _write_pages(report: Report, directory: Path) -> None:
     atomic_write_text(directory / "report.json", json_text(report.document))
     atomic_write_text(directory / "report.html", report_page(report.output.name, report.document))
 
 
-def _write_again(report: Report, config: RunConfig, progress: Progress, started: float) -> None:
+def _add_evaluation(report: Report, progress: Progress) -> None:
+    """What it took, to what the solve took, which may have been in an earlier process."""
+    seconds, taken = report.document["seconds"], _rounded(progress)["evaluate"]
+    total = seconds["total"] - seconds.get("evaluate", 0.0) + taken
+    seconds |= {"evaluate": taken, "total": round(total, 2)}
+    seconds["total"] = seconds.pop("total")  # the last line
+    report.document["peak_bytes"]["evaluate"] = progress.peaks["evaluate"]
+
+
+def _write_again(report: Report, config: RunConfig) -> None:
     """Report and configuration of a checkpoint that is in its place, with the evaluation that was made."""
     atomic_write_text(report.output / "ptq_config.yaml", dump(config))
-    _write_report(report, report.output, progress, started)
+    _write_pages(report, report.output)
 
 
 def _calibrate(

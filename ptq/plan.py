@@ -191,9 +191,9 @@ def _check_patterns(config: RunConfig, modules: list[str]) -> None:
         raise ConfigError(f"overrides of {unused[0]!r} have no effect: `exclude` has every Linear that it matches")
     if unused and _is_expression(unused[0]):
         raise ConfigError(
-            f"a pattern in exclude or overrides must match a Linear; {unused[0]!r} matches none: patterns are no "
-            "regular expressions, but match a module's whole path as a shell matches file names; write '*.mlp.*' for "
-            "what is below any mlp"
+            f"a pattern in exclude or overrides must match a Linear; {unused[0]!r} matches none. Patterns are no "
+            "regular expressions: write names as they stand in the path (mlp, mlp.down_proj), or a whole path as a "
+            "shell matches file names (*.mlp.*)"
         )
     if unused:
         names = dict.fromkeys([*modules, *(m.rpartition(".")[2] for m in modules)])  # many end alike

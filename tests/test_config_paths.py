@@ -1,6 +1,7 @@
 """Where a configuration may come from, and where the paths in it count from. Oracle: the same text as a file."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptq.config import load_config
+from ptq.config_paths import SHIPPED
 from ptq.errors import ConfigError
 from ptq.sweep import load_variants
 
@@ -62,6 +64,8 @@ def test_a_directory_is_no_configuration(place: Path) -> None:
         (place / "configs").mkdir(exist_ok=True)
         with pytest.raises(ConfigError, match=f"must be a file of YAML; {name} is a directory: name a file in it"):
             load_config(name)
+    with pytest.raises(ConfigError, match="no configuration file at /dev/zero"):  # which never ends
+        load_config("/dev/zero")
 
 
 def test_relative_paths_count_from_the_working_directory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,5 +78,10 @@ def test_relative_paths_count_from_the_working_directory(place: Path, monkeypatc
         assert str(caught.value).endswith(said)
     with pytest.raises(ConfigError, match="check the path$"):
         load_config("../run.yaml", ["evaluation.files=[/no/text.txt]"])
+    above = re.escape(str(SHIPPED.resolve().parent))
+    shipped = f"working directory and, as this configuration comes with ptq, from {above}$"
+    for change in ("calibration.dataset.files=[no.txt]", "model=./no"):
+        with pytest.raises(ConfigError, match=shipped):
+            load_config("demo.yaml", [change])
     (place / "elsewhere" / "text.txt").write_text("text")
     assert load_config("../run.yaml").evaluation.files == ("text.txt",)

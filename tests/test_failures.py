@@ -130,7 +130,7 @@ def test_an_output_among_the_models_files(place, check, parent, tmp_path):
         *(
             (
                 {"exclude": (pattern,)},
-                "patterns are no regular expressions, but match a module's whole path",
+                r"Patterns are no regular expressions: write names as they stand in the path \(mlp",
             )
             for pattern in ("re:.*mlp.*", ".*mlp.*", r"model\.layers\.0", "^model", "(q|k)_proj", "down_proj$", "mlp.+")
         ),

@@ -102,6 +102,24 @@ def test_what_would_run_is_what_runs(
     assert ptq_kernels.chosen() == dict([foreseen])
 
 
+def test_what_ran_for_a_while_is_recorded_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ran before, and does not run again, is no part of it, and is not forgotten."""
+    monkeypatch.setattr(ptq_kernels.dispatch, "_chosen", {})
+
+    def run(bits: int) -> str:
+        case = random_case(48, 64, 32, bits=bits)
+        x = random_rows(3, 64, torch.bfloat16)
+        ptq_kernels.matmul(x, *case.tensors, **case.scheme)
+        return f"cpu on cpu, {bits} bits, layout canonical"
+
+    early, both = run(3), run(4)
+    with ptq_kernels.recorded() as found:
+        run(4)
+        late = run(8)
+    assert set(found) == {both, late}
+    assert set(ptq_kernels.chosen()) == {early, both, late}
+
+
 def test_a_processor_takes_what_it_can_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = f"processor : 0\nvendor_id : AuthenticAMD\nflags : {' '.join(library.SETS['avx512bf16'])}\n"
     monkeypatch.setattr(library, "_CPUINFO", tmp_path / "cpuinfo")

@@ -82,6 +82,7 @@ def test_what_makes_up_for_an_evaluation_is_recorded_with_the_settings_it_used(p
         patch.setattr("ptq.pipeline.evaluate_run", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(config)
+    before = json.loads((tmp_path / "out" / "report.json").read_text())
     second = replace(config, evaluation=replace(first, tokens=96, stride=16) if asked else None)
     with monkeypatch.context() as patch:
         patch.setattr(walk, "quantize_block", None)
@@ -89,6 +90,13 @@ def test_what_makes_up_for_an_evaluation_is_recorded_with_the_settings_it_used(p
     assert load_config(tmp_path / "out" / "ptq_config.yaml") == second
     document = json.loads((tmp_path / "out" / "report.json").read_text())
     recorded = document["configuration"]["evaluation"]
+    for key in ("seconds", "peak_bytes"):  # those of the solve stay, which was in the first call
+        kept = {stage: value for stage, value in document[key].items() if stage not in ("evaluate", "total")}
+        assert kept == {stage: value for stage, value in before[key].items() if stage != "total"}
+        assert ("evaluate" in document[key]) == asked
+    added = document["seconds"].get("evaluate", 0.0)
+    assert document["seconds"]["total"] == pytest.approx(before["seconds"]["total"] + added, abs=0.011)
+    assert set(document.get("kernels", {})) == ({"evaluation", "ptq.load"} if asked else set())
     assert ("evaluation" in document) == asked
     assert (recorded and (recorded["tokens"], recorded["stride"])) == ((96, 16) if asked else None)
     shown = html.unescape((tmp_path / "out" / "report.html").read_text())
@@ -101,10 +109,11 @@ def test_a_refusal_to_go_on_names_settings_and_shortens_checksums(parent, tmp_pa
     config = small_run(parent, tmp_path / "out")
     stop(config, 1)
     samples = replace(config.calibration, samples=config.calibration.samples - 1)
-    beginning = r"can go on only as it began: "
+    beginning = r"can go on only as it began: (configuration\.)?"
     for changed, said in (
-        (replace(config, bits=8), r"configuration.bits was 4 and is 8\. Undo the change"),
-        (replace(config, calibration=samples), r"configuration.calibration.samples was \d+ and is \d+\. Undo"),
+        (replace(config, bits=8), r"bits was 4 and is 8\. Undo the change"),
+        (replace(config, calibration=samples),
+         r"calibration.samples was \d+ and is \d+; the calibration text is another, too, which may follow.*\. Undo"),
         (with_text(config, tmp_path / "other.txt"),
          r"calibration text was [0-9a-f]{12}\.\.\. and is [0-9a-f]{12}\.\.\. \(calibration.dataset\)\. Undo"),
     ):  # fmt: skip

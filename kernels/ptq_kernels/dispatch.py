@@ -2,7 +2,8 @@
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -103,6 +104,18 @@ _chosen: dict[tuple[str, str, int, str], str] = {}
 def names() -> tuple[str, ...]:
     """Every implementation that can be asked for, besides "auto"."""
     return tuple(_IMPLEMENTATIONS)
+
+
+@contextmanager
+def recorded() -> Iterator[dict[str, str]]:
+    """A dict that has, at the end, what `chosen` would say had nothing run before."""
+    before, found = dict(_chosen), dict[str, str]()
+    _chosen.clear()
+    try:
+        yield found
+    finally:
+        found.update(chosen())
+        _chosen.update(before)
 
 
 def chosen() -> dict[str, str]:

@@ -189,7 +189,7 @@ def _json_rows(path: Path, column: str) -> Iterator[Row]:
 def _row(row: dict[str, Any], column: str, place: str) -> Row:
     if column not in row:
         columns = ", ".join(row)
-        raise DataError(f"{place}: the column {column!r} is required, found {columns}; set column to one of these")
+        raise DataError(f"{place}: the column {column!r} is required, found {columns}; name one of these as its column")
     return Row(row[column], place, row.get("tools"))
 
 

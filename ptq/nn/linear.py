@@ -1,6 +1,7 @@
 """A linear layer that keeps its weight packed."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import ptq_kernels
@@ -14,9 +15,9 @@ from ptq.nn.lazy import LazyWeight
 _SAME_WIDTH_INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
-def kernels_in_use() -> dict[str, str]:
-    """What ran so far in this process, for a report: implementation, device, bits and layout, and why."""
-    return ptq_kernels.chosen()
+def kernels_recorded() -> AbstractContextManager[dict[str, str]]:
+    """What ran meanwhile, for a report: implementation, device, bits and layout, and why. It is there at the end."""
+    return ptq_kernels.recorded()
 
 
 def kernels_to_come(weights: Iterable[tuple[Scheme, tuple[int, int]]], device: torch.device) -> dict[str, str]:
