@@ -125,7 +125,8 @@ def _calibration(document: Document) -> str:
     if not used:
         return "none" if document["configuration"]["method"] == "rtn" else "not in the report"
     source = document["configuration"]["calibration"]["dataset"]
-    text = source.get("name") or ", ".join(PurePath(file).name for file in source.get("files", ()))
+    files = ", ".join(PurePath(file).name for file in source.get("files", ()))
+    text = source.get("name") or files or "data given in Python"
     return f"{used['sequences']} sequences, {used['tokens']} tokens of {text}, seed {used['seed']}"
 
 

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ptq.config_paths import config_text, counted, find_directory, find_files, search_roots, with_variables
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.schema import at_least, build, check_rules, checked
-from ptq.yaml_tree import override, parse, unparse
+from ptq.yaml_tree import override, parse, plain, unparse
 
 WIDTHS = (2, 3, 4, 8)  # bits that kernels run
 _BITS = checked(lambda bits: bits in WIDTHS, "2, 3, 4 or 8")
@@ -230,12 +230,15 @@ class RunConfig:
         return int(self.max_shard_size[:-2]) * _UNITS[self.max_shard_size[-2:]]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """The checked configuration of the YAML file ``path`` (found as by :func:`resolve_config_path`).
 
+    A mapping with the same keys may stand in for a file, and is checked as one.
     ``overrides`` are ``key=value`` with dotted keys and YAML values, as in ``calibration.samples=64``,
     ``overrides.model.layers.0.bits=8`` or ``evaluation=null``; later ones win. Raises ConfigError.
     """
+    if isinstance(path, Mapping):
+        return _checked(plain(path, "the configuration"), overrides, [Path()])
     return configured(*config_text(path), overrides)
 
 
@@ -244,6 +247,10 @@ def configured(file: Path, text: str, overrides: Sequence[str] = ()) -> RunConfi
     tree = parse(text, str(file))
     if tree is None:
         raise ConfigError(f"{file} is empty; it needs at least the keys model, output and method")
+    return _checked(tree, overrides, search_roots(file))
+
+
+def _checked(tree: Any, overrides: Sequence[str], roots: Sequence[Path]) -> RunConfig:
     if isinstance(tree, dict):
         for assignment in overrides:
             override(tree, assignment)
@@ -251,7 +258,7 @@ def configured(file: Path, text: str, overrides: Sequence[str] = ()) -> RunConfi
     _check_source(config.calibration.dataset, "calibration.dataset")
     if config.evaluation is not None:
         check_evaluation(config.evaluation)
-    return _locate(config, search_roots(file))
+    return _locate(config, roots)
 
 
 def dump(config: RunConfig) -> str:

@@ -3,7 +3,8 @@
 import io
 import json
 import time
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from ptq.budget_measure import as_chosen, spend
 from ptq.calibration.data import token_hash
-from ptq.config import BitBudget, RunConfig, dump
+from ptq.calibration.given import Given
+from ptq.config import BitBudget, RunConfig, dump, load_config
 from ptq.distributed import ALONE, Ranks
 from ptq.errors import ConfigError, FormatError
 from ptq.evaluation import evaluate_run, kernels_of, require_text
@@ -47,8 +49,9 @@ from ptq.walk import units, walk
 
 
 def quantize(
-    config: RunConfig,
+    config: RunConfig | Mapping[str, Any],
     *,
+    calibration: Iterable[Any] | None = None,
     overwrite: bool = False,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -56,6 +59,10 @@ def quantize(
     ranks: Ranks = ALONE,
 ) -> Report:
     """Quantize a model as configured and write the checkpoint and its report to ``config.output``.
+
+    ``config`` may be a mapping with the keys of a YAML file (see `ptq.load_config`). ``calibration`` stands in for
+    ``calibration.dataset``: token id sequences, int64 ``[T]`` or ``[B, T]``, each row a sample as it is, whatever
+    ``samples`` and ``sequence_length`` say; or strings, tokenized and packed as rows of a file are.
 
     The checkpoint is written beside its final name and renamed once it is whole; evaluation comes after that, so a
     failure there costs no codes. A run that was cut short, however that happened, is continued by the same call and
@@ -66,14 +73,18 @@ def quantize(
     Raises:
         ConfigError: the run is described wrongly, or the output exists and ``overwrite`` is false, or a run that was
             cut short had another configuration, model or text, or number of processes.
+        DataError: text that is unreadable or too short, or ``calibration`` that is neither of the two.
         RankError: another process has ended.
         PtqError: text, files, numbers or model are not as required; nothing is left under the output's name.
     """
+    config = load_config(config) if isinstance(config, Mapping) else config
+    if calibration is not None:
+        config, prepared = _with_data(config, calibration)
     if ranks.size > 1:
         _check_shared(config, ranks)
-    if not ranks.first:
-        return _follow(config, ranks)
     progress, prepared = progress or Progress(), prepared or Prepared()
+    if not ranks.first:
+        return _follow(config, prepared, ranks)
     started = time.perf_counter()
     check_output(config)
     with run_directory(Path(config.output), overwrite=overwrite, fresh=fresh) as place:
@@ -111,14 +122,24 @@ def quantize(
     return report
 
 
-def _follow(config: RunConfig, ranks: Ranks) -> Report:
+def _with_data(config: RunConfig, calibration: Iterable[Any]) -> tuple[RunConfig, Prepared]:
+    if not config.calibrates:
+        raise ConfigError(
+            f"calibration is data for a run that reads text; method {config.method} reads none here: leave calibration "
+            "out, or choose gptq or awq"
+        )
+    given = Given(calibration)
+    return replace(config, calibration=given.settings(config.calibration)), Prepared(given)
+
+
+def _follow(config: RunConfig, prepared: Prepared, ranks: Ranks) -> Report:
     """The part of every process but the first: its share of the work, and of the files its hidden states alone."""
     silent, report = Progress(io.StringIO()), Report(Path(config.output))
     plan = _planned(config, ranks)
     place: Path | None = ranks.told(None)
     if place is not None:
         require_same(ranks, signature_of(plan, None, ranks.size))
-        plan, batches = _calibrate(plan, report.document, silent, Prepared(), ranks)
+        plan, batches = _calibrate(plan, report.document, silent, prepared, ranks)
         mapped = config.calibration.offload == "disk"
         journal = Journal(place, {}, units(plan), mapped=mapped, ranks=ranks)
         walk(plan, ranks.share(batches), journal, silent, ranks, home_of(plan, ranks=ranks))

@@ -1,7 +1,7 @@
 """YAML text to nested mappings, and ``key=value`` overrides on top of them."""
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import yaml
@@ -87,6 +87,19 @@ def parse(document: str, source: str) -> Any:
             f"{source}: YAML of a few levels is required, found lists or mappings nested too deeply to be read; "
             "flatten them"
         ) from error
+
+
+def plain(tree: Mapping[str, Any], source: str) -> Any:
+    """A mapping made in Python as if a file had held it, apart from the given one. Raises ConfigError as `parse`."""
+    try:
+        document = unparse(dict(tree))
+    except yaml.representer.RepresenterError as error:
+        found = error.args[-1]
+        raise ConfigError(
+            f"{source} must hold text, numbers, True, False, None, lists and dicts alone, found {found!r}: write a "
+            "path as str(path), and other values as YAML would have them"
+        ) from error
+    return parse(document, source)
 
 
 _QUOTED = ("'", '"', "|", ">", "!", "&", "*")  # texts that are not what is written

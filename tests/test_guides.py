@@ -52,8 +52,14 @@ def follow(text: str) -> int:
 
 PAGES = {
     "quantize.md": (
-        8,
-        ["first/report.html", "first/model.safetensors", "rounded/config.json", "in-memory/config.json"],
+        9,
+        [
+            "first/report.html",
+            "first/model.safetensors",
+            "rounded/config.json",
+            "own-data/report.json",
+            "in-memory/config.json",
+        ],
     ),
     "adapters.md": (4, ["adapter/adapter_model.safetensors", "merged/model.safetensors"]),
     "tasks.md": (1, ["tasks.json"]),

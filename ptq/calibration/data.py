@@ -60,13 +60,17 @@ def calibration_batches(config: CalibrationConfig, tokenizer: "PreTrainedTokeniz
             "tokenizer.json"
         )
     sequences = _conversations(config, tokenizer) if config.chat_template else _packed(config, tokenizer)
+    return in_batches(sequences, config.batch_size)
+
+
+def in_batches(sequences: Iterable[Tensor], batch_size: int) -> list[Tensor]:
+    """Sequences ``[length]`` as ``[batch, length]`` tensors of one length each, the longest first."""
     # The sort is stable: sequences of one length stay in their order.
     ordered = sorted(sequences, key=len, reverse=True)
     batches = []
     for _, group in groupby(ordered, key=len):
         same = list(group)
-        starts = range(0, len(same), config.batch_size)
-        batches += [torch.stack(same[start : start + config.batch_size]) for start in starts]
+        batches += [torch.stack(same[start : start + batch_size]) for start in range(0, len(same), batch_size)]
     return batches
 
 
