@@ -14,7 +14,7 @@ import tiny_experts
 import tiny_models
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import ptq
 from ptq.errors import FormatError, PtqError
@@ -143,6 +143,19 @@ def test_other_classes_of_models(tmp_path):
     again = BertForMaskedLM.from_pretrained(tmp_path)
     assert packed(again) == packed(model) != set()
     assert torch.equal(logits(again), logits(model))
+
+
+def test_an_encoder_and_a_decoder_that_share_an_embedding(tmp_path):
+    sizes = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=tiny_models.VOCABULARY, **sizes)).eval()
+    given = {"input_ids": tiny_models.tokens(2, 16), "decoder_input_ids": tiny_models.tokens(2, 8)}
+    ptq.quantize_linears(model, [given], group_size=32)
+    model.save_pretrained(tmp_path)
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert packed(again) == packed(model) > {"lm_head"}
+    assert again.encoder.embed_tokens.weight is again.shared.weight
+    with torch.no_grad():
+        assert torch.equal(again(**given).logits, model(**given).logits)
 
 
 def test_a_model_inside_a_module(tmp_path):

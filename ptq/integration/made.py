@@ -15,6 +15,7 @@ from ptq.models.experts import routers, stacks
 from ptq.models.loading import build_skeleton
 from ptq.models.names import SourceNames
 from ptq.models.structure import linears
+from ptq.models.tying import FLAG, levels
 from ptq.nn.linear import QuantLinear
 from ptq.packed import Packed
 from ptq.version import VERSION
@@ -50,14 +51,15 @@ def _packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def _untie(model: Any) -> None:
-    """A packed head shares nothing."""
+    """A packed head shares nothing; where nothing else is shared, the configuration says so."""
     packed = {f"{path}.weight" for path in _packed_layers(model)}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    for name in [name for name, origin in tied.items() if packed & {name, origin}]:
+    gone = [name for name, origin in tied.items() if packed & {name, origin}]
+    for name in gone:
         del tied[name]
-        for level in (model.config, model.config.get_text_config()):
-            if getattr(level, "tie_word_embeddings", False):
-                level.tie_word_embeddings = False
+    for level in levels(model.config) if gone and not tied else ():
+        if getattr(level, FLAG, False):
+            setattr(level, FLAG, False)
 
 
 def describe_made(model: Any, expected: Collection[str]) -> Packed:

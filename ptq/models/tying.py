@@ -40,8 +40,8 @@ def believe_files(config: Any, directory: Path, build: Callable[[Any], nn.Module
         directory: where its safetensors are.
         build: makes the model of a configuration without its weights.
     """
-    levels = _levels(config)
-    if not any(getattr(level, FLAG, False) for level in levels):
+    every = levels(config)
+    if not any(getattr(level, FLAG, False) for level in every):
         return
     try:
         with ExitStack() as files:
@@ -49,21 +49,21 @@ def believe_files(config: Any, directory: Path, build: Callable[[Any], nn.Module
     except (PtqError, SafetensorError, OSError):
         return
     if apart:
-        for level in levels:
+        for level in every:
             if getattr(level, FLAG, False):
                 setattr(level, FLAG, False)
 
 
 def state_ties(config: Any, settings: dict[str, Any]) -> None:
     """Let ``settings``, the contents of a config.json that is to be written, say false where the configuration does."""
-    inner = _levels(config)[-1]
+    inner = levels(config)[-1]
     nested = [(inner, value) for key, value in settings.items() if getattr(config, key, None) is inner]
     for level, stated in [(config, settings), *nested]:
         if isinstance(stated, dict) and getattr(level, FLAG, None) is False:
             stated[FLAG] = False
 
 
-def _levels(config: Any) -> list[Any]:
+def levels(config: Any) -> list[Any]:
     """The configurations that may say that embeddings are tied: of the whole, and of its language model."""
     try:
         inner = config.get_text_config()
@@ -89,7 +89,7 @@ def _open(directory: Path, files: ExitStack) -> dict[str, _Stored]:
 
 def _stored_apart(config: Any, stored: Mapping[str, _Stored], build: Callable[[Any], nn.Module]) -> bool:
     """Whether any two parameters that the configuration ties are there twice, and differ."""
-    rows = getattr(_levels(config)[-1], "vocab_size", None)
+    rows = getattr(levels(config)[-1], "vocab_size", None)
     as_wide = [entry.shape for entry in stored.values() if len(entry.shape) == 2 and entry.shape[0] == rows]
     if len(as_wide) == len(set(as_wide)):  # no two that could be an embedding and its head: no need for a model
         return False
