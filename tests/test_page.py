@@ -207,9 +207,9 @@ def test_the_page_says_what_was_predicted_and_used(on_gpu: dict[str, int], kind:
 def test_the_page_tells_the_kernels_of_the_evaluation_from_those_of_a_loaded_model(made: Path) -> None:
     """Oracle: what `ptq.load` chooses for this checkpoint."""
     kernels = json.loads((made / "report.json").read_text())["kernels"]
-    assert kernels["evaluation"] == {"cpu on cpu, 3 bits, layout canonical": "chunked dequantize-matmul"}
     model = ptq.load(made)
     layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
+    assert set(kernels["evaluation"]) == {f"cpu on cpu, {layer.bits} bits, layout canonical" for layer in layers}
     assert {key.partition(", ")[2] for key in kernels["ptq.load"]} == {
         f"{layer.bits} bits, layout {layer.layout}" for layer in layers
     }
