@@ -24,6 +24,7 @@ from ptq.formats.codec import Scheme
 from ptq.gptq.solver import Factor, factorize
 from ptq.grid import nearest_codes, values
 from ptq.grid_search import COARSE, search_grid
+from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss
 from ptq.models.loading import build_skeleton
 from ptq.models.names import SourceNames
@@ -159,6 +160,7 @@ def _merged(parts: Sequence[_Rounded]) -> _Rounded:
     return _Rounded(losses, weights, sum(part.probe_loss for part in parts))
 
 
+@plain_products()
 def _factor(stats: InputStats, config: RunConfig) -> Factor | None:
     """What GPTQ's losses are predicted with; rounding needs none."""
     if config.method == "rtn" or (config.method == "awq" and config.awq.codes == "round"):
@@ -176,6 +178,7 @@ def _by_width(group: InputGroup, where: str, plan: Plan) -> dict[tuple[int, ...]
 
 
 @torch.no_grad()
+@plain_products()
 def _round(modules: Mapping[str, nn.Module], hessian: Tensor, factor: Factor | None, plan: Plan) -> _Rounded:
     losses: dict[str, dict[int, float]] = {}
     weights: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from ptq.errors import ConfigError
 from ptq.evaluate import Metrics, Scorer, compare, streamed
 from ptq.models.loading import load_tokenizer
 from ptq.models.structure import linears, set_weight, weight_of
-from ptq.nn.linear import kernels_to_come
+from ptq.nn.kernels import kernels_to_come
 from ptq.plan import Plan, check_context, resolve_device
 from ptq.report import table
 from ptq.rtn import rtn_solve

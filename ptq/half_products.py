@@ -7,6 +7,7 @@ alone.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ CHUNK = 1 << 21
 LEAST_ROWS = 256
 # Rows and columns of a product from which copies pay; torch takes another way with fewer, at the speed of memory.
 SMALLEST = 8
+
+_PRECISION = RLock()
 
 
 @contextmanager
@@ -52,16 +55,20 @@ def plain_products() -> Iterator[None]:
 
 @contextmanager
 def float32_products(on_cuda: str = "ieee", on_cpu: str = "ieee") -> Iterator[None]:
-    """What float32 products may use: "ieee", or units for shorter types, "tf32" on CUDA and "bf16" on a CPU."""
+    """What float32 products may use: "ieee", or units for shorter types, "tf32" on CUDA and "bf16" on a CPU.
+
+    torch has one setting for all threads, so one of them at a time is here; the others wait.
+    """
     backends: tuple[Any, Any] = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
-    before = [backend.fp32_precision for backend in backends]
-    for backend, precision in zip(backends, (on_cuda, on_cpu), strict=True):
-        backend.fp32_precision = precision
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
+    with _PRECISION:
+        before = [backend.fp32_precision for backend in backends]
+        for backend, precision in zip(backends, (on_cuda, on_cpu), strict=True):
             backend.fp32_precision = precision
+        try:
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
 
 
 @contextmanager

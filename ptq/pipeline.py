@@ -26,7 +26,7 @@ from ptq.journal_signature import model_signature, require_same, require_unchang
 from ptq.models.description import copy_description
 from ptq.models.experts import routers
 from ptq.models.tying import state_ties
-from ptq.nn.linear import kernels_recorded
+from ptq.nn.kernels import kernels_recorded
 from ptq.page_report import report_page
 from ptq.parent import parent_of
 from ptq.plan import (

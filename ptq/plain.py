@@ -70,6 +70,9 @@ def quantize_linears(
     Returns:
         For each quantized layer's path its losses and settings.
 
+    Solvers set, for all threads, what float32 products may use, and put it back: of several threads that quantize one
+    solves at a time.
+
     Raises:
         ConfigError: an unknown method, option or pattern; a group size that does not divide a layer; no batches; a
             module that is a Linear itself or holds none; a parametrized weight or bias; for ``awq``, no output to

@@ -84,7 +84,7 @@ def test_autograd_and_text_see_the_dense_weight() -> None:
 
 def test_what_is_known_without_values_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = layer().dequantize()
-    monkeypatch.setattr(ptq_kernels, "dequantize", None)
+    monkeypatch.setattr(ptq_kernels, "dequantize", lambda *_, **__: 1 / 0)
     weight = layer().weight
     assert isinstance(weight, Tensor)
     for read in ("dtype", "device", "shape", "ndim", "itemsize", "nbytes", "is_cuda", "is_cpu", "is_meta"):
@@ -115,7 +115,7 @@ def test_a_model_that_reads_dtypes_dequantizes_nothing_for_it(monkeypatch: pytes
     ptq.quantize_linears(model, [], method="rtn", bits=4, group_size=32)
     ids = torch.arange(8)[None]
     expected = model(ids).last_hidden_state
-    monkeypatch.setattr(QuantLinear, "dequantize", None)
+    monkeypatch.setattr(ptq_kernels, "dequantize", lambda *_, **__: 1 / 0)
     assert torch.equal(model(ids).last_hidden_state, expected)
 
 
@@ -168,3 +168,39 @@ def test_loaded_layers_have_the_dtype_of_the_model(dtype: str, options: dict[str
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, quantization_config=own)
         layers = [module for module in loaded.modules() if isinstance(module, QuantLinear)]
         assert {layer.weight.dtype for layer in layers} == {getattr(torch, dtype)}
+
+
+def test_it_is_the_weight_of_the_moment_it_was_read() -> None:
+    """Also where the layer goes elsewhere, or gets other tensors, before a value is used."""
+    packed, other = layer(), quant_linear(48, 64, seed=1, bias=True)
+    wanted, moved = packed.dequantize(), packed.weight
+    given = torch.func.functional_call(Reads(packed), {f"inner.{k}": v for k, v in other.state_dict().items()}, ())
+    assert torch.equal(given, other.dequantize())
+    packed.to("meta")
+    assert torch.equal(moved, wanted)
+
+
+class Reads(nn.Module):
+    def __init__(self, inner: QuantLinear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self) -> Tensor:
+        return self.inner.weight
+
+
+def test_a_layer_pickled_by_an_earlier_version_has_a_dtype() -> None:
+    packed = layer().bfloat16()
+    del packed.__dict__["weight_dtype"]
+    packed = copy.deepcopy(packed)  # by __setstate__, as pickle does
+    assert packed.weight.dtype == torch.bfloat16
+    assert packed.half().weight.dtype == torch.float16
+
+
+def test_a_bias_that_is_assigned_brings_its_dtype() -> None:
+    packed = layer()
+    state = packed.state_dict()
+    packed.load_state_dict({**state, "bias": state["bias"].bfloat16()})
+    assert packed.weight.dtype == packed.bias.dtype == torch.float32
+    packed.load_state_dict({**state, "bias": state["bias"].bfloat16()}, assign=True)
+    assert packed.weight.dtype == packed.bias.dtype == torch.bfloat16

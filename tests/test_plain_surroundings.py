@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import oracles
 import pytest
 import torch
 from ptq_kernels.cpu import aten_int4, library
+from test_fuse import quant_linear
 from test_plain import MLP, K, inputs, output_error, seeded
 from torch import Tensor, nn
 
@@ -116,6 +118,45 @@ def test_autocast_converts_rows_and_nothing_inside(dtype: torch.dtype, columns: 
         assert found[1].dtype == dtype
         assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
         assert module(x).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_autocast_leaves_what_torch_leaves(dtype: torch.dtype) -> None:
+    layer = quant_linear(48, 64, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(2, 64)).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=str(dtype)):
+            layer(torch.ones(2, 64, dtype=dtype))
+        assert copy.deepcopy(layer).to("meta")(torch.ones(2, 64, device="meta")).dtype == torch.float32
+
+
+def test_threads_that_quantize_do_not_change_each_others_products() -> None:
+    """torch has one setting for all threads; bfloat16 inputs use bfloat16 units, which must not reach a float32 solver.
+
+    Oracle: the same alone; and the setting of before afterwards.
+    """
+
+    def solve(dtype: torch.dtype) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        module = nn.Linear(256, 128, dtype=dtype)
+        module.weight.data = torch.randn(128, 256, generator=generator).to(dtype)
+        rows = torch.randn(512, 256, generator=generator).to(dtype)
+        whole = nn.Sequential(module)
+        ptq.quantize_linears(whole, [rows], method="gptq", group_size=64)
+        return whole.state_dict()
+
+    dtypes = [torch.float32, torch.bfloat16] * 4
+    wanted = {dtype: solve(dtype) for dtype in dtypes[:2]}
+    torch.set_float32_matmul_precision("high")
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(solve, dtypes))
+        assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for dtype, state in zip(dtypes, found, strict=True):
+        assert torch.equal(state["0.qweight"], wanted[dtype]["0.qweight"])
 
 
 def test_a_transformer_layer_of_torch():

@@ -170,7 +170,14 @@ def test_the_kernels_need_torch_only(name):
 
 def test_few_modules_of_ptq_know_the_kernels():
     users = {name for name in OURS for used in imports(name) if used.module.split(".")[0] == "ptq_kernels"}
-    allowed = {"ptq.nn.linear", "ptq.gptq.columns", "ptq.grid_search", "ptq.refine.steps", "ptq.half_products"}
+    allowed = {
+        "ptq.nn.linear",
+        "ptq.nn.kernels",
+        "ptq.gptq.columns",
+        "ptq.grid_search",
+        "ptq.refine.steps",
+        "ptq.half_products",
+    }
     assert users <= allowed | {"ptq.cli", "ptq.cli_tune"}
 
 

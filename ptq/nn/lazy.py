@@ -61,13 +61,15 @@ class LazyWeight(Tensor):
 
     def values(self) -> Tensor:
         """The dense weight; mostly this very object, for C++ may hold it in a way that forbids that."""
-        if self._dense is None:
-            self._dense = self._make()
-            if type(self._dense) is Tensor:
-                with suppress(RuntimeError):
-                    swap_tensors(self, self._dense)
-                    return self
-        return self._dense
+        if self._dense is not None:
+            return self._dense
+        dense = self._make()
+        if type(dense) is Tensor:
+            with suppress(RuntimeError):
+                swap_tensors(self, dense)
+                return self
+        self._dense = dense
+        return dense
 
 
 def _with_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:

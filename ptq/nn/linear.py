@@ -1,7 +1,7 @@
 """A linear layer that keeps its weight packed."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ptq_kernels
@@ -13,22 +13,6 @@ from ptq.formats.codec import QuantizedWeight, Scheme
 from ptq.nn.lazy import LazyWeight
 
 _SAME_WIDTH_INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-
-
-def kernels_recorded() -> AbstractContextManager[dict[str, str]]:
-    """What ran meanwhile, for a report: implementation, device, bits and layout, and why. It is there at the end."""
-    return ptq_kernels.recorded()
-
-
-def kernels_to_come(weights: Iterable[tuple[Scheme, tuple[int, int]]], device: torch.device) -> dict[str, str]:
-    """What `prepare_` would choose on ``device`` for weights of these schemes and shapes ``(N, K)``."""
-    found = (
-        ptq_kernels.foreseen(
-            n, k, bits=scheme.bits, group_size=scheme.columns(k), symmetric=scheme.symmetric, device=device
-        )
-        for scheme, (n, k) in dict.fromkeys(weights)
-    )
-    return dict(sorted(found))
 
 
 class QuantLinear(nn.Module):
@@ -185,8 +169,8 @@ class QuantLinear(nn.Module):
         Under ``torch.autocast`` the input is converted to its dtype first, as torch's own layers do.
         """
         # The first question is the cheaper one, and mostly answered with no.
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
+        if torch._C._is_any_autocast_enabled():
+            input = _autocast(input)
         bias = self._parameters["bias"]
         # A module's attributes that are tensors are found by a slow detour, which a decoding step takes 400 times.
         held: dict[str, Any] = self._buffers
@@ -248,14 +232,19 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense ``[N, K]`` weight, rounded once from float32 to `dtype` (default: the dtype of the scales)."""
-        return ptq_kernels.dequantize(
+        return self._dequantizer(dtype or self.scales.dtype)()
+
+    def _dequantizer(self, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Of the tensors that are here now, wherever the layer goes and whatever stands in it later."""
+        return partial(
+            ptq_kernels.dequantize,
             self.qweight,
             self.scales,
             self.zeros,
             bits=self.bits,
             group_size=self.group_size,
             in_features=self.in_features,
-            dtype=dtype or self.scales.dtype,
+            dtype=dtype,
             layout=self.layout,
             perm=self.perm,
         )
@@ -265,13 +254,14 @@ class QuantLinear(nn.Module):
         """The dense weight, dequantized anew after every read, once anything but its dtype, device or shape is used.
 
         It is neither a parameter nor a buffer, so state dicts, moves and optimizers do not see it, and it cannot be
-        assigned.
+        assigned. torch asks nobody in ``other.data = layer.weight``, which leaves ``other`` without values: write
+        ``layer.dequantize()`` there.
         """
-        dtype = self.weight_dtype
+        dequantized = self._dequantizer(self.weight_dtype)
         if torch.compiler.is_compiling():  # it drops what nothing uses
-            return self.dequantize(dtype)
+            return dequantized()
         shape = (self.out_features, self.in_features)
-        found: Tensor = LazyWeight(shape, dtype, self.scales.device, lambda: self.dequantize(dtype))
+        found: Tensor = LazyWeight(shape, self.weight_dtype, self.scales.device, dequantized)
         return found
 
     @weight.setter
@@ -330,6 +320,11 @@ class QuantLinear(nn.Module):
             self.prepare_()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle, which may be of a version without `weight_dtype`."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.__dict__.setdefault("weight_dtype", self.scales.dtype if self.bias is None else self.bias.dtype)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.layout != "canonical":
@@ -353,9 +348,21 @@ class QuantLinear(nn.Module):
         prepared = self.layout != "canonical" and any(name.startswith(prefix) for name in state_dict)
         if prepared:
             self._canonicalize_()
+        before = None if self.bias is None else self.bias.dtype
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.bias is not None and self.bias.dtype != before:  # assigned, not copied
+            self.weight_dtype = self.bias.dtype
         if prepared and not self.qweight.is_meta:
             self.prepare_()
+
+
+def _autocast(input: Tensor) -> Tensor:
+    """In the dtype of autocast, where it is on for that device and takes such a tensor."""
+    device = input.device.type
+    takes = input.is_floating_point() and input.dtype != torch.float64
+    if not (takes and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return input
+    return input.to(torch.get_autocast_dtype(device))
 
 
 def _inexact(scales: Tensor, dtype: torch.dtype) -> int:
