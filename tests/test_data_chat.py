@@ -101,7 +101,10 @@ def text_of(write, tokenizer, **row):
     return render(found, tokenizer)
 
 
-EVERY_CODE = "%a %A %b %B %d %H %I %j %m %M %p %S %y %Y, %Y-%m-%d"
+EVERY_CODE = (
+    "%a %A %b %B %c %C %d %D %e %f %F %g %G %h %H %I %j %k %l %m %M %n %p %P %r %R %S %t %T %u %U %V %w %W %x %X %y %Y "
+    "%z %Z. %-d %-e %-g %-H %-I %-j %-k %-l %-m %-M %-S %-u %-U %-V %-w %-W %-y %-Y, %Y-%m-%d, %%d 100%% %%%d"
+)
 
 
 @pytest.mark.parametrize("start", ["", "\n", "  "])
@@ -130,12 +133,27 @@ def test_a_template_sees_the_tools_of_a_row(as_text, write):
         assert text_of(write, tokenizer, text=MESSAGES, tools=nothing) == MESSAGES[0]["content"]
 
 
-@pytest.mark.parametrize(("tools", "kind"), [("weather", "str"), (["weather"], "list"), (3, "int"), ("3", "str")])
-def test_tools_that_are_no_schemas_are_refused(tools, kind, write):
-    with pytest.raises(
-        DataError, match=f"line 1: the column tools must hold a list of JSON schemas .*, found {kind}; correct it, or"
-    ):
-        text_of(write, tokenizer_with("{{ messages }}"), text=MESSAGES, tools=tools)
+@pytest.mark.parametrize("of_each", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_tools_may_be_one_schema_or_texts_of_schemas(alone, of_each, write):
+    tools = [{"name": "weather"}] if alone else [{"name": "weather"}, {"name": "time"}]
+    column = [json.dumps(tool) for tool in tools] if of_each else tools
+    tokenizer = tokenizer_with("{{ tools | tojson }}{{ messages[0].content }}")
+    found = text_of(write, tokenizer, text=MESSAGES, tools=column[0] if alone else column)
+    assert found == json.dumps(tools) + MESSAGES[0]["content"]
+
+
+@pytest.mark.parametrize(
+    "tools", ["weather", "None", ["search", "calc"], [{"name": "a"}, "calc"], 3, "3", {}, [{}], '{"a": 1}\n{"b": 2}']
+)
+def test_a_column_tools_that_holds_no_schemas_is_not_read(tools, write):
+    tokenizer = tokenizer_with("{{ tools | default('none', true) }} {{ messages[0].content }}")
+    assert text_of(write, tokenizer, text=MESSAGES, tools=tools) == "none how are you?"
+
+
+def test_the_second_of_a_date_is_that_of_greenwich(write):
+    """Oracle: GNU date: ``date -u -d 2024-07-26 +%s``."""
+    assert text_of(write, tokenizer_with("{{ strftime_now('%s') }}"), text=MESSAGES) == "1721952000"
 
 
 LINE = "{% for m in messages %}[{{ m.role }}] "
@@ -184,3 +202,57 @@ def test_parts_that_are_not_text(part, kind, write):
     if kind == "'image'":
         expected = "[user] how are you this fine morning, I wonder?<image>;"
         assert text_of(write, tokenizer, text=messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "turn"),
+    [
+        (IN_PARTS, "Be brief."),
+        (IN_PARTS.replace("p.text", "p.text | upper"), "BE BRIEF."),
+        ("{{ m.content }}", "Be brief."),
+    ],
+)
+def test_parts_in_a_template_that_wants_a_system_turn(content, turn, write):
+    """Whether it takes parts is seen on the row: on a user's turn alone it fails. Oracle: the text put together."""
+    start = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": PARTS},
+    ]
+    question = "how are you this fine morning, I wonder?"
+    found = text_of(write, tokenizer_with(start + LINE + content + ";{% endfor %}"), text=messages)
+    assert found == f"[system] {turn};[user] {question.upper() if turn.isupper() else question};"
+
+
+def test_what_a_template_makes_of_a_texts_words_is_its_own_affair(write):
+    """As Qwen3's, which drops what was thought in earlier turns. Oracle: the text put together by hand."""
+    template = LINE + IN_PARTS.replace("p.text }", "p.text.split('</think>')[-1] }") + ";{% endfor %}"
+    messages = [{"role": "assistant", "content": [{"type": "text", "text": "<think>hm</think>well"}]}]
+    assert text_of(write, tokenizer_with(template), text=messages) == "[assistant] well;"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LINE + IN_PARTS.replace("'text'", "'words'").replace("<{{ p.type }}>", "") + ";{% endfor %}",
+        LINE + "{{ m.content and m.content[0] }};{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
+    ],
+    ids=["other-parts", "first", "a-turn-left-out"],
+)
+def test_parts_that_a_template_shows_in_no_way(template, write):
+    messages = [{"role": "user", "content": PARTS}, MESSAGES[1], {"role": "assistant", "tool_calls": []}]
+    with pytest.raises(DataError, match=r"line 1: a chat template that shows the text of every part is required; .*"
+                       r"leaves some .* out, .* with one text in their place: leave the row out"):  # fmt: skip
+        text_of(write, tokenizer_with(template), text=messages)
+
+
+def test_a_template_that_fails_on_parts_and_on_their_text_names_the_row(write):
+    with pytest.raises(DataError, match="line 1: the chat template refuses this conversation: not today; leave it out"):
+        text_of(write, tokenizer_with("{{ raise_exception('not today') }}"), text=[{"role": "user", "content": PARTS}])
+
+
+def test_parts_that_are_bare_text_and_printed_as_a_list(write):
+    messages = [{"role": "user", "content": ["how are", " you?"]}]
+    with pytest.raises(DataError, match=r"line 1: .* parts of type 'text'; found one of 'str': leave the row out"):
+        text_of(write, tokenizer_with(LINE + "{{ m.content }};{% endfor %}"), text=messages)
