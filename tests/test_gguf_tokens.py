@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ptq.affixes import around
 from ptq.errors import UnsupportedModelError
 from ptq.gguf.tokens import tokenizer_keys, tokenizer_notes
 from ptq.gguf.words import MARK, PATTERNS
@@ -112,6 +113,48 @@ def test_a_vocabulary_of_few_letters(unknown):
     names = dict.fromkeys(("bos_token", "eos_token"), "</s>") | ({"unk_token": unknown} if unknown else {})
     keys = tokenizer_keys(PreTrainedTokenizerFast(tokenizer_object=built, **names), 3)
     assert (keys["tokenizer.ggml.add_bos_token"], keys["tokenizer.ggml.add_eos_token"]) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "expected"),
+    [
+        ("<s> $A </s>", "<s>", ([1], [2])),
+        ("$A </s>", None, ([], [2])),  # <s> is a text then, and known
+        ("$A </s>", "<s>", ([], [])),
+        ("$A", "<s>", ([], [])),
+    ],
+)
+def test_what_stands_around_a_text_of_unknown_letters(template, bos, expected):
+    """Oracle: the template. Where no token says where a text would be, an end mark is none of its beginning."""
+    built = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>"))
+    built.add_special_tokens(["<unk>", "<s>", "</s>"])
+    built.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>", bos_token=bos, eos_token="</s>")
+    assert around(tokenizer, tokenizer.all_special_ids) == expected
+
+
+class Shifting:
+    """Its tokens of a text are others with special ones around; counts the texts that it saw."""
+
+    def __init__(self, bos):
+        self.bos_token_id, self.seen = bos, 0
+
+    def get_vocab(self):
+        return {str(index): index for index in range(5000)}
+
+    def decode(self, ids):
+        return str(ids[0])
+
+    def __call__(self, text, add_special_tokens=True):
+        self.seen += 1
+        return {"input_ids": [1, 6, 2] if add_special_tokens else [5]}
+
+
+def test_what_stands_around_a_text_is_not_sought_in_all_of_a_vocabulary():
+    tokenizer = Shifting(1)
+    assert around(tokenizer, [1, 2]) == ([1], [6, 2])
+    assert tokenizer.seen == 2001, "two for each of 1000 texts, and one for none"
+    assert around(Shifting(None), [1, 2]) == ([], [])
 
 
 def test_an_end_mark_that_stands_for_unknown_letters_is_no_unknown_token():
