@@ -157,10 +157,24 @@ def test_what_stands_around_a_text_is_not_sought_in_all_of_a_vocabulary():
     assert around(Shifting(None), [1, 2]) == ([], [])
 
 
-def test_an_end_mark_that_stands_for_unknown_letters_is_no_unknown_token():
-    """As GPT-2's; no letter is unknown to its bytes."""
-    kinds = tokenizer_keys(byte_level(plain_words(), unk_token="</s>"), 261)["tokenizer.ggml.token_type"]
-    assert kinds[258:] == [3, 3, 4]
+def test_a_byte_level_tokenizer_has_no_unknown_token():
+    """No letter is unknown to its bytes; GPT-2 names its end mark so, and SmolLM2 a control token of its own."""
+    for unknown in ("</s>", "<|endoftext|>"):
+        tokenizer = byte_level(plain_words())
+        tokenizer.add_special_tokens({"unk_token": unknown})
+        kinds = tokenizer_keys(tokenizer, 262)["tokenizer.ggml.token_type"]
+        assert kinds[258:] == [3, 3, 4, 3 if unknown == "<|endoftext|>" else 5]
+
+
+@pytest.mark.parametrize(("other", "kind"), [("bos", 3), ("eos", 3), ("pad", 2)])
+def test_an_end_mark_that_stands_for_unknown_pieces_is_none(other, kind):
+    """Many pad with their unknown token, as tunes of Llama 2 do."""
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.model.unk_token = None
+    setattr(tokenizer, f"{other}_token", "<unk>")
+    keys = tokenizer_keys(tokenizer, 265)
+    assert keys["tokenizer.ggml.token_type"][:3] == [kind, 3, 3]
+    assert keys["tokenizer.ggml.unknown_token_id"] == 0
 
 
 def test_a_vocabulary_of_no_text():

@@ -34,11 +34,12 @@ def tokenizer_keys(tokenizer: Any, rows: int, ids: Mapping[str, int] | None = No
     model = spec["model"]
     keys = words_keys(spec)
     named = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
-    # GPT-2 and its like name their end mark here, for no letter is unknown to them.
-    unknown = None if named["unk"] in (named["bos"], named["eos"]) else named["unk"]
-    pieces, kinds = _vocabulary(spec, rows, bool(model.get("byte_fallback")), unknown)
+    has_bytes = bool(model.get("byte_fallback"))
+    # Of byte-level tokenizers none is unknown, yet many name some control token here, as SmolLM2 and Qwen2 do.
+    is_other = not has_bytes or named["unk"] in (named["bos"], named["eos"])
+    pieces, kinds = _vocabulary(spec, rows, has_bytes, None if is_other else named["unk"])
     keys |= {"tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": kinds}
-    if model.get("byte_fallback"):
+    if has_bytes:
         keys["tokenizer.ggml.scores"] = _scores(model, pieces)
     found = {name: index for name, index in named.items() if isinstance(index, int)}
     return keys | _special(tokenizer, spec, {**(ids or {}), **found}) | _templates(tokenizer)
