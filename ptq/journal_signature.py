@@ -13,6 +13,7 @@ from ptq.distributed import Ranks
 from ptq.errors import ConfigError, FormatError
 from ptq.formats.digest import digest
 from ptq.gptq.columns import columns_library
+from ptq.models.description import TOKENIZERS, describes
 from ptq.plan import Plan
 from ptq.report import versions
 
@@ -21,8 +22,7 @@ FREE = (
     *("model", "output", "evaluation", "calibration.offload", "calibration.dataset.files"),
     "refine.model_steps",  # no block depends on it, and what does says it
 )
-DESCRIPTIONS = (".json", ".jinja", ".model", ".py")  # of model and tokenizer
-WORDS = ("vocab.txt", "merges.txt", "dict.txt")  # of tokenizers; other .txt are licences and logs
+READ = ("*.json", "*.jinja", "*.py", *TOKENIZERS)  # of model and tokenizer; other .txt are licences and logs
 PACKAGES = ("ptq", "torch", "transformers")
 SAMPLES = 256
 SAMPLE_BYTES = 4096
@@ -62,7 +62,7 @@ def model_signature(plan: Plan) -> dict[str, str]:
     return {
         f"model.{path.name}": _file(path)
         for path in sorted(plan.directory.iterdir())
-        if path.is_file() and (path.name in weights or path.name in WORDS or path.suffix in DESCRIPTIONS)
+        if path.is_file() and (path.name in weights or describes(path.name, READ))
     }
 
 

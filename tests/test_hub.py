@@ -40,8 +40,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Serves the example; returns the patterns of each download."""
     asked: list[list[str]] = []
 
-    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
         assert name == NAME
+        assert ("*.safetensors" in ignore_patterns) == ("*.safetensors" not in allow_patterns)
+        assert "*.bin" in ignore_patterns, "as in vocab.bin or vocab/pytorch_model.bin"
         asked.append(allow_patterns)
         for file in MODEL.iterdir():
             if file.suffix == ".json" or "*.safetensors" in allow_patterns:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ptq.errors import ConfigError, FormatError
 from ptq.formats.checks import DTYPES
 from ptq.formats.codec import TensorSpec
-from ptq.models.description import DESCRIPTION
+from ptq.models.description import DESCRIPTION, WEIGHTS
 
 
 @contextmanager
@@ -34,9 +34,12 @@ def download(model: str, revision: str | None, *, weights: bool) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [*DESCRIPTION, "*.safetensors"] if weights else list(DESCRIPTION)
+    wanted, never = list(DESCRIPTION), list(WEIGHTS)
+    if weights:
+        never.remove("*.safetensors")
+        wanted.append("*.safetensors")
     with _sentences(model):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=never))
 
 
 class HubHeaders:
