@@ -12,7 +12,16 @@ from ptq.models.description import copy_description
 # Names as publishers of models spell them.
 TERMS = (
     *("LICENSE", "LICENSE.md", "License.txt", "LICENCE", "license", "MODEL_LICENSE", "LLAMA_LICENSE", "LICENSE-MODEL"),
-    *("THIRD-PARTY-LICENSES", "Dolphin-License.pdf", "Notice", "NOTICE.txt", "THIRD_PARTY_NOTICES", "COPYING"),
+    *(
+        "THIRD-PARTY-LICENSES",
+        "Dolphin-License.pdf",
+        "Notice",
+        "NOTICE.txt",
+        "THIRD_PARTY_NOTICES",
+        "COPYING",
+        "USE_POLICY.md",
+        "AUTHORS",
+    ),
 )
 CODE = ("cache_kernel.cuh", "cache_kernel.cu", "kernel.h", "kernel.cpp", "modeling_x.py")
 WORDS = (

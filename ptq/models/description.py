@@ -16,6 +16,7 @@ TOKENIZERS = (
 DESCRIPTION = (
     *("*.json", "*.jinja", "*.py", "*.cpp", "*.cu", "*.cuh", "*.h", "*.txt"),
     *TOKENIZERS,
+    *("USE_POLICY*", "AUTHORS*", "*[Tt][Ee][Rr][Mm][Ss]*"),
     *("README.md", "*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "*[Nn][Oo][Tt][Ii][Cc][Ee]*", "COPYING*"),
 )
 # Never, whatever else the name says.
