@@ -140,7 +140,7 @@ def test_the_column_that_holds_the_text(checkpoint: Path, tmp_path: Path, capsys
         found.append((json.loads(json_file.read_text())["models"], capsys.readouterr().out))
     assert found[0] == found[1]
     assert cli.main(["eval", str(checkpoint), "--text", str(file), "--tokens=64", "--window=32"]) == 1
-    assert "the column 'text' is required, found story, number; set column to one of" in capsys.readouterr().err
+    assert "the column 'text' is required, found story, number; name one of these as its" in capsys.readouterr().err
 
 
 def test_eval_and_inspect(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

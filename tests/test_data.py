@@ -322,7 +322,11 @@ FILES = {
     ),
     "json depth": ("a.jsonl", b"[" * 200_000, "a.jsonl, line 1: a JSON object is required, found: maximum recursion"),
     "json array": ("a.jsonl", b"[1]\n", "a.jsonl, line 1: a JSON object is required, found list; correct the line"),
-    "column": ("a.jsonl", b'{"a": 1, "b": 2}', "line 1: the column 'text' is required, found a, b; set column to one"),
+    "column": (
+        "a.jsonl",
+        b'{"a": 1, "b": 2}',
+        "line 1: the column 'text' is required, found a, b; name one of these as its column",
+    ),
     "type": ("a.jsonl", b'{"text": 3}', "line 1: the column must hold text, found int; name the column that holds"),
     "short": ("a.txt", b"abcdef", "calibration needs 2 x 4 = 8 tokens, found 7; use more text, fewer samples or a"),
     "parquet": ("a.parquet", b"no parquet", "; is the file whole, and parquet?"),

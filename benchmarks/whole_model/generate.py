@@ -5,11 +5,11 @@ import sys
 import time
 from typing import Any
 
+import ptq_kernels
 import torch
 from torch import Tensor
 
 import ptq
-from ptq.nn.linear import kernels_in_use
 from ptq.report import resident_bytes
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     result["warm_up"] = time.perf_counter() - started
     result["runs"] = [measure(model, prompt, settings) for _ in range(task["repeats"])]
     result["memory_peak"] = resident_bytes(peak=True)
-    result["kernels"] = kernels_in_use()
+    result["kernels"] = ptq_kernels.chosen()
     print(json.dumps(result))
 
 
