@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from threading import RLock
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from ptq.schema import build
 from ptq.task import BlockTask, FloatTwin, ModuleResult
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_EAGER = RLock()
 
 
 @torch.no_grad()
@@ -68,10 +70,7 @@ def quantize_linears(
         refine: options of the refinement after the method, which then needs batches whatever it is.
 
     Returns:
-        For each quantized layer's path its losses and settings.
-
-    Solvers set, for all threads, what float32 products may use, and put it back: of several threads that quantize one
-    solves at a time.
+        For each quantized layer's path its losses and settings. Of several threads that call this one works at a time.
 
     Raises:
         ConfigError: an unknown method, option or pattern; a group size that does not divide a layer; no batches; a
@@ -276,10 +275,10 @@ def _address(tensor: Tensor) -> int:
 def _eagerly() -> Iterator[None]:
     """As the module itself computes: without autocast, and uncompiled, as passes stop and wait at its Linears.
 
-    Solving takes float32 products in float32, too.
+    torch has one stance for all threads: one at a time is here, or the last to leave might put back another's.
     """
     with (
-        torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
+        _EAGER, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
         torch.compiler.set_stance("force_eager"),
     ):  # fmt: skip
         yield

@@ -153,6 +153,10 @@ def test_threads_that_quantize_do_not_change_each_others_products() -> None:
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(solve, dtypes))
         assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == before
+        torch._dynamo.reset()
+        compiled: list[torch.fx.GraphModule] = []  # as ever, though nothing is while a thread quantizes
+        torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph)(torch.ones(2))
+        assert compiled
     finally:
         torch.set_float32_matmul_precision("highest")
     for dtype, state in zip(dtypes, found, strict=True):
