@@ -28,7 +28,6 @@ from ptq.config import (
     scheme_for,
     unused_patterns,
 )
-from ptq.config_paths import find_files, resolve_config_path
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 
@@ -138,25 +137,6 @@ def test_variables_in_paths(key, written, load, tmp_path, monkeypatch):
     )
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         load(text)
-
-
-def test_patterns_of_files_are_not_expanded(tmp_path):
-    """A name with such a character in it may be there."""
-    (tmp_path / "a[1].txt").touch()
-    with pytest.raises(ConfigError, match=r"found none at \S+/\*.txt: patterns are not expanded, name each file"):
-        find_files(["*.txt"], "files", [tmp_path])
-    assert find_files(["a[1].txt"], "files", [tmp_path]) == (str(tmp_path / "a[1].txt"),)
-
-
-@pytest.mark.parametrize("name", ["no-such.txt", "/x/no-such.txt"])
-def test_a_place_that_was_looked_at_twice_is_named_once(name, monkeypatch):
-    monkeypatch.chdir(ROOT / "ptq")  # where the paths of shipped configurations count from
-    place = re.escape(str(Path(name).absolute()))
-    with pytest.raises(ConfigError, match=f"found none at {place}; check the path"):
-        find_files([name], "files", [Path(), Path.cwd()])
-    monkeypatch.chdir(ROOT / "ptq/configs")
-    with pytest.raises(ConfigError, match=r"no configuration file at \S+/dmeo.yaml; did you mean"):
-        resolve_config_path("dmeo.yaml")
 
 
 def test_overrides_from_the_command_line(load):
@@ -286,19 +266,6 @@ def test_mistakes_in_overrides_are_named(load, override, message):
     with pytest.raises(ConfigError) as caught:
         load(BASE + "bits: 4", override)
     assert message in str(caught.value)
-
-
-def test_a_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        resolve_config_path("dmeo.yaml")
-    message = str(caught.value)
-    assert str(tmp_path / "dmeo.yaml") in message
-    assert str(ROOT / "ptq/configs/dmeo.yaml") in message
-    assert "did you mean demo.yaml?" in message
-    with pytest.raises(ConfigError) as caught:
-        resolve_config_path("there/demo.yaml")
-    assert str(ROOT) not in str(caught.value), "a name with a directory is looked for there only"
 
 
 def test_a_file_that_is_not_text(tmp_path):

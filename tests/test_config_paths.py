@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptq.config import load_config
-from ptq.config_paths import SHIPPED
+from ptq.config_paths import SHIPPED, find_files, resolve_config_path
 from ptq.errors import ConfigError
 from ptq.sweep import load_variants
 
@@ -85,3 +85,35 @@ def test_relative_paths_count_from_the_working_directory(place: Path, monkeypatc
             load_config("demo.yaml", [change])
     (place / "elsewhere" / "text.txt").write_text("text")
     assert load_config("../run.yaml").evaluation.files == ("text.txt",)
+
+
+def test_patterns_of_files_are_not_expanded(tmp_path):
+    """A name with such a character in it may be there."""
+    (tmp_path / "a[1].txt").touch()
+    with pytest.raises(ConfigError, match=r"found none at \S+/\*.txt: patterns are not expanded, name each file"):
+        find_files(["*.txt"], "files", [tmp_path])
+    assert find_files(["a[1].txt"], "files", [tmp_path]) == (str(tmp_path / "a[1].txt"),)
+
+
+@pytest.mark.parametrize("name", ["no-such.txt", "/x/no-such.txt"])
+def test_a_place_that_was_looked_at_twice_is_named_once(name, monkeypatch):
+    monkeypatch.chdir(ROOT / "ptq")  # where the paths of shipped configurations count from
+    place = re.escape(str(Path(name).absolute()))
+    with pytest.raises(ConfigError, match=f"found none at {place}; check the path"):
+        find_files([name], "files", [Path(), Path.cwd()])
+    monkeypatch.chdir(ROOT / "ptq/configs")
+    with pytest.raises(ConfigError, match=r"no configuration file at \S+/dmeo.yaml; did you mean"):
+        resolve_config_path("dmeo.yaml")
+
+
+def test_a_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        resolve_config_path("dmeo.yaml")
+    message = str(caught.value)
+    assert str(tmp_path / "dmeo.yaml") in message
+    assert str(ROOT / "ptq/configs/dmeo.yaml") in message
+    assert "did you mean demo.yaml?" in message
+    with pytest.raises(ConfigError) as caught:
+        resolve_config_path("there/demo.yaml")
+    assert str(ROOT) not in str(caught.value), "a name with a directory is looked for there only"
