@@ -29,8 +29,8 @@ SECONDS = 0.05
 KEPT = 2  # commits whose hidden states stay: if the last is damaged, the one before serves
 SHOWN = 5  # differences named in a message
 DIGITS = 12  # of a checksum, in a message
-# Parts of a signature that are computed from others, with what those begin with.
 SETTING = {"calibration text": " (calibration.dataset)"}  # where a person finds what has another name here
+# Parts of a signature that are computed from others, with what those begin with.
 FOLLOWS = {
     "calibration text": ("configuration.calibration.", "model.", "version."),
     "quantized modules": ("configuration.", "model.", "version.", "calibration text"),

@@ -323,7 +323,7 @@ def test_signals_to_a_real_process(sent: signal.Signals, code: int, said: str, t
             break
     process.send_signal(sent)
     rest = process.stderr.read()
-    assert process.wait(60) == code
+    assert process.wait(60) == code, rest
     assert f"ptq: {said}: nothing was written to {tmp_path / 'out'}" in rest
     assert "continued by the same command" in rest
     assert "Traceback" not in rest
