@@ -131,7 +131,7 @@ def main() -> None:
         "lines": run.lines,
         "use": {**json.loads(use.output.splitlines()[-1]), "peak_anonymous_bytes": use.peak},
     }
-    print(f"{run.peak / 2**30:.2f} GiB of anonymous memory at the peak of the run; {document['use']}")
+    print(f"{run.peak / 1e9:.2f} GB of anonymous memory at the peak of the run; {document['use']}")
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
