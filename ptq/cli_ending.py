@@ -36,9 +36,8 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         left = f": {interruption}" if str(interruption) else ""  # said by what has something on the disk
         return _fail(options, f"{_INTERRUPTED[received[-1]]}{left}", SIGNALLED + received[-1])
     except ImportError as error:
-        if not isinstance(error.__cause__, KeyboardInterrupt):
+        if not _interrupted(error):
             raise
-        # as modules in C say it that were being loaded
         return _fail(options, _INTERRUPTED[received[-1]], SIGNALLED + received[-1])
     except BrokenPipeError:
         return 1
@@ -59,6 +58,13 @@ def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(options, _with_notes(f"the disk is full ({error}): free space or write elsewhere", error), 1)
         return _fail(options, _with_notes(f"a file could not be read or written: {error}", error), 1)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Modules in C that were being loaded say it as an ImportError, and transformers makes another one of that."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _with_notes(message: str, error: Exception) -> str:

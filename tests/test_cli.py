@@ -282,15 +282,24 @@ def test_control_c_where_there_is_no_output(
 
 
 def test_control_c_while_a_module_in_c_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends in an ImportError then, as seen of scipy's; any other ImportError is not hidden."""
+    """It ends in an ImportError then, as seen of scipy's, which transformers' loading of classes makes another one of.
 
-    def fail(cause: BaseException | None) -> None:
-        raise ImportError("initialization failed") from cause
+    Any other ImportError is not hidden.
+    """
 
-    monkeypatch.setattr("ptq.inspection.inspect", lambda *_, **__: fail(KeyboardInterrupt()))
-    assert cli.main(["inspect", str(MODEL)]) == 130
-    monkeypatch.setattr("ptq.inspection.inspect", lambda *_, **__: fail(None))
-    with pytest.raises(ImportError, match="initialization failed"):
+    def fail(cause: BaseException | None, wrapped: bool = False) -> None:
+        try:
+            raise ImportError("initialization failed") from cause
+        except ImportError as error:
+            if wrapped:
+                raise ModuleNotFoundError("Could not import module") from error
+            raise
+
+    for wrapped in (False, True):
+        monkeypatch.setattr("ptq.inspection.inspect", lambda *_, w=wrapped, **__: fail(KeyboardInterrupt(), w))
+        assert cli.main(["inspect", str(MODEL)]) == 130
+    monkeypatch.setattr("ptq.inspection.inspect", lambda *_, **__: fail(ValueError(), True))
+    with pytest.raises(ImportError, match="Could not import module"):
         cli.main(["inspect", str(MODEL)])
 
 
