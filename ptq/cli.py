@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ptq.cli_adapters import merge_arguments
 from ptq.cli_compare import compare_arguments, sweep_arguments
 from ptq.cli_ending import run
+from ptq.cli_places import write_result
 from ptq.cli_push import lint_arguments, push_arguments
 from ptq.cli_tasks import run_tasks, task_arguments
 from ptq.cli_tune import run_tune, tune_arguments
@@ -174,9 +175,9 @@ def _eval(options: argparse.Namespace) -> int:
     if options.text:
         document |= _eval_text(options)
     if options.json:
-        from ptq.formats.staging import atomic_write_text, json_text
+        from ptq.formats.staging import json_text
 
-        atomic_write_text(Path(options.json), json_text(document))
+        write_result(Path(options.json), json_text(document))
     if options.text:
         require_passed(conditions, document["models"]["result"])
     return 0
@@ -213,10 +214,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
     print(inspect(options.checkpoint, modules=options.modules, trust_remote_code=options.trust_remote_code))
     if options.html:
-        from ptq.formats.checkpoint import atomic_write_text
-
         text = inspection_page(options.checkpoint, trust_remote_code=options.trust_remote_code)
-        atomic_write_text(Path(options.html), text)
+        write_result(Path(options.html), text)
         print(f"page        {options.html}")
     return 0
 

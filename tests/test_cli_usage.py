@@ -1,5 +1,9 @@
 """What a command line or a configuration asks for wrongly. Oracle: one sentence, exit code 2, and no file written."""
 
+import os
+import shutil
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -81,3 +85,75 @@ def test_usage_errors_are_a_sentence_and_exit_2(case: str, tmp_path: Path, capsy
     assert expected in printed
     assert "Traceback" not in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A checkpoint of its own, for what would be lost."""
+    return Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+@pytest.mark.parametrize(("verb", "arguments", "message"), [
+    ("inspect", ["--html", "model/model.safetensors"], "is one of those in model, which the command reads"),
+    ("inspect", ["--html", "model/config.json"], "is one of those in model"),
+    ("inspect", ["--html", "link.html"], "is one of those in model"),
+    ("eval", ["--text", "a.txt", "--json", "model/tokenizer.json"], "is one of those in model"),
+    ("eval", ["--text", "a.txt", "--json", "a.txt"], "--json must name another file than text, found a.txt for both"),
+    ("eval", ["--tasks", "x", "--include", "tasks", "--json", "tasks/deep/x.yaml"], "is one of those in tasks"),
+    ("inspect", ["--html", "socket"], "--html must name a file, a pipe or a terminal, socket is none of these"),
+    ("inspect", ["--html", "loop"], "--html must be a path that can be followed, found"),
+    ("inspect", ["--html", "lost/x.html"], "in a directory that exists;"),
+])  # fmt: skip
+def test_no_result_takes_the_place_of_what_is_read(
+    verb: str, arguments: list[str], message: str, model: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Oracle: a sentence, exit code 2, and every file as it was."""
+    monkeypatch.chdir(model.parent)
+    Path("tasks/deep").mkdir(parents=True)
+    for name in ("a.txt", "tasks/deep/x.yaml"):
+        Path(name).write_text("task: x\n")
+    Path("link.html").symlink_to("model/model.safetensors")
+    Path("loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert cli.main([verb, "model", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_a_result_goes_where_its_path_leads(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A link stays and its target is written, a pipe and a device are written into, an earlier page is replaced."""
+    folder, page = model.parent, "<!doctype html>"
+    link, pipe, nothing, printed = (folder / name for name in ("link", "pipe", "nothing", "printed"))
+    link.symlink_to("page")
+    nothing.symlink_to(os.devnull)
+    printed.symlink_to("/dev/stdout")
+    os.mkfifo(pipe)
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)
+    reader.start()
+    for place in (link, nothing, pipe, model / "page.html", model / "page.html"):
+        assert cli.main(["inspect", str(model), "--html", str(place)]) == 0
+    reader.join(60)
+    assert (folder / "page").read_text() == (model / "page.html").read_text() == got[0]
+    assert got[0].startswith(page)
+    assert link.is_symlink()
+    assert nothing.is_symlink()
+    assert pipe.is_fifo()
+    capfd.readouterr()
+    assert cli.main(["inspect", str(model), "--html", str(printed)]) == 0
+    out = capfd.readouterr().out
+    assert out.index("checkpoint  ") < out.index(page) < out.rindex("page        ")
+
+
+def test_figures_of_an_earlier_run_are_replaced(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in the checkpoint's own directory."""
+    figures = model / "figures.json"
+    (model.parent / "a.txt").write_text("once upon a time there was a cat " * 200)
+    text = ["--text", str(model.parent / "a.txt"), "--tokens", "64", "--window", "32", "--json", str(figures)]
+    for _ in range(2):
+        assert cli.main(["eval", str(model), *text]) == 0, capsys.readouterr().err
