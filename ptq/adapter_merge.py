@@ -41,6 +41,17 @@ def check_mergeable(adapted: Any, adapter: str | Path) -> None:
         )
 
 
+def check_values(tensors: dict[str, Tensor], adapter: str | Path) -> None:
+    """Raises ConfigError for matrices of LoRA that are no floats, and for tensors with NaN or infinity."""
+    for name, value in tensors.items():
+        floats = value.is_floating_point()
+        if (".lora_" in name and not floats) or (floats and not bool(torch.isfinite(value.float()).all())):
+            found = "has NaN or infinity" if floats else f"is {str(value.dtype).removeprefix('torch.')}"
+            raise ConfigError(
+                f"an adapter must hold finite floats; {name} of {adapter} {found}: save or fetch it again"
+            )
+
+
 def check_whole(source: Checkpoint, tensors: dict[str, Tensor], adapter: str | Path) -> None:
     """Whether what an adapter's file holds beside LoRA, embeddings that PEFT saves whole, is as in the checkpoint.
 
@@ -59,7 +70,11 @@ def check_whole(source: Checkpoint, tensors: dict[str, Tensor], adapter: str | P
 
 
 def dense_tensors(source: Checkpoint, peft_model: Any, skeleton: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the dense copy, mostly under the checkpoint's names: what is not packed, Linears, stacks."""
+    """The tensors of the dense copy, mostly under the checkpoint's names: what is not packed, Linears, stacks.
+
+    Raises:
+        ConfigError: a sum with the adapter is NaN, or beyond its dtype.
+    """
     from peft.tuners.lora import LoraLayer
 
     model = peft_model.get_base_model()
@@ -76,12 +91,13 @@ def dense_tensors(source: Checkpoint, peft_model: Any, skeleton: nn.Module) -> I
             continue
         value = source.reader.tensor(name)
         dtype = working_dtype(source.model, name, value, source.dtype)
-        yield name, (_dense(model, changed[name]) if name in changed else value).to(dtype)
+        yield name, _finite(name, _dense(model, changed[name]).to(dtype)) if name in changed else value.to(dtype)
     for path in source.schemes:
         if f"{path}.weight" not in stacked:
             weight = _dense(model, f"{path}.weight")
             turned = is_transposed(skeleton.get_submodule(path))  # Conv1D holds [K, N]
-            yield f"{source.names.of_module(path)}.weight", (weight.T if turned else weight).to(source.dtype)
+            name = f"{source.names.of_module(path)}.weight"
+            yield name, _finite(name, (weight.T if turned else weight).to(source.dtype))
     for path, experts in stacks.items():
         for fused, shape in experts.shapes.items():
             name = f"{path}.{fused}"
@@ -90,7 +106,17 @@ def dense_tensors(source: Checkpoint, peft_model: Any, skeleton: nn.Module) -> I
             for local, owner, cut in experts.slices():
                 if owner == fused:
                     cut(stack).copy_(_dense(model, f"{path}.{local}"))  # what is cut out is a view
-            yield name, stack
+            yield name, _finite(name, stack)
+
+
+def _finite(name: str, value: Tensor) -> Tensor:
+    if bad := value.numel() - int(torch.isfinite(value).sum()):
+        raise ConfigError(
+            f"a weight with its adapter must be finite in the copy's {str(value.dtype).removeprefix('torch.')}; {name} "
+            f"has {bad} of {value.numel()} values that are not: correct lora_alpha and its kin in "
+            "adapter_config.json, train the adapter again, or take a --dtype that holds more"
+        )
+    return value
 
 
 def _changed(source: Checkpoint, peft_model: Any, adapted: set[str], stacked: set[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ptq.adapter_merge import check_mergeable, check_whole, dense_tensors, write_description
+from ptq.adapter_merge import check_mergeable, check_values, check_whole, dense_tensors, write_description
 from ptq.errors import ConfigError
 from ptq.formats.checkpoint import ShardWriter, read_json, staged_directory
 from ptq.formats.staging import output_path, require_writable
@@ -92,7 +93,8 @@ def merge(
 
     Raises:
         ConfigError: as for `load_adapter`; ``out`` is in the way or is the checkpoint; the adapter holds more than
-            LoRA on Linears, or is on a Linear whose weight the checkpoint shares with another module.
+            LoRA on Linears, is on a Linear whose weight the checkpoint shares with another module, or makes a weight
+            that the copy's dtype cannot hold.
         FormatError: a damaged checkpoint or adapter_config.json.
     """
     require_peft()
@@ -140,13 +142,14 @@ def _load(model: nn.Module, adapter: Path, trainable: bool) -> tuple[Any, dict[s
             f"an adapter's tensors must be readable; those of {adapter} are not: {_sentence(error)}: the file may be "
             "incomplete, save or fetch it again"
         ) from error
+    check_values(tensors, adapter)
     try:
         with warnings.catch_warnings():
             # PEFT asks transformers for a name that is about to go
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error here
             adapted = PeftModel.from_pretrained(model, str(adapter), config=config, is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise ConfigError(
             f"an adapter must fit the model that it is put on; PEFT cannot put {adapter} there: {_sentence(error)}: "
             "take the model that it was trained on, or a packed copy of that"
