@@ -10,7 +10,8 @@ from ptq.errors import ConfigError
 def task_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments."""
     parser.add_argument("--tasks", metavar="NAMES", help="tasks of lm-evaluation-harness, separated by commas")
-    parser.add_argument("--include", metavar="DIR", help="directory with task files of your own")
+    parser.add_argument("--include", metavar="DIR",
+                        help="directory with task files of your own; the Python they name is run")  # fmt: skip
     parser.add_argument("--fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task at most (default: all)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="sequences of a task at a time (default 8)")

@@ -25,9 +25,10 @@ BOOTSTRAPS = 1000
 class TaskSettings(NamedTuple):
     """What to run.
 
-    names: tasks, groups or patterns of the harness; include: directory with task files of one's own; fewshot: examples
-    in front of each question (None: the task's own number); limit: questions of each task at most (None: all);
-    batch_size: sequences at a time; chat_template: render each question as a conversation.
+    names: tasks, groups or patterns of the harness; include: directory with task files of one's own, whose Python the
+    harness runs (``!function``, templates), whatever ``trust_remote_code`` says; fewshot: examples in front of each
+    question (None: the task's own number); limit: questions of each task at most (None: all); batch_size: sequences at
+    a time; chat_template: render each question as a conversation.
     """
 
     names: tuple[str, ...]
@@ -138,6 +139,8 @@ def _manager(settings: TaskSettings) -> Any:
             if all(manager.match_tasks([name]) for name in settings.names):
                 return manager
             managers.append(manager)
+    if settings.include is not None:
+        _require_yaml(Path(settings.include))
     known = managers[-1].all_tasks
     unknown = next(name for name in settings.names if not managers[-1].match_tasks([name]))
     near = get_close_matches(unknown, known, n=3, cutoff=0.5)
@@ -145,6 +148,23 @@ def _manager(settings: TaskSettings) -> Any:
         f"a task must be one of the harness's or in a file in --include; {unknown!r} is not"
         + (f": did you mean {' or '.join(near)}?" if near else f" ({len(known)} are known)")
     )
+
+
+def _require_yaml(include: Path) -> None:
+    """Raises ConfigError for a task file that the harness passes over without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """With the harness's tag for functions, of which none is called here."""
+
+    Loader.add_constructor("!function", lambda loader, node: None)
+    for path in sorted(include.rglob("*.yaml")):
+        try:
+            yaml.load(path.read_bytes(), Loader)  # a SafeLoader
+        except (yaml.YAMLError, RecursionError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"a task file must be YAML, {path} is not: {' '.join(str(error).split())}: correct it"
+            ) from error
 
 
 def _require_sound(manager: Any, settings: TaskSettings) -> None:

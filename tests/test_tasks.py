@@ -149,6 +149,10 @@ def test_what_cannot_be_run_is_a_sentence(changes, message):
     ("{{country}}", "{{country.no.name if country == 'Egypt' else country}}",
      "templates of capitals .* must be Jinja that fits the questions; the harness stops with UndefinedError: 'str ob"),
     ('"{{answer}}"', "!function nowhere.answer", "with the files in .*; it stops with"),
+    ("task: capitals", "task: [capitals", "a task file must be YAML, .*capitals.yaml is not: while parsing a flow"),
+    ("task: capitals", "task: " + "[" * 3000, "a task file must be YAML, .*capitals.yaml is not: maximum recursion"),
+    ("task: capitals", "task: !function x.y\nx: !!python/name:os.system ", "is not: could not determine a constr"),
+    ("task: capitals", "task: \x07", "is not: unacceptable character #x0007"),
     ("capitals.jsonl", "no-such.jsonl", "with the files in .*; it stops with FileNotFoundError"),
 ])  # fmt: skip
 def test_a_faulty_task_file_is_a_sentence(old, new, message, tmp_path):
