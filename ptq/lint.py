@@ -206,6 +206,10 @@ def _packed_tensors(
             if tensor.endswith(("g_idx", "weight_shape")):
                 dtypes = (torch.int32, torch.int64)
             _compare(problems, reader, tensor, dtypes, expected)
+            if tensor.endswith("weight_shape") and reader.spec(tensor)[1] == expected:
+                stated = reader.tensor(tensor).tolist()
+                if stated != [n, k]:
+                    problems.append(f"{tensor} must say {[n, k]}, the shape of the weight in the model, found {stated}")
         elif tensor != order:
             problems.append(f"{tensor} is missing")
     if f"{spelled}.weight" in stored:

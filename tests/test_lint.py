@@ -143,6 +143,15 @@ def test_damage_is_named(made: Callable[..., Path], tmp_path: Path, kind: str) -
     assert message in describe(result)
 
 
+@pytest.mark.parametrize("stated", [[128, 64], [-1, 64], [0, 0], [64, 2**40]])
+def test_a_shape_that_is_stated_wrongly_is_named(made: Callable[..., Path], tmp_path: Path, stated: list[int]) -> None:
+    change = put(f"{DOWN}.weight_shape", lambda _: torch.tensor(stated))
+    result = lint(damaged(made("compressed-tensors"), tmp_path / "x", change))
+    assert result.problems == [
+        f"{DOWN}.weight_shape must say [64, 128], the shape of the weight in the model, found {stated}"
+    ]
+
+
 def test_experts_are_checked_one_by_one(tmp_path: Path) -> None:
     """Their Linears have the names of the file; the roles come from the plan's stacked parameters."""
     run(settings(save(build_experts("mixtral"), tmp_path / "parent"), tmp_path / "whole", "rtn"))
