@@ -1,16 +1,22 @@
 """Shards. Oracle: the safetensors library reads what we write and writes what we read; damage is done byte by byte."""
 
 import json
+import math
+import os
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ptq.errors import FormatError, PtqError
 from ptq.formats.checkpoint import DTYPES, CheckpointReader, ShardWriter
+from ptq.models.loading import read_config
+
+TINY = Path(__file__).resolve().parent.parent / "examples/tiny-llama"
 
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is simulated by /dev/full")
 
@@ -177,6 +183,11 @@ def leave_directory(content):
     content["weight_map"]["model.layers.0.a"] = "../model-00001-of-00002.safetensors"
 
 
+def store_twice(index, shard):
+    """The index stays as it is: whichever file it names, the other one has the tensor, too."""
+    save_file({"model.layers.0.a": torch.ones(8), "model.layers.1.a": torch.ones(8)}, shard)
+
+
 def put_into_a_folder(index, shard):
     (shard.parent / "sub").mkdir()
     shard.rename(shard.parent / "sub" / shard.name)
@@ -192,7 +203,12 @@ def put_into_a_folder(index, shard):
         (lambda index, shard: edit(index, rename_in_index), "says that model.layers.9.a is in model-00001"),
         (lambda index, shard: edit(index, swap_in_index), "says that model.layers.0.a is in model-00002"),
         (lambda index, shard: index.write_text("{}"), "must have a weight_map from tensor to file, found none"),
-        (lambda index, shard: index.write_text('{"weight_map": {"a": 3}}'), "must have a weight_map"),
+        (lambda index, shard: index.write_text('{"weight_map": {"a": 3}}'), "weight_map from tensor to file, found 3"),
+        (lambda index, shard: index.write_text('{"weight_map": {"a": ""}}'), "from tensor to file, found ''"),
+        (
+            store_twice,
+            "stored once; model.layers.1.a is in model-00001-of-00002.safetensors and in model-00002-of-00002",
+        ),
         (lambda index, shard: index.write_text("{"), "must be JSON"),
         (lambda index, shard: index.unlink(), "holds 2 safetensors files but no model.safetensors.index.json"),
     ],
@@ -205,7 +221,7 @@ def test_index_damage(tmp_path, damage, message):
 
 def test_a_link_to_nothing_is_no_shard_of_an_index(tmp_path):
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
-    with pytest.raises(FormatError, match=r"model.safetensors must be a file; it is a directory or a link to nothing"):
+    with pytest.raises(FormatError, match=r"model.safetensors must be a file; it is a directory, a pipe or a link"):
         CheckpointReader(tmp_path)
 
 
@@ -227,6 +243,9 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (b"\x02\0\0\0\0\0\0\0{x", "its header is not a safetensors header"),
         (with_header([1]), "its header is not a safetensors header"),
         (with_header({"a": {"dtype": "F32"}}), "its header is not a safetensors header"),
+        (with_header({"__metadata__": {"format": 1}}), "__metadata__ must map text to text, found {'format': 1}"),
+        (with_header({"a\ud800": entry()}, bytes(8)), "not a safetensors header .* surrogates not allowed"),
+        (struct.pack("<Q", 99999) + b"[" * 99999, "not a safetensors header .*recursion"),
         (with_header({"a": entry("F4")}, bytes(8)), "dtypes must be among F64, .* found F4"),
         (with_header({"a": entry()}, bytes(7)), r"header describes \d+ bytes, the file has \d+; fetch it again"),
         (with_header({"a": entry()}, bytes(9)), r"header describes \d+ bytes, the file has \d+"),
@@ -241,6 +260,31 @@ def test_shard_damage(tmp_path, raw, message):
     (tmp_path / "model.safetensors").write_bytes(raw)
     with pytest.raises(FormatError, match=message):
         CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [
+    {"data_offsets": [0, 8, 8]}, {"data_offsets": []}, {"data_offsets": [0, math.inf]}, {"data_offsets": ["0", "8"]},
+    {"data_offsets": [False, 8]}, {"data_offsets": [0.0, 8.0]}, {"data_offsets": [-8, 0]}, {"data_offsets": 8},
+    {"shape": ["2"]}, {"shape": [2.0]}, {"shape": [True, 2]}, {"shape": [-2, -1]}, {"shape": None},
+    {"dtype": ["F32"]}, {"dtype": None},
+], ids=str)  # fmt: skip
+def test_descriptions_that_the_library_refuses(tmp_path, changes):
+    """Oracle: the library."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(with_header({"a": {**entry(), **changes}}, bytes(8)))
+    with pytest.raises(SafetensorError), safe_open(path, "pt"):
+        pass
+    with pytest.raises(FormatError, match="a needs a dtype, a shape and two data_offsets, found {'dtype'"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=r"model.safetensors must be a file; it is a directory, a pipe or a link"):
+        CheckpointReader(tmp_path)
+    shutil.copyfile(TINY / "config.json", tmp_path / "config.json")
+    edit(tmp_path / "config.json", lambda content: content.update(tie_word_embeddings=True))
+    read_config(tmp_path)  # which looks whether the head is stored by itself
 
 
 def test_directories_without_weights(tmp_path):

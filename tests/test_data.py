@@ -3,6 +3,7 @@ be written down; the tokens of a whole text at once; hashlib over hand-made byte
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -345,6 +346,12 @@ def test_files_that_cannot_be_used(write, monkeypatch, name, content, message):
 def test_files_that_are_not_there(tmp_path, name):
     with pytest.raises(DataError, match=f"{tmp_path}/{name}: a readable text file is required, found: No such file"):
         calibration_batches(calibration(tmp_path / name), Characters())
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"a.txt: a regular file of text is required, found a pipe or a device; name a"):
+        calibration_batches(calibration(tmp_path / "a.txt"), Characters())
 
 
 def test_patterns_are_not_expanded(write):

@@ -130,6 +130,8 @@ def _is_plain(source: DatasetConfig) -> bool:
 
 
 def _open(path: Path) -> io.BufferedReader:
+    if path.exists() and not (path.is_file() or path.is_dir()):  # of a pipe nothing may ever come, and it comes once
+        raise DataError(f"{path.absolute()}: a regular file of text is required, found a pipe or a device; name a file")
     try:
         return path.open("rb")
     except OSError as error:

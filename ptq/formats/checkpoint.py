@@ -163,7 +163,13 @@ class CheckpointReader:
         self._entries: dict[str, Entry] = {}
         weight_map = self._find_files()
         for file in self._sizes:
-            self._entries.update(read_header(self.directory / file))
+            found = read_header(self.directory / file)
+            for name in found.keys() & self._entries.keys():
+                raise FormatError(
+                    f"a tensor must be stored once; {name} is in {self._entries[name].file} and in {file} of "
+                    f"{self.directory}: fetch both and the index again"
+                )
+            self._entries |= found
         for name, file in (weight_map or {}).items():
             if name not in self._entries or self._entries[name].file != file:
                 raise FormatError(f"{INDEX} says that {name} is in {file}, which does not hold it; fetch both again")
@@ -211,9 +217,12 @@ class CheckpointReader:
             files = [SINGLE]
         elif (self.directory / INDEX).is_file():
             weight_map = read_json(self.directory / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or {type(file) for file in weight_map.values()} != {str}:
-                raise FormatError(f"{self.directory / INDEX} must have a weight_map from tensor to file, found none")
-            files = sorted(set(weight_map.values()))
+            named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+            unnamed = [file for file in named if not (isinstance(file, str) and file)]
+            if unnamed or not named:
+                found = repr(unnamed[0]) if unnamed else "none"
+                raise FormatError(f"{self.directory / INDEX} must have a weight_map from tensor to file, found {found}")
+            files = sorted(set(named))
         else:
             files = [path.name for path in self.directory.glob("*.safetensors")]
             if len(files) != 1:
@@ -221,7 +230,8 @@ class CheckpointReader:
         absent = [file for file in files if Path(file).name != file or not (self.directory / file).is_file()]
         if absent and weight_map is None:
             raise FormatError(
-                f"{self.directory / files[0]} must be a file; it is a directory or a link to nothing: fetch it again"
+                f"{self.directory / files[0]} must be a file; it is a directory, a pipe or a link to nothing: fetch it "
+                "again"
             )
         if nested := [file for file in absent if (self.directory / file).is_file()]:
             raise FormatError(
@@ -257,12 +267,19 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise FormatError(f"{path} is truncated or no safetensors file: {size} bytes cannot hold its header")
         text = file.read(length)
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        ranges = {name: tuple(map(int, value["data_offsets"])) for name, value in header.items()}
-        kinds = {name: (value["dtype"], tuple(map(int, value["shape"]))) for name, value in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        header = json.loads(text.decode())
+        if not isinstance(header, dict):
+            raise TypeError(f"it is no object but {type(header).__name__}")
+        if not _is_metadata(metadata := header.pop("__metadata__", None)):
+            raise ValueError(f"__metadata__ must map text to text, found {metadata!r:.80}")
+        for name, value in header.items():
+            name.encode()
+            if not _is_description(value):
+                raise ValueError(f"{name} needs a dtype, a shape and two data_offsets, found {value!r:.80}")
+    except (ValueError, TypeError, RecursionError) as error:
         raise FormatError(f"{path} is damaged: its header is not a safetensors header ({error})") from error
+    ranges = {name: tuple(value["data_offsets"]) for name, value in header.items()}
+    kinds = {name: (value["dtype"], tuple(value["shape"])) for name, value in header.items()}
     unknown = {dtype for dtype, _ in kinds.values()} - DTYPES.keys()
     if unknown:
         raise FormatError(f"{path}: dtypes must be among {', '.join(DTYPES)}, found {', '.join(sorted(unknown))}")
@@ -281,3 +298,16 @@ def read_header(path: Path) -> dict[str, Entry]:
             "fetch it again"
         )
     return entries
+
+
+def _is_metadata(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(isinstance(each, str) for each in value.values()))
+
+
+def _is_description(value: Any) -> bool:
+    """Whether a header describes a tensor so: as strictly as the safetensors library, which reads it later."""
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        return False
+    sizes = [value.get("shape"), value.get("data_offsets")]
+    whole = all(isinstance(each, list) and all(type(n) is int and n >= 0 for n in each) for each in sizes)
+    return whole and len(value["data_offsets"]) == 2

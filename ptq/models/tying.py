@@ -75,7 +75,7 @@ def levels(config: Any) -> list[Any]:
 def _open(directory: Path, files: ExitStack) -> dict[str, _Stored]:
     """Every tensor of the checkpoint's files, none read."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    paths = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    paths = [single] if single.is_file() else sorted(filter(Path.is_file, directory.glob("*.safetensors")))
     if not single.is_file() and index.is_file():
         weight_map = read_json(index).get("weight_map")
         shards = set(weight_map.values()) if isinstance(weight_map, Mapping) else set()
