@@ -196,9 +196,21 @@ def test_values_in_config_json_that_make_no_model(changes, said, parent, tmp_pat
     refuse(FormatError, f"config.json must .*{said}|{said}", settings(parent, tmp_path / "out"))
 
 
+@pytest.mark.parametrize(("text", "said"), [
+    ("[1]", "config.json must hold a JSON object, found list: fetch or write it again"),
+    ("[" * 99999, "config.json must be JSON: maximum recursion depth"),
+    ('{"model_type": "llama", "a": ' + "[" * 700 + "]" * 700 + "}", "config.json must .*maximum recursion depth"),
+])  # fmt: skip
+def test_a_config_json_that_holds_no_configuration(text, said, parent):
+    (parent / "config.json").write_text(text)
+    with pytest.raises(FormatError, match=said):
+        read_config(parent)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_tokenizer_that_is_a_list(name, parent):
-    (parent / name).write_text("[]")
+@pytest.mark.parametrize("text", ["[]", "[" * 99999], ids=["list", "deep"])
+def test_a_tokenizer_that_is_a_list(name, text, parent):
+    (parent / name).write_text(text)
     with pytest.raises(FormatError, match="must be a tokenizer's; transformers found: .*: fetch both again"):
         load_tokenizer(parent, False)
 

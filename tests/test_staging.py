@@ -322,6 +322,7 @@ def test_atomic_text(tmp_path, monkeypatch):
         (None, "must exist: is .* a complete checkpoint directory"),
         ("{", "must be JSON: .* the file is damaged"),
         (b"\xff\xfe\x00", "must be JSON"),
+        ("[" * 99999, "must be JSON: maximum recursion depth"),
         ("[1]", "must hold a JSON object, found list"),
     ],
 )
@@ -329,6 +330,12 @@ def test_read_json_says_what_is_wrong(tmp_path, text, message):
     if text is not None:
         (tmp_path / "c.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(FormatError, match=message):
+        read_json(tmp_path / "c.json")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "c.json")
+    with pytest.raises(FormatError, match="must be a regular file, found a pipe"):
         read_json(tmp_path / "c.json")
 
 

@@ -22,7 +22,7 @@ def unseal(path: Path) -> tuple[dict[str, Any], str]:
     """Content and checksum of a file that `seal` wrote. Raises FormatError when it is damaged."""
     try:
         document = json.loads(path.read_bytes())
-    except ValueError:  # not JSON any more
+    except (ValueError, RecursionError):  # not JSON any more
         document = None
     if isinstance(document, dict):
         content, checksum = document.get("content"), document.get("checksum")

@@ -285,14 +285,16 @@ def _finite(value: Any) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises FormatError when it is missing, not JSON, or not an object."""
+    if path.is_fifo():  # nothing may ever come
+        raise FormatError(f"{path} must be a regular file, found a pipe: fetch or write it again")
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise FormatError(f"{path} must exist: is {path.parent} a complete checkpoint directory?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter is of thousands of brackets
         raise FormatError(f"{path} must be JSON: {error}; the file is damaged, fetch or write it again") from error
     if not isinstance(content, dict):
-        raise FormatError(f"{path} must hold a JSON object, found {type(content).__name__}")
+        raise FormatError(f"{path} must hold a JSON object, found {type(content).__name__}: fetch or write it again")
     return content
 
 

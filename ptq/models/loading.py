@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import ConfigError, FormatError, UnsupportedModelError
+from ptq.formats.staging import read_json
 from ptq.models.empty import empty_parameters
 from ptq.models.experts import unfuse_experts
 from ptq.models.hub import download
@@ -69,9 +70,10 @@ def _parse_config(directory: Path, trust_remote_code: bool) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    read_json(directory / "config.json")  # transformers says less of what is no JSON, or no object
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (StrictDataclassError, TypeError, AttributeError) as error:
+    except (StrictDataclassError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(
             f"{directory / 'config.json'} must describe a model; transformers refuses it: {_sentence(error)}: correct "
             "the value, or fetch the file again"
@@ -98,7 +100,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
             f"a model directory must hold its tokenizer; loading the one in {directory} failed: "
             f"{str(error).splitlines()[0]}: copy tokenizer.json and tokenizer_config.json beside config.json"
         ) from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, RecursionError) as error:
         raise FormatError(
             f"{directory / 'tokenizer.json'} and tokenizer_config.json must be a tokenizer's; transformers found: "
             f"{_sentence(error)}: fetch both again"
