@@ -6,7 +6,7 @@ import re
 import pytest
 
 from ptq.errors import ConfigError, FormatError
-from ptq.formats import CODECS, Scheme, codec_for_config, schemes_by_module
+from ptq.formats import CODECS, Scheme, codec_for_config, readable_config, schemes_by_module
 from ptq.integration import is_ours
 
 S4, S8, A4 = Scheme(4, 128, True), Scheme(8, 32, True), Scheme(4, 128, False)
@@ -332,6 +332,29 @@ def test_rules_in_the_words_of_the_file(config, bits):
 def test_what_cannot_be_honoured_is_refused(config, message):
     with pytest.raises(FormatError, match=message):
         codec_for_config(config).parse_config(config, ["fc"])
+
+
+ROUND = GPTQ | {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+WRONG = {
+    "str": [*(GPTQ | {key: [5]} for key in ("quant_method", "checkpoint_format", "format")), AWQ | {"version": 5},
+            packed(format=5), ROUND | {"packing_format": [5]}],
+    "dict": [GPTQ | {"meta": "x"}, GPTQ | {"meta": [1]}, GPTQ | {"dynamic": {"+:.*": 5}}, AWQ | {"meta": 5},
+             packed(config_groups={"a": 5}), packed(group={"weights": 5}), ROUND | {"extra_config": 5},
+             ROUND | {"extra_config": {"lm_head": 5}}],
+    "bool": [GPTQ | {"desc_act": "x"}, GPTQ | {"lm_head": "x"}, AWQ | {"zero_point": "x"}, AWQ | {"lm_head": 1}],
+    "int": [ROUND | {"extra_config": {"fc": {"bits": "8"}}}],
+    "list": [AWQ | {"modules_to_not_convert": "fc"}, packed(ignore=5), packed(group={"targets": 5}),
+             GPTQ | {"modules_in_block_to_quantize": 5}],
+    "names": [AWQ | {"modules_to_not_convert": [5]}, packed(ignore=[5]), packed(group={"targets": [5]}),
+              GPTQ | {"modules_in_block_to_quantize": [[5]]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config"), [(kind, config) for kind, every in WRONG.items() for config in every])
+def test_values_of_another_type_are_named(kind, config):
+    wanted = "list names, found 5 in it" if kind == "names" else f"be {kind}, found"
+    with pytest.raises(FormatError, match=rf"\S+ in the quantization config must {wanted}"):
+        codec_for_config(readable_config(config)).parse_config(readable_config(config), ["fc"])
 
 
 @pytest.mark.parametrize(

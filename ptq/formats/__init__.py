@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ptq.errors import FormatError
+from ptq.formats import checks
 from ptq.formats.auto_round import translate
 from ptq.formats.awq import AwqCodec
 from ptq.formats.codec import Codec, Config, QuantizedWeight, Scheme
@@ -43,8 +44,7 @@ def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises FormatError for an auto-round configuration that no such format has words for.
     """
-    method = str.lower(config.get("quant_method") or "none")
-    return translate(dict(config)) if method in ("auto-round", "autoround") else dict(config)
+    return translate(dict(config)) if _method(config) in ("auto-round", "autoround") else dict(config)
 
 
 def schemes_by_module(codec: Codec, config: Config, spelled: Mapping[str, str]) -> dict[str, Scheme]:
@@ -69,11 +69,11 @@ def codec_for_config(config: Mapping[str, Any]) -> Codec:
     Raises FormatError for an unknown ``quant_method`` or layout, and for two keys that name different layouts.
     """
     known = "; ".join(f"{method}: {', '.join(layouts)}" for method, (_, _, layouts) in _LAYOUTS.items())
-    method = str.lower(config.get("quant_method") or "none")
+    method = _method(config)
     if method not in _LAYOUTS:
         raise FormatError(f"quant_method must name a format that is read ({known}), found {method!r}")
     keys, default, layouts = _LAYOUTS[method]
-    found = {str.lower(config[key]) for key in keys if config.get(key)} or {default}
+    found = {str.lower(checks.optional(config, key, str)) for key in keys if config.get(key)} or {default}
     if len(found) > 1 or not found <= layouts.keys():
         raise FormatError(
             f"the layout ({' / '.join(keys)}) of a {method} checkpoint must be one that is read ({known}), "
@@ -83,7 +83,11 @@ def codec_for_config(config: Mapping[str, Any]) -> Codec:
     return GPTQMODEL_V1 if layout == "gptq" and _writer(config).startswith("gptqmodel") else CODECS[layout]
 
 
+def _method(config: Mapping[str, Any]) -> str:
+    return str.lower(checks.optional(config, "quant_method", str) or "none")
+
+
 def _writer(config: Mapping[str, Any]) -> str:
     """Name and version of the first tool that a configuration names."""
-    named = (config.get("meta") or {}).get("quantizer") or ""
+    named = checks.optional(config, "meta", dict).get("quantizer") or ""
     return str.lower(str(named[0] if isinstance(named, list) and named else named))

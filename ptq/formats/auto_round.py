@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from ptq.errors import FormatError
+from ptq.formats import checks
 from ptq.formats.codec import Config
 
 LAYOUTS = {
@@ -21,7 +22,7 @@ def translate(config: Config) -> Config:
 
     Raises FormatError for a layout that is not one of these, quantized activations, and rules that AWQ cannot say.
     """
-    layout = config.get("packing_format") or config.get("backend")
+    layout = checks.optional(config, "packing_format", str) or checks.optional(config, "backend", str)
     if layout not in LAYOUTS:
         raise FormatError(
             f"packing_format of an auto-round checkpoint must be one of {', '.join(LAYOUTS)}, found {layout!r}"
@@ -29,7 +30,7 @@ def translate(config: Config) -> Config:
     for key, wanted in (("act_bits", FLOAT_BITS), ("data_type", "int")):
         if config.get(key) not in (None, wanted):
             raise FormatError(f"{key} of an auto-round checkpoint must be {wanted!r}, found {config[key]!r}")
-    rules = _rules(config.get("extra_config") or {})
+    rules = _rules(checks.optional(config, "extra_config", dict))
     head = any(name.rpartition(".")[2] == "lm_head" and rule for name, rule in rules.items())
     known = {"bits": config.get("bits"), "group_size": config.get("group_size"), "lm_head": head}
     if LAYOUTS[layout] != "awq":
@@ -55,8 +56,9 @@ def _rules(extra: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
     """Settings of each name or pattern, None for float; exact names first."""
     ordered = sorted(extra.items(), key=lambda item: not _is_name(item[0]))
     found: dict[str, dict[str, Any] | None] = {}
-    for name, settings in ordered:
-        in_float = (settings.get("bits") or 0) >= FLOAT_BITS
+    for name, _ in ordered:
+        settings = checks.optional(extra, name, dict)
+        in_float = checks.optional(settings, "bits", int) >= FLOAT_BITS
         own = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
         found[name] = None if in_float else own
     return found

@@ -123,12 +123,14 @@ class AwqCodec:
         Other writers do not say whether all zeros are 8, so their weights are read as asymmetric.
         """
         group_size = checks.setting(config, ("group_size", "q_group_size"), int)
-        symmetric = (config.get("meta") or {}).get("symmetric") is True
+        symmetric = checks.optional(config, "meta", dict).get("symmetric") is True
         scheme = checks.read_scheme(config, (BITS,), group_size, symmetric=symmetric)
-        skipped = config.get("modules_to_not_convert") or []
+        skipped = checks.names(config, "modules_to_not_convert")
+        checks.optional(config, "zero_point", bool)
+        head = checks.optional(config, "lm_head", bool)
         return {
             name: None
-            if (capability.is_head(name) and not config.get("lm_head"))
+            if (capability.is_head(name) and not head)
             or any(f".{entry}." in f".{each}." for entry in skipped for each in spellings(name, stored))
             else scheme
             for name in linears

@@ -1,7 +1,7 @@
 """Checks that all codecs make on tensors and configuration blocks. Everything here raises FormatError."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from ptq.errors import FormatError
 from ptq.formats.capability import problem
 from ptq.formats.codec import QuantizedWeight, Scheme
+
+T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -158,6 +160,24 @@ def setting(config: Mapping[str, Any], keys: tuple[str, ...], kind: type) -> Any
     if type(value) is not kind:
         raise FormatError(f"{keys[0]} in the quantization config must be {kind.__name__}, found {value!r}")
     return value
+
+
+def optional(config: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    """The value under ``key``, an empty ``kind`` where there is none. Raises FormatError for another kind."""
+    value = config.get(key)
+    if not value:
+        return kind()
+    if not isinstance(value, kind):
+        raise FormatError(f"{key} in the quantization config must be {kind.__name__}, found {value!r:.80}")
+    return value
+
+
+def names(config: Mapping[str, Any], key: str) -> list[str]:
+    """The list of names or patterns under ``key``, which may be absent. Raises FormatError for anything else."""
+    found: list[Any] = optional(config, key, list)
+    if wrong := [each for each in found if not isinstance(each, str)]:
+        raise FormatError(f"{key} in the quantization config must list names, found {wrong[0]!r:.80} in it")
+    return found
 
 
 def read_scheme(config: Mapping[str, Any], widths: Iterable[int], group_size: int, *, symmetric: bool) -> Scheme:

@@ -167,17 +167,18 @@ class CompressedTensorsCodec:
         if not isinstance(groups, dict) or not groups:
             raise FormatError(f"compressed-tensors needs config_groups, found {groups!r}")
         targets: dict[str, Scheme] = {}
-        for label, group in groups.items():
+        for label in groups:
+            group = checks.optional(groups, label, dict)
             scheme = self._scheme(label, group, config)
-            for target in group.get("targets") or []:
+            for target in checks.names(group, "targets"):
                 targets.setdefault(target, scheme)
-        ignored = config.get("ignore") or []
+        ignored = checks.names(config, "ignore")
         spelled = {name: spellings(name, stored) for name in linears}
         return {n: None if _best_match(names, ignored) else _lookup(names, targets) for n, names in spelled.items()}
 
     def _scheme(self, label: str, group: Mapping[str, Any], config: Config) -> Scheme:
         layout = group.get("format") or config.get("format")
-        weights = group.get("weights") or {}
+        weights = checks.optional(group, "weights", dict)
         activations = [key for key in ("input_activations", "output_activations") if group.get(key)]
         unread = {
             "format": layout if layout != LAYOUT else None,

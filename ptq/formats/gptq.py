@@ -170,7 +170,9 @@ class GptqCodec:
         if config.get("pack_dtype") not in (None, "int32"):
             raise FormatError(f"GPTQ words are read as int32, the config says pack_dtype {config['pack_dtype']!r}")
         default = self._scheme(config)
-        only = _block_suffixes(config.get("modules_in_block_to_quantize"))
+        only = _block_suffixes(config)
+        checks.optional(config, "desc_act", bool)
+        head = checks.optional(config, "lm_head", bool)
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, dict):
             raise FormatError(f"`dynamic` in the quantization config must map patterns to settings, found {dynamic!r}")
@@ -179,14 +181,14 @@ class GptqCodec:
         for name in linears:
             names = spellings(name, stored)
             listed = only is None or any(f".{each}".endswith(f".{suffix}") for suffix in only for each in names)
-            if not listed or (capability.is_head(name) and not config.get("lm_head")):
+            if not listed or (capability.is_head(name) and not head):
                 schemes[name] = None
                 continue
             rule, skip = next(
                 ((rule, skip) for rule, skip, regex in rules if any(map(regex.match, names))), ("", False)
             )
-            override = dynamic[rule] if rule else None
-            schemes[name] = None if skip else self._scheme({**config, **(override or {})}) if rule else default
+            own = checks.optional(dynamic, rule, dict) if rule and not skip else {}
+            schemes[name] = None if skip else self._scheme({**config, **own}) if rule else default
         return schemes
 
     def _scheme(self, config: Mapping[str, Any]) -> Scheme:
@@ -249,8 +251,9 @@ def _parse_rule(rule: str) -> tuple[bool, re.Pattern[str]]:
         raise FormatError(f"the `dynamic` rule {rule!r} must be a regular expression: {error}") from error
 
 
-def _block_suffixes(entries: list[Any] | None) -> list[str] | None:
+def _block_suffixes(config: Config) -> list[str] | None:
     """``modules_in_block_to_quantize`` flattened: lists of names relative to a block, or None."""
-    if not entries:
-        return None
-    return [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
+    key = "modules_in_block_to_quantize"
+    entries: list[Any] = checks.optional(config, key, list)
+    flat = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
+    return checks.names({key: flat}, key) or None
