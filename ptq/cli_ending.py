@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -107,7 +108,16 @@ def _is_out_of_memory(error: Exception) -> bool:
     return named or isinstance(error, MemoryError)
 
 
+def printable(text: str) -> str:
+    """Text on one line, with escapes for what moves a cursor or turns the direction: it may quote any file."""
+    line = " ".join(text.splitlines())
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char).startswith("C") else char for char in line
+    )
+
+
 def _fail(options: argparse.Namespace, message: str, code: int) -> int:
+    message = printable(message)
     if options.debug:
         traceback.print_exc()
     ranks = getattr(options, "ranks", None)  # the processes that share a run

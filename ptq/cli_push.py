@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ptq.cli_ending import printable
+
 
 def lint_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of ``ptq lint``."""
@@ -15,7 +17,7 @@ def _lint(options: argparse.Namespace) -> int:
     from ptq.lint import describe, lint
 
     result = lint(options.checkpoint, trust_remote_code=options.trust_remote_code)
-    print(describe(result))
+    print(*map(printable, describe(result).split("\n")), sep="\n")
     return 1 if result.failure else 0
 
 

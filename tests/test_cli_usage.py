@@ -1,12 +1,16 @@
 """What a command line or a configuration asks for wrongly. Oracle: one sentence, exit code 2, and no file written."""
 
+import json
 import os
 import shutil
 import socket
 import threading
 from pathlib import Path
 
+import foreign_files
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from test_cli import MODEL, SMALL, TEXT, quantize
 
 from ptq import cli
@@ -157,3 +161,24 @@ def test_figures_of_an_earlier_run_are_replaced(model: Path, capsys: pytest.Capt
     text = ["--text", str(model.parent / "a.txt"), "--tokens", "64", "--window", "32", "--json", str(figures)]
     for _ in range(2):
         assert cli.main(["eval", str(model), *text]) == 0, capsys.readouterr().err
+
+
+def test_what_files_say_moves_no_cursor(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Oracle: the bytes that a terminal would take for orders are not printed; words of any language are."""
+    orders = "\x1b[2J\x07\x9b\u202e\r\n\u2028\ud800"
+    index = {"weight_map": {"a": f"дом{orders}.safetensors"}}
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert cli.main(["inspect", str(model)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.isprintable() is False  # for its last character alone
+    assert printed[:-1].isprintable()
+    assert r"дом\x1b[2J\x07\x9b\u202e  \ud800.safetensors; fetch" in printed
+
+
+def test_names_in_a_checkpoint_move_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign_files.write(tmp_path, foreign_files.Kind("gptq"))
+    shard = next(tmp_path.glob("*.safetensors"))
+    save_file({**load_file(shard), "a\x1b[2J.weight": torch.ones(1)}, shard)
+    cli.main(["lint", str(tmp_path)])
+    assert r"a\x1b[2J.weight is extra" in capsys.readouterr().out
