@@ -53,15 +53,18 @@ def _raised_scales(weight: Tensor, path: str, task: BlockTask) -> str:
     Raises NumericsError, before anything is changed, for weights that no scale reaches, or that are not finite.
     """
     scheme, name = task.schemes[path], task.full(path)
-    low, high = torch.aminmax(grouped(weight, scheme.columns(weight.shape[1])), dim=-1)
+    ends = torch.aminmax(grouped(weight, scheme.columns(weight.shape[1])), dim=-1)
+    low, high = ends.min.float().clamp(max=0), ends.max.float().clamp(min=0)
     steps = 2.0**scheme.bits - 1
-    reach = torch.maximum(high, -low).float() * (2 / steps) if scheme.symmetric else (high - low).float() / steps
+    # of a symmetric grid, whose 0 is in the middle; another one holds 0 as well, wherever the weights lie
+    reach = (2 * torch.maximum(high, -low) if scheme.symmetric else high - low) / steps
     if reach.numel() and not float(reach.max()) <= LARGEST_SCALE:  # NaN is not, either
         check_finite(weight, f"the weight of {name}")
+        span = LARGEST_SCALE * steps
+        limit = f"at most {span / 2:.3g} in magnitude" if scheme.symmetric else f"within {span:.3g} of each other and 0"
         raise NumericsError(
-            f"weights must be at most {LARGEST_SCALE * steps / 2:.3g} in magnitude for a scale of {scheme.bits}-bit "
-            f"codes to be a float16 number; {name} has one of {float(torch.maximum(high, -low).max()):.3g}: check the "
-            "checkpoint, or exclude the layer"
+            f"weights must be {limit} for a scale of {scheme.bits}-bit codes to be a float16 number; {name} has one of "
+            f"{float(torch.maximum(high, -low).max()):.3g}: check the checkpoint, or exclude the layer"
         )
     small = int(((reach < SMALLEST_SCALE) & (reach > 0)).sum())
     if not small:

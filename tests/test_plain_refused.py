@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import ptq
-from ptq.errors import ConfigError, PtqError, UnsupportedModelError
+from ptq.errors import ConfigError, NumericsError, PtqError, UnsupportedModelError
 
 K = 32
 X = torch.randn(16, K, generator=torch.Generator().manual_seed(0))
@@ -142,3 +142,30 @@ def test_weights_that_become_zero_are_lost_whole(method: str) -> None:
     assert not module[0].dequantize().any()
     assert (rows["0"]["relative_loss"], rows["0"]["loss_to_rounding"]) == (1.0, 1.0)
     assert rows["1"]["relative_loss"] == 0.0  # nothing was there to be lost
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_range_of_an_asymmetric_grid_holds_0(method: str, sign: int) -> None:
+    """Weights far from 0 and near each other: codes from 0 to 15 reach 15 scales of at most 65504 to one side of 0."""
+    module = plain()
+    module[0].weight.data.uniform_(9.7e5, 9.8e5).mul_(sign)
+    before, options = module[0].weight.detach().clone(), {"method": method, "symmetric": False, "group_size": 16}
+    far = copy.deepcopy(module)
+    far[0].weight.data[3, 20] = sign * 1.2e6
+    ptq.quantize_linears(module, [X], **options)
+    error = float((module[0].dequantize(torch.float32) - before).abs().max())
+    assert error <= 65504 * (0.5 if method == "rtn" else 2)  # the others make up for one error by another
+    with pytest.raises(NumericsError, match=r"within 9.83e\+05 of each other and 0 for a .*; 0 has one of 1.2e\+06"):
+        ptq.quantize_linears(far, [X], **options)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+def test_groups_of_one_small_number_are_on_record(method: str) -> None:
+    """The grid is as wide as that number is far from 0: 15 codes of 2**-17 are 1.1e-4, so all of 1e-8 become 0."""
+    module = plain()
+    module[0].weight.data.fill_(1e-8)
+    row = ptq.quantize_linears(module, [X], method=method, symmetric=False, group_size=16)["0"]
+    assert row["rescues"] == [f"scales of {2 * K} of {2 * K} groups raised to 2**-17"]
+    assert not module[0].dequantize().any()
+    assert row.get("relative_loss", 1.0) == 1.0
