@@ -145,7 +145,10 @@ def _row(opened: Checkpoint, metrics: Metrics, layers: Sequence[float]) -> dict[
 
 
 def _reported(directory: Path) -> dict[str, float]:
-    """Relative output error of each Linear on the calibration text, where the checkpoint comes with a report."""
+    """Relative loss of each Linear on the calibration text, as its own run has it, where there is a report.
+
+    Runs with another method or `gptq.correct_inputs` have another target in it (`ptq.task.Solved`).
+    """
     file = directory / "report.json"
     rows: Mapping[str, Mapping[str, Any]] = read_json(file).get("modules", {}) if file.is_file() else {}
     return {name: row["relative_loss"] for name, row in rows.items() if row.get("relative_loss") is not None}

@@ -77,7 +77,10 @@ def _reported(reported: Mapping[str, Mapping[str, float]]) -> str:
         return ""
     names = [name for name, losses in reported.items() if losses]
     rows = [[kind, *(f"{fmean(found[n]):.2e}" if n in found else "" for n in names)] for kind, found in kinds.items()]
-    said = "Mean relative output error on each checkpoint's own calibration text, from its report.json."
+    said = (
+        "Mean relative output error on each checkpoint's own calibration text, from its report.json; to be compared "
+        "between runs of one method and gptq.correct_inputs, for these say what the error is measured against."
+    )
     shown = folded("as the solvers report them", table(["", *names], rows))
     return section("Linears", shown, paragraph(said, note=True))
 

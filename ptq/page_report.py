@@ -84,7 +84,10 @@ def _losses(document: Document) -> str:
         [Series(name, [(layer, fmean(losses[layer])) for layer in sorted(losses)]) for name, losses in lines.items()],
         x="layer", y="relative output error", log=True, whole=True,
     )  # fmt: skip
-    said = "The share of each Linear's output energy on the calibration text that its quantization changes."
+    said = (
+        "The share of each Linear's output energy on the calibration text that its quantization changes; with GPTQ's "
+        "correct_inputs against the corrected weight, which makes up for what the layers before lost."
+    )
     return section("Loss by layer", drawing, paragraph(said, note=True))
 
 

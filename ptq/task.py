@@ -56,12 +56,15 @@ class BlockTask(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """Codes of one weight; losses relative to the energy of its output, ``trace(W H W^T)``."""
+    """Codes of one weight, with losses ``trace(D H D^T) / trace(T H T^T)``, D = T less the values of codes.
+
+    T is what the codes are to stand for: the weight, or with `correct_inputs` GPTQ's corrected target.
+    """
 
     codes: Tensor
     grid: Grid
     loss: float
-    rounding: float  # what plain rounding would lose
+    rounding: float  # of the weight rounded on its plain grid, against the same T
 
 
 def finish(module: nn.Module, solved: Solved, row: dict[str, object], started: float) -> ModuleResult:

@@ -17,6 +17,7 @@ from ptq.grid import Grid, min_max_grid, values
 from ptq.grid_search import search_grid
 from ptq.loss import quadratic_loss
 from ptq.plain import quantize_linears
+from ptq.rtn import rtn_solve
 
 
 def problem(seed: int, n: int = 12, k: int = 32, tokens: int = 200) -> tuple[Tensor, Tensor]:
@@ -190,3 +191,25 @@ def test_both_refinements_lower_the_output_error(bits: int) -> None:
             total += sum(float((module(b) - y).square().sum()) for b, y in zip(batches, expected, strict=True))
         errors.append(total)
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_losses_are_those_of_the_target(strength: float) -> None:
+    """As docs/architecture.md defines them. Oracle: target and errors in float64, from the inputs themselves."""
+    module, batches = seeded()
+    W, x = module.second.weight.detach().double(), torch.cat(batches)
+    inputs_float = torch.relu(module.first(x)).detach().double()
+    rows = quantize_linears(module, batches, bits=2, group_size=16, gptq=GPTQConfig(correct_inputs=strength))
+    X = torch.relu(module.first(x)).detach().double()
+    H, C = X.t() @ X / len(X), (inputs_float - X).t() @ X / len(X)
+    lam = rows["second"]["damping"] * float(H.diagonal().mean())
+    target = W + strength * W @ C @ torch.linalg.inv(H + lam * torch.eye(len(H)).double())
+    energy = quadratic_loss(target, H)
+    plain = rtn_solve(W, Scheme(2, 16, True)).dequantize().double()
+    found = module.second.dequantize(torch.float32).double()
+    # float32 Hessian, factor and correction: H has a condition number of some 1e3 with its damping
+    assert rows["second"]["relative_loss"] == pytest.approx(quadratic_loss(target - found, H) / energy, rel=2e-3)
+    rounding = quadratic_loss(target - plain, H) / energy
+    assert rows["second"]["relative_rounding_loss"] == pytest.approx(rounding, rel=2e-3)
+    if strength:  # nor is it the share of W's own energy
+        assert abs(quadratic_loss(W - found, H) / quadratic_loss(W, H) / rows["second"]["relative_loss"] - 1) > 0.1
