@@ -32,7 +32,7 @@ from ptq.models.streamed import StreamedModel
 from ptq.models.structure import linears, set_weight, weight_of
 from ptq.plan import Plan, parent_stream
 from ptq.progress import Progress
-from ptq.task import TINY
+from ptq.task import TINY, share
 
 # Tokens carried through the rest of the model once for each group.
 PROBE_TOKENS = 512
@@ -187,13 +187,13 @@ def _round(modules: Mapping[str, nn.Module], hessian: Tensor, factor: Factor | N
         W = weight_of(module).float()
         scheme = plan.targets[name]
         widths = widths_for(plan.config, name, scheme)
-        energy = max(quadratic_loss(W, hessian), TINY)
+        energy = quadratic_loss(W, hessian)
         probe = min(widths, key=lambda bits: (abs(bits - PROBE_BITS), bits))
         losses[name] = {}
         for bits in widths:
             D = W - _nearest(W, hessian, scheme._replace(bits=bits), plan.dtype)
-            rounding = quadratic_loss(D, hessian) / energy
-            losses[name][bits] = rounding if factor is None else _gptq_loss(D, factor) / energy
+            rounding = share(quadratic_loss(D, hessian), energy)
+            losses[name][bits] = rounding if factor is None else share(_gptq_loss(D, factor), energy)
             if bits == probe:
                 weights[name] = W - D
                 probe_loss += rounding

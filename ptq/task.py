@@ -7,15 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptq.calibration.capture import InputStats
+from ptq.calibration.capture import FAINTEST, InputStats
 from ptq.calibration.held import Run
 from ptq.config import RunConfig
 from ptq.distributed import ALONE, Ranks
+from ptq.errors import NumericsError
 from ptq.formats.codec import QuantizedWeight, Scheme
 from ptq.grid import Grid, pack_result
 from ptq.models.structure import weight_of
 
-# Keeps the relative loss of an all-zero weight defined.
+# Keeps a quotient of losses defined where nothing can be lost.
 TINY = 1e-30
 # Weights of one Linear worked on at a time: bounds the temporaries.
 CHUNK_WEIGHTS = 1 << 24
@@ -89,6 +90,21 @@ def counted(stats: InputStats) -> dict[str, object]:
     """Tokens behind a result; of an expert also how many were routed to it, the rest being everybody's."""
     row: dict[str, object] = {"tokens": stats.tokens}
     return row if stats.routed is None else {**row, "routed": stats.routed}
+
+
+def faint(stats: InputStats, member: str, task: BlockTask) -> list[str]:
+    """What to put on record of inputs that are too small to be squared; NumericsError under ``strict``."""
+    if stats.faint and task.config.strict:
+        raise NumericsError(
+            f"strict: the inputs of {task.full(member)} must be large enough for float32 to hold their squares, found "
+            f"a mean square below {FAINTEST:g}: exclude the layer, or set strict: false to round it without them"
+        )
+    return ["inputs too small to be squared"] * stats.faint
+
+
+def share(loss: float, energy: float) -> float:
+    """``loss / energy``; of no energy, as an all-zero weight has, nothing can be lost, and whatever is lost is all."""
+    return loss / energy if energy > 0 else float(loss > 0)
 
 
 def described(quantized: QuantizedWeight, started: float) -> dict[str, object]:

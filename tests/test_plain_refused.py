@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import ptq
+from ptq.block import quantize_block
+from ptq.config import RunConfig
 from ptq.errors import ConfigError, NumericsError, PtqError, UnsupportedModelError
+from ptq.formats.codec import Scheme
+from ptq.schema import build
+from ptq.task import BlockTask
 
 K = 32
 X = torch.randn(16, K, generator=torch.Generator().manual_seed(0))
@@ -169,3 +174,28 @@ def test_groups_of_one_small_number_are_on_record(method: str) -> None:
     assert row["rescues"] == [f"scales of {2 * K} of {2 * K} groups raised to 2**-17"]
     assert not module[0].dequantize().any()
     assert row.get("relative_loss", 1.0) == 1.0
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize(("size", "rescues"), [(1e-25, ["inputs too small to be squared"]), (1e-13, []), (0.0, [])])
+def test_small_inputs(method: str, size: float, rescues: list[str]) -> None:
+    """Squares of 1e-25 are 0 in float32: the loss is the weight's own then, and of normal inputs it is about the same.
+
+    Oracle: the error in float64 of what comes out, on the inputs before they were made small.
+    """
+    module, x = plain(), torch.randn(4096, K, generator=torch.Generator().manual_seed(1))
+    before = module[0].weight.detach().double()
+    row = ptq.quantize_linears(module, [size * x], method=method, group_size=16)["0"]
+    error = before - module[0].dequantize(torch.float32).double()
+    outputs = [(x.double() @ each.t()).square().sum() for each in (error, before)]
+    assert row["rescues"] == rescues
+    assert row["relative_loss"] == pytest.approx(float(outputs[0] / outputs[1]) if size else 0.0, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_small_inputs_are_an_error_under_strict(method: str) -> None:
+    config = build(RunConfig, {"model": "m", "output": "o", "method": method, "group_size": 16, "strict": True})
+    module = plain()
+    task = BlockTask("block", {"0": Scheme(4, 16, True)}, config, torch.float32)
+    with pytest.raises(NumericsError, match="strict: the inputs of block.0 must be .* a mean square below 1e-30"):
+        quantize_block(module, [lambda: module(1e-25 * X)], task)

@@ -19,7 +19,7 @@ from ptq.grid import min_max_grid, nearest_codes, values
 from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss, rounding_loss
 from ptq.models.structure import weight_of
-from ptq.task import TINY, BlockTask, ModuleResult, Solved, counted, finish
+from ptq.task import BlockTask, ModuleResult, Solved, counted, faint, finish, share
 
 # GPTQ keeps scales only if they bring its loss below this share: less is within what another calibration text changes.
 WORTHWHILE = 0.9
@@ -93,7 +93,8 @@ def _round_scaled(
             weight = weight_of(scaled.get_submodule(name))
             part = _clip_and_round(weight[task.ranks.rows(len(weight))], moment, task.schemes[name], task)
             choice = whole(part, len(weight), task.ranks)
-            row: dict[str, object] = {"solver": "awq", "fold": None, **counted(input_stats), "rescues": []}
+            row: dict[str, object] = {"solver": "awq", "fold": None, **counted(input_stats)}
+            row["rescues"] = faint(input_stats, name, task)
             results[name] = _awq_linear(modules[name], weight, choice, moment, input_stats.hessian, row)
     return results
 
@@ -220,8 +221,8 @@ def _awq_linear(
     """Put the codes of the scaled weight ``W`` into ``module``, which still holds the parent's, to compare with."""
     started = time.perf_counter()
     parent, grid = weight_of(module).float(), choice.grid
-    loss = choice.loss / max(quadratic_loss(W, moment), TINY)
+    loss = share(choice.loss, quadratic_loss(W, moment))
     scheme = Scheme(grid.bits, grid.group_size, grid.symmetric)
     plain = min_max_grid(parent, scheme, scale_dtype=module.get_parameter("weight").dtype)
-    rounding = rounding_loss(parent, hessian, plain) / max(quadratic_loss(parent, hessian), TINY)
+    rounding = share(rounding_loss(parent, hessian, plain), quadratic_loss(parent, hessian))
     return finish(module, Solved(choice.codes, grid, loss, rounding), row, started)

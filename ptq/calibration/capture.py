@@ -21,6 +21,8 @@ CHUNK_ROWS = 8192
 # An expert with fewer than 1/STARVED tokens an input channel is short of them; all tokens then weigh 1/PRIOR a channel.
 STARVED = 8
 PRIOR = 4
+# Mean square of an input below which float32 no longer holds what products with it come to.
+FAINTEST = 1e-30
 
 
 class InputGroup(NamedTuple):
@@ -38,6 +40,7 @@ class InputStats(NamedTuple):
     magnitude: Tensor  # float32 [K], mean |x|; empty where nothing asks for it
     tokens: int
     routed: int | None = None  # of experts: how many of the tokens a router sent there
+    faint: bool = False  # too small to be squared: the second moment is the identity instead
 
 
 @contextmanager
@@ -199,7 +202,7 @@ def _blended(own: "_Sum | None", whole: InputStats) -> InputStats:
     if own is None:
         return whole._replace(routed=0)
     hessian, magnitude = own.hessian.lerp(whole.hessian, 1 - share), own.magnitude.lerp(whole.magnitude, 1 - share)
-    return InputStats(hessian, magnitude, whole.tokens, n)
+    return InputStats(hessian, magnitude, whole.tokens, n, whole.faint)
 
 
 @torch.no_grad()
@@ -266,7 +269,11 @@ def _finished(total: "_Sum | None", name: str) -> InputStats:
             f"calibration must reach every Linear; nothing reached {name}: give more samples or exclude it"
         )
     check_finite(total.hessian, f"the second moment of the input of {name}")
-    return InputStats(total.hessian, total.magnitude, total.tokens)
+    faint = bool(total.fed) and float(total.hessian.diagonal().mean()) < FAINTEST
+    if faint:  # every input counts the same: at least the weight itself is kept
+        total.hessian.zero_().fill_diagonal_(1.0)
+        total.magnitude.fill_(1.0)
+    return InputStats(total.hessian, total.magnitude, total.tokens, faint=faint)
 
 
 def exact_products(x: Tensor) -> AbstractContextManager[None]:
@@ -287,17 +294,20 @@ class _Sum:
     def __init__(self, features: int, device: torch.device, *, with_magnitude: bool = True) -> None:
         self.hessian = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.magnitude = torch.zeros(features if with_magnitude else 0, dtype=torch.float32, device=device)
-        self.tokens = 0
+        self.tokens, self.fed = 0, torch.zeros(1, device=device)  # fed: above 0 once anything but 0 was
 
     def add(self, rows: Tensor, name: str) -> None:
         for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
             x = chunk.float()
             # A sum is the cheapest look at every number; where it is finite so are they.
-            if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
+            found = float(x.sum())
+            if not math.isfinite(found) and not bool(torch.isfinite(x).all()):
                 raise NumericsError(
                     f"activations must be finite; the input of {name} holds NaN or infinity: check the checkpoint, or "
                     "run in bfloat16 or float32 where float16 overflows"
                 )
+            if found:
+                self.fed.fill_(1.0)
             total = self.tokens + len(x)
             with exact_products(chunk):
                 add_product(self.hessian, x, x, 1 / total, self.tokens / total)
@@ -308,6 +318,6 @@ class _Sum:
 
     def join(self, ranks: Ranks, tokens: int) -> None:
         """Add those of the other processes, with which these are ``tokens``."""
-        for mean in (self.hessian, self.magnitude):
+        for mean in (self.hessian, self.magnitude, self.fed):
             ranks.add_up(mean.mul_(self.tokens / max(tokens, 1)))
         self.tokens = tokens

@@ -17,7 +17,7 @@ from ptq.grid import check_finite
 from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss
 from ptq.models.structure import linears, set_weight, weight_of
-from ptq.task import TINY, FloatTwin
+from ptq.task import FloatTwin, share
 
 
 class SolvedLinear(NamedTuple):
@@ -81,8 +81,8 @@ def _solve_group(
         )  # fmt: skip
         raised = raised_groups(kind, W)
         set_weight(module, values(solved.blocks))
-        energy = max(quadratic_loss(target, stats.hessian), TINY)
-        relative = solved._replace(loss=solved.loss / energy, rounding=solved.rounding / energy)
+        energy = quadratic_loss(target, stats.hessian)
+        relative = solved._replace(loss=share(solved.loss, energy), rounding=share(solved.rounding, energy))
         results[name] = SolvedLinear(relative, factor.rescues, raised)
     return results
 

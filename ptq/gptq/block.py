@@ -20,7 +20,7 @@ from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss
 from ptq.models.structure import linears, weight_of
 from ptq.squares import times
-from ptq.task import CHUNK_WEIGHTS, TINY, BlockTask, ModuleResult, Solved, counted, finish
+from ptq.task import CHUNK_WEIGHTS, BlockTask, ModuleResult, Solved, counted, faint, finish, share
 
 
 class Choice(NamedTuple):
@@ -189,7 +189,7 @@ def _gptq_linear(
     task: BlockTask,
 ) -> ModuleResult:
     """Solve this process's part of a weight, some rows at a time, and put the values of all parts in."""
-    started = time.perf_counter()
+    started, too_small = time.perf_counter(), faint(stats, name, task)
     scheme, found, energy = task.schemes[name], [], 0.0
     for start in range(0, max(1, len(part)), _rows_at_once(part)):
         chunk = slice(start, start + _rows_at_once(part))
@@ -202,8 +202,7 @@ def _gptq_linear(
         found.append((choose_codes(target, stats.hessian, factor, scheme, task), Choice(rounded, plain, loss)))
     choice, other = (_stacked(each) for each in zip(*found, strict=True))
     loss, rounding, energy = task.ranks.total(choice.loss, other.loss, energy)
-    energy = max(energy, TINY)
-    solver, rescues = "gptq", list(factor.rescues)
+    solver, rescues = "gptq", [*too_small, *factor.rescues]
     if loss > rounding:  # possible with few tokens; the better codes are kept and counted
         choice, solver = other, "rtn"
         rescues.append("rounding was better")
@@ -215,7 +214,8 @@ def _gptq_linear(
         "dead_inputs": factor.dead,
         "rescues": rescues,
     }
-    return finish(module, Solved(choice.codes, choice.grid, choice.loss / energy, rounding / energy), row, started)
+    losses = share(choice.loss, energy), share(rounding, energy)
+    return finish(module, Solved(choice.codes, choice.grid, *losses), row, started)
 
 
 def _stacked(parts: Sequence[Choice]) -> Choice:
