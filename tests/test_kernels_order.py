@@ -122,3 +122,7 @@ def test_refuses_a_perm_that_does_not_fit(perm, error, message: str) -> None:
     case = random_case(48, 60, 12)
     with pytest.raises(error, match=message):
         ptq_kernels.matmul(torch.ones(2, 60), *case.tensors, perm=perm, **case.scheme)
+
+
+def test_the_inverse_of_no_permutation_shows_no_old_memory() -> None:
+    assert set(order.inverse(torch.zeros(4096, dtype=torch.int32)).tolist()) <= {0, 4095}

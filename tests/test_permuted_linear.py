@@ -96,3 +96,14 @@ def test_linears_with_one_order_are_fused_and_others_are_not() -> None:
 def test_groups_of_unequal_size_are_refused() -> None:
     with pytest.raises(FormatError, match=r"32 columns in each of 2 groups, group 0 has 33 .*groups of unequal size"):
         layer_of(case_of(), (torch.arange(64) >= 33).long())
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(64), torch.arange(1, 65), torch.arange(-1, 63)], ids=["0", "64", "-1"])
+def test_a_perm_that_is_none_is_refused(wrong: torch.Tensor) -> None:
+    layer = layer_of(case_of())
+    before = layer.dequantize()
+    with pytest.raises(FormatError, match="layer.perm must hold every column from 0 to 63 once, found others; load"):
+        nn.ModuleDict({"layer": layer}).load_state_dict({"layer.perm": wrong.int()}, strict=False)
+    with pytest.raises(FormatError, match="layer.perm must be torch.int32, found torch.float32"):
+        nn.ModuleDict({"layer": layer}).load_state_dict({"layer.perm": wrong.float()}, strict=False)
+    assert torch.equal(layer.dequantize(), before)

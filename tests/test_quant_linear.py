@@ -209,13 +209,34 @@ def test_inexact_scales_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scales": torch.full((48, 2), torch.nan)}, "scale must be a number, 96 of 96 are NaN; check the weights"),
+        ({"scales": torch.full((48, 2), torch.nan)}, "scales must be finite, 96 of 96 are NaN or infinite; check the"),
+        ({"scales": torch.full((48, 2), -torch.inf)}, "scales must be finite, 96 of 96 are NaN or infinite; check"),
+        ({"scales": torch.ones(48, 4)}, r"scales must have shape \[48, 2\], .* groups? of 32 columns, found \[48, 4\]"),
+        ({"group_size": 48}, "group_size must divide the 64 columns of the codes, found 48"),
+        ({"group_size": 16}, r"scales must have shape \[48, 4\], .* found \[48, 2\]; correct group_size"),
+        ({"zeros": torch.full((48, 2), 200, dtype=torch.uint8)}, "zeros of 4 bits must be below 16, .* found 200"),
+        ({"zeros": torch.full((48, 2), 8)}, r"zeros must be torch.uint8 .* found torch.int64 \[48, 2\]"),
+        (
+            {"zeros": torch.full((48, 1), 8, dtype=torch.uint8), "symmetric": True},
+            r"have the shape of scales, \[48, 2\], found torch.uint8 \[48, 1\]; of a symmetric weight all",
+        ),
+        ({"bits": 5}, r"bits must be one of \(2, 3, 4, 8\), found 5"),
+        ({"codes": torch.zeros(48, 64)}, r"codes must be uint8 of shape \[N, K\], found torch.float32 \[48, 64\]"),
         ({"symmetric": True}, "zeros of a symmetric weight of 4 bits must all be 8, .*with symmetric=False"),
     ],
 )
 def test_what_a_layer_could_not_hold_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(FormatError, match=message):
         QuantLinear.from_quantized(weight_of(CASE)._replace(**change))
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_state_dict_with_scales_that_are_none_is_refused(number: float) -> None:
+    layer = layer_of(CASE)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state["scales"][3, 1] = number
+    with pytest.raises(FormatError, match="^scales must be finite, 1 of 96 are NaN or infinite; check"):
+        layer.load_state_dict(state)
 
 
 @pytest.mark.parametrize("prepared", [True, False])

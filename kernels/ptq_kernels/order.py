@@ -46,7 +46,7 @@ def group_order(g_idx: Tensor, group_size: int, in_features: int) -> Tensor:
 
 def inverse(perm: Tensor) -> Tensor:
     """The permutation that undoes ``perm``, int32 ``[K]``."""
-    back = torch.empty_like(perm)
+    back = torch.zeros_like(perm)  # what is no permutation must not show memory that was never written
     back[perm.long()] = torch.arange(len(perm), dtype=perm.dtype, device=perm.device)
     return back
 

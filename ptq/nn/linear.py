@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptq.errors import FormatError
 from ptq.formats.codec import QuantizedWeight, Scheme
+from ptq.nn.checks import check_quantized, check_state, inexact
 from ptq.nn.lazy import LazyWeight
 
 _SAME_WIDTH_INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -81,25 +82,16 @@ class QuantLinear(nn.Module):
         group ``g_idx[k]``, not of ``k // group_size``. The columns are sorted by group here, once; x is gathered in
         every forward pass. Where g_idx is ``k // group_size`` there is nothing to gather, and `perm` is None.
 
-        Raises FormatError if a scale is NaN or not exact in `scales_dtype`, if a symmetric weight has other zeros than
-        the midpoint, or if g_idx does not put ``group_size`` columns in every group.
+        Raises FormatError for tensors that do not fit bits, group size and each other, a scale that is not finite or
+        not exact in `scales_dtype`, zeros that are no code (of a symmetric weight: other than the midpoint), or a g_idx
+        that does not put ``group_size`` columns in every group.
         """
-        if count := int(quantized.scales.isnan().sum()):
-            raise FormatError(
-                f"every scale must be a number, {count} of {quantized.scales.numel()} are NaN; check the weights or "
-                "the file that they come from"
-            )
-        middle = 2 ** (quantized.bits - 1)
-        if quantized.symmetric and bool((quantized.zeros != middle).any()):
-            raise FormatError(
-                f"zeros of a symmetric weight of {quantized.bits} bits must all be {middle}, found others; make it "
-                "with symmetric=False"
-            )
+        check_quantized(quantized)
         scales = quantized.scales.to(scales_dtype)
-        if not torch.equal(scales.float(), quantized.scales.float()):
+        if count := inexact(quantized.scales, scales_dtype):
             raise FormatError(
-                f"every scale must be exact in {scales_dtype}, {_inexact(quantized.scales, scales_dtype)} of "
-                f"{quantized.scales.numel()} are not; keep them in float32 or quantize with scales of that dtype"
+                f"every scale must be exact in {scales_dtype}, {count} of {scales.numel()} are not; keep them in "
+                "float32 or quantize with scales of that dtype"
             )
         zeros = None if quantized.symmetric else quantized.zeros
         scheme = Scheme(quantized.bits, quantized.group_size, quantized.symmetric)
@@ -331,19 +323,7 @@ class QuantLinear(nn.Module):
             destination[prefix + "qweight"] = self._canonical_qweight()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for leaf, dtype in (("qweight", torch.int32), ("zeros", torch.uint8)):
-            found = state_dict.get(prefix + leaf)
-            if isinstance(found, Tensor) and found.dtype != dtype:
-                raise FormatError(
-                    f"{prefix}{leaf} must be {dtype}, found {found.dtype}: codes do not survive a conversion: convert "
-                    "the other tensors of a state dict only, or the module with .to(dtype)"
-                )
-        loaded = state_dict.get(prefix + "scales")
-        if isinstance(loaded, Tensor) and not loaded.is_meta and (count := _inexact(loaded, self.scales.dtype)):
-            raise FormatError(
-                f"{prefix}scales must be exact in {self.scales.dtype}, {count} of {loaded.numel()} values of the "
-                f"{loaded.dtype} tensor are not; create the layer with scales_dtype={loaded.dtype}"
-            )
+        check_state(state_dict, prefix, self.scales.dtype)
         # A state dict of an adapter has nothing for this layer, and leaves it as it is.
         prepared = self.layout != "canonical" and any(name.startswith(prefix) for name in state_dict)
         if prepared:
@@ -363,10 +343,6 @@ def _autocast(input: Tensor) -> Tensor:
     if not (takes and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return input
     return input.to(torch.get_autocast_dtype(device))
-
-
-def _inexact(scales: Tensor, dtype: torch.dtype) -> int:
-    return int((scales.to(dtype).float() != scales.float()).sum())
 
 
 def _group_order(g_idx: Tensor, quantized: QuantizedWeight) -> Tensor | None:
