@@ -10,6 +10,17 @@ CASE = random_case(16, 64, 32, symmetric=False)
 X = torch.ones(2, 64)
 WRONG = {
     "scalar": (ValueError, r"shape \[\.\.\., K\], got a scalar", {"x": torch.tensor(1.0)}),
+    "x as a list": (TypeError, "x must be a torch.Tensor, got a list; convert", {"x": [[1.0] * 64]}),
+    "x of numpy": (TypeError, "x must be a torch.Tensor, got a ndarray; convert", {"x": X.numpy()}),
+    "no x": (TypeError, "x must be a torch.Tensor, got a NoneType; convert", {"x": None}),
+    "sparse x": (ValueError, "x must be dense, got one of layout torch.sparse_coo; convert", {"x": X.to_sparse()}),
+    "group as text": (TypeError, "group_size must be an int, got '32'; count", {"group_size": "32"}),
+    "no group": (TypeError, "group_size must be an int, got None; count", {"group_size": None}),
+    "scales that learn": (
+        ValueError,
+        r"scales must not require a gradient, .* pass scales.detach\(\)",
+        {"scales": CASE.scales.clone().requires_grad_()},
+    ),
     "bits": (ValueError, r"bits must be one of .* got 5; requantize", {"bits": 5}),
     "bits as a float": (ValueError, r"bits must be one of .* got 4.0; requantize", {"bits": 4.0}),
     "group as a float": (TypeError, r"group_size must be an int, got 32.0; count", {"group_size": 32.0}),
@@ -67,6 +78,23 @@ def test_weight_functions_check_too() -> None:
             function(*CASE.tensors, **arguments)
     with pytest.raises(ValueError, match="must divide in_features"):
         ptq_kernels.canonical(*CASE.tensors, layout="canonical", **arguments)
+
+
+def test_what_dequantize_alone_takes() -> None:
+    with pytest.raises(TypeError, match="in_features must be an int, got 64.0; count"):
+        ptq_kernels.dequantize(*CASE.tensors, **{**CASE.sized, "in_features": 64.0})
+    with pytest.raises(TypeError, match="dtype must be a floating-point one, got None; unpack"):
+        ptq_kernels.dequantize(*CASE.tensors, **CASE.sized, dtype=None)
+
+
+def test_scales_that_learn_elsewhere_may_multiply_where_nothing_is_learned() -> None:
+    scales = CASE.scales.clone().requires_grad_()
+    for _ in range(2):  # the second call of a served weight takes the short way
+        with torch.no_grad():
+            found = ptq_kernels.matmul(X, CASE.qweight, scales, CASE.zeros, **CASE.scheme)
+        assert torch.equal(found, ptq_kernels.matmul(X, CASE.qweight, CASE.scales, CASE.zeros, **CASE.scheme))
+        with pytest.raises(ValueError, match="scales must not require a gradient"):
+            ptq_kernels.matmul(X, CASE.qweight, scales, CASE.zeros, **CASE.scheme)
 
 
 def test_integers_of_numpy_count_as_integers():

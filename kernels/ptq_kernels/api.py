@@ -48,14 +48,14 @@ def matmul(
     integers, which is faster with AVX512-VNNI or AMX. It costs a relative error of about 1 % for normally distributed
     rows, more where a few values are far larger than the rest. Gradients take the rounding for the identity.
 
-    Raises ValueError or TypeError for arguments that do not fit, RuntimeError where an explicit ``impl`` or the
+    Raises ValueError or TypeError for arguments that do not fit, scales that require a gradient (which they would not
+    get) where one is recorded among them, RuntimeError where an explicit ``impl`` or the
     activation cannot run.
     """
     scheme = (bits, group_size, layout, impl, activation)
     if (short := direct.product(x, qweight, scales, zeros, bias, perm, scheme)) is not None:
         return short
-    if x.dim() == 0:
-        raise ValueError("x must have shape [..., K], got a scalar; pass at least one row of K values")
+    checks.check_rows(x)
     weight = PackedWeight(qweight, scales, zeros, bits, group_size, x.shape[-1], layout, perm)
     dispatch.check_name(impl)
     checks.check_activation(activation)
@@ -90,7 +90,7 @@ def dequantize(
     """
     weight = PackedWeight(qweight, scales, zeros, bits, group_size, in_features, layout, perm)
     checks.check_weight(weight)
-    if not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point one, got {dtype}; unpack gives the codes")
     return reference.dequantize(weight).to(dtype)
 

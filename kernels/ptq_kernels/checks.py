@@ -8,6 +8,8 @@ from ptq_kernels.bitstream import BITS
 from ptq_kernels.layouts import PackedWeight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# What numbers of columns come as by mistake; torch.compile does not know how to ask for an integer of any kind.
+NO_INTEGERS = (float, str, list, tuple, type(None))
 
 
 def check_weight(weight: PackedWeight) -> None:
@@ -15,8 +17,9 @@ def check_weight(weight: PackedWeight) -> None:
     bits, group, columns = weight.bits, weight.group_size, weight.in_features
     if isinstance(bits, float) or bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits!r}; requantize with a supported width")
-    if isinstance(group, float):
-        raise TypeError(f"group_size must be an int, got {group!r}; count columns with whole numbers")
+    for name, number in (("group_size", group), ("in_features", columns)):
+        if isinstance(number, NO_INTEGERS):
+            raise TypeError(f"{name} must be an int, got {number!r}; count columns with whole numbers")
     if columns < 1:
         raise ValueError(f"in_features must be at least 1, got {columns}; leave a layer without inputs dense")
     if group < 1 or columns % group:
@@ -76,9 +79,19 @@ def _check_scales(weight: PackedWeight) -> None:
         )
 
 
+def check_rows(x: Tensor) -> None:
+    """Raise ValueError or TypeError unless x is a dense tensor with a dimension."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got a {type(x).__name__}; convert it with torch.as_tensor")
+    if x.layout != torch.strided:
+        raise ValueError(f"x must be dense, got one of layout {x.layout}; convert it with .to_dense()")
+    if x.dim() == 0:
+        raise ValueError("x must have shape [..., K], got a scalar; pass at least one row of K values")
+
+
 def check_columns(x: Tensor, scales: Tensor, group_size: int) -> None:
     """Raise ValueError unless x has the columns of the weight; what is wrong with the weight `check_weight` says."""
-    if scales.dim() != 2 or isinstance(group_size, float) or group_size < 1:
+    if scales.dim() != 2 or isinstance(group_size, NO_INTEGERS) or group_size < 1:
         return
     groups = scales.shape[1]
     if x.shape[-1] != groups * group_size:
@@ -94,6 +107,11 @@ def check_input(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be one of {FLOATS}, got {x.dtype}; convert it with .to(torch.bfloat16)")
     _check_device("x", x, "qweight", weight.qweight)
+    if weight.scales.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "scales must not require a gradient, for a packed weight gives them none; pass scales.detach(), or train a "
+            "dense weight"
+        )
     if bias is None:
         return
     if bias.dtype not in FLOATS:
