@@ -101,6 +101,7 @@ def lint(path: str | Path, *, trust_remote_code: bool = False) -> Lint:
         codec.name, known, schemes, shapes, floats, permuted, _roles(model, schemes), _heads(hf_config),
         transposed=any(is_transposed(found[name]) for name in schemes),
         left_out=left_out(model, names, schemes), init_error=initialization_error(model, schemes),
+        spelled={name: names.of_module(name) for name in found},
     )  # fmt: skip
     if settings.get("quant_method") != known.get("quant_method"):
         notes.append(

@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from ptq.formats import CODECS
 from ptq.formats.capability import is_head
-from ptq.formats.codec import Config, Scheme
+from ptq.formats.codec import Config, Scheme, spellings
 from ptq.formats.gptq import EXPERTS, FUSED_LINEARS
 
 LOADS, SLOWER, UNKNOWN, REFUSES = "loads", "loads slower", "not known", "does not load"
@@ -32,6 +33,7 @@ class Facts(NamedTuple):
     # Of the model's class in transformers (`ptq.models.stock`); "" where there is nothing to say.
     left_out: str = ""  # a packed Linear of an expert that it reads past
     init_error: str = ""  # what it raises once Linears hold packed weights
+    spelled: Mapping[str, str] = {}  # what the file calls Linears, where that differs
 
     @property
     def experts(self) -> bool:
@@ -129,6 +131,7 @@ def _transformers_compressed(facts: Facts) -> Iterator[Finding]:
 
 def _vllm(facts: Facts) -> Iterator[Finding]:
     yield from _engine(facts)
+    yield from _listed_otherwise(facts)
     if facts.codec.startswith("gptq"):
         # [run] its table of types has 4 and 8 bits, symmetric; on a CPU only the first is computed.
         if not facts.symmetric:
@@ -151,6 +154,24 @@ def _vllm(facts: Facts) -> Iterator[Finding]:
         if asymmetric and facts.experts:
             yield UNKNOWN, "asymmetric experts depend on the release"  # [thread]
         yield from _vllm_on_cpus(facts)
+
+
+def _listed_otherwise(facts: Facts) -> Iterator[Finding]:
+    """Floats whose names a list has only as transformers spells them.
+
+    vLLM changes the starts of listed names [source]. What a file's name has within, as the ``vision_model`` of CLIP and
+    SigLIP towers that transformers 5 left away, its modules have as well, and no change of a start puts it there.
+    """
+    if facts.codec.startswith("gptq"):  # what the file holds in float it sees by itself
+        return
+    parse = CODECS[facts.codec].parse_config
+    inner = [name for name in facts.floats if {*facts.spelled.get(name, name).split(".")} - {*name.split(".")}]
+    as_stored = parse(facts.settings, [facts.spelled[name] for name in inner])
+    as_named = parse(facts.settings, inner)
+    left = [name for name in inner if as_named[name] is None and as_stored[facts.spelled[name]] is not None]
+    if left:
+        said = f"quantization_config names {left[0]}, which is in float, not as {facts.spelled[left[0]]}"
+        yield REFUSES, f"{said}, as the file and vLLM call it ({len(left)} such Linears)"
 
 
 def _vllm_on_cpus(facts: Facts) -> Iterator[Finding]:
@@ -205,12 +226,13 @@ def _engine(facts: Facts) -> Iterator[Finding]:
 
 def _named_floats(facts: Facts) -> Iterator[Finding]:
     """SGLang does not infer from dtypes which Linears are in float [source]; vLLM does where no list is given."""
+    named = {name: spellings(name, facts.spelled) for name in facts.floats}
     if facts.codec == "awq":
         entries = facts.settings.get("modules_to_not_convert") or ()
-        left = [name for name in facts.floats if not any(entry in name for entry in entries)]
+        left = [n for n in facts.floats if not any(entry in each for entry in entries for each in named[n])]
     elif facts.codec.startswith("gptq"):
         rules = [rule.removeprefix("-:") for rule in facts.settings.get("dynamic") or {} if rule.startswith("-:")]
-        left = [name for name in facts.floats if not any(re.match(rule, name) for rule in rules)]
+        left = [n for n in facts.floats if not any(re.match(rule, each) for rule in rules for each in named[n])]
     else:
         left = []
     if left:

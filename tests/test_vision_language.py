@@ -3,10 +3,16 @@
 Oracles: the model's own logits, with and without an image; the parent's tensors.
 """
 
+import json
+import re
+import shutil
+import subprocess
+import sys
 from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     FLOAT32_ERROR,
     SIZES,
@@ -25,8 +31,10 @@ import ptq
 from ptq.config import AWQConfig
 from ptq.evaluate import streamed
 from ptq.formats.checkpoint import CheckpointReader
+from ptq.lint import lint
 from ptq.models.structure import find_blocks, linears
 from ptq.nn import QuantLinear
+from ptq.readers import REFUSES
 from ptq.runtime import open_checkpoint, open_stream
 
 TEXT = {
@@ -149,3 +157,61 @@ def test_an_image_reaches_the_quantized_decoder(made):
     one, other = (model(pixel_values=each, **given).logits for each in pixels)
     found = loaded(pixel_values=pixels[0], **given).logits
     assert distance(found, one) < 0.5 * distance(other, one)
+
+
+@pytest.fixture(scope="module")
+def as_on_the_hub(made, tmp_path_factory):
+    """Gemma 3 with the names that its published files have, and vLLM's modules: a ``vision_model`` in the tower."""
+    directory = tmp_path_factory.mktemp("hub")
+    shutil.copytree(made("gemma3"), directory, dirs_exist_ok=True)
+    shard = directory / "model.safetensors"
+    renamed = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in load_file(shard).items()}
+    save_file(renamed, shard, {"format": "pt"})
+    return directory
+
+
+def listed(config):
+    """What a list leaves in float, as full names."""
+    if config["quant_method"] == "gptq":
+        return {re.sub(r"\\(.)", r"\1", rule[3:-1]) for rule in config["dynamic"] if rule.startswith("-:^")}
+    return set(config["ignore" if config["quant_method"] == "compressed-tensors" else "modules_to_not_convert"])
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "awq", "gptq"])
+def test_a_tower_is_named_as_its_file_has_it_and_as_transformers_does(as_on_the_hub, form, tmp_path):
+    run(settings(as_on_the_hub, tmp_path / "out", "rtn", format=form))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    layer = "encoder.layers.0.mlp.fc1"
+    assert {f"vision_tower.vision_model.{layer}", f"model.vision_tower.{layer}"} <= listed(config)
+    loaded = ptq.load(tmp_path / "out", device="cpu")
+    assert type(loaded.get_submodule(f"model.vision_tower.{layer}")) is torch.nn.Linear
+    assert {verdict.reader: verdict.status for verdict in lint(tmp_path / "out").readers}["vLLM"] != REFUSES
+    if form == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+        code = "import sys, torch, transformers as t; m = t.AutoModelForImageTextToText.from_pretrained(sys.argv[1])\n"
+        code += "torch.save(m(torch.arange(8)[None]).logits.detach(), sys.argv[2])"
+        subprocess.run([sys.executable, "-c", code, tmp_path / "out", tmp_path / "logits"], check=True)
+        there, here = torch.load(tmp_path / "logits"), logits(loaded, torch.arange(8)[None])
+        assert distance(there, here) <= sensitivity(loaded, torch.arange(8)[None], FLOAT32_ERROR)
+
+
+def test_a_tower_that_only_transformers_names_is_none_to_vllm(as_on_the_hub, tmp_path):
+    """As releases before wrote it."""
+    run(settings(as_on_the_hub, tmp_path / "out", "rtn", format="compressed-tensors"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    ignored = config["quantization_config"]["ignore"]
+    config["quantization_config"]["ignore"] = [name for name in ignored if "vision_model" not in name]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    verdict = next(each for each in lint(tmp_path / "out").readers if each.reader == "vLLM")
+    assert verdict.status == REFUSES
+    assert "not as vision_tower.vision_model.encoder.layers.0" in verdict.reason
+
+
+def test_a_model_packed_in_memory_names_its_tower_as_its_file_does(made, tmp_path):
+    model = build("gemma3")
+    ptq.quantize_linears(model, [tokens(2, 24)], method="rtn", group_size=32, exclude=["vision_tower", "lm_head"])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    stored = {name.removesuffix(".weight") for name in CheckpointReader(tmp_path).names() if ".mlp.fc1.weight" in name}
+    assert stored
+    assert stored <= listed(config)

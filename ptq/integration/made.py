@@ -74,8 +74,9 @@ def describe_made(model: Any, expected: Collection[str]) -> Packed:
     schemes: dict[str, Scheme | None] = {**dict.fromkeys(_in_float(model)), **packed}
     shapes = {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
     codec = _codec(schemes, shapes)
-    settings = codec.quantization_config(schemes, damping=None, version=VERSION)
-    return Packed(settings, codec, packed, SourceNames(model, _names_in_file(model, layers)))
+    names = SourceNames(model, _names_in_file(model, layers))
+    settings = codec.quantization_config(names.both_spellings(schemes), damping=None, version=VERSION)
+    return Packed(settings, codec, packed, names)
 
 
 def _require_unchanged(model: nn.Module, layers: Collection[str], expected: Collection[str]) -> None:

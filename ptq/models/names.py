@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ptq.errors import FormatError
+from ptq.formats.codec import Scheme
 from ptq.models.conversion import Conversions, Piece, is_one_tensor_each, put_together
 from ptq.models.experts import experts_of
 
@@ -141,6 +142,15 @@ class SourceNames:
     def of_module(self, path: str) -> str:
         """A module's name as the checkpoint spells it."""
         return self._modules.get(path, path)
+
+    def both_spellings(self, schemes: Mapping[str, Scheme | None]) -> dict[str, Scheme | None]:
+        """Schemes of Linears for a configuration that other programs read, float ones (None) also as the file has them.
+
+        Which names an engine's modules have is not known here. A tower may be ``model.vision_tower.encoder`` in
+        transformers' tree, and ``vision_tower.vision_model.encoder`` in the files and in the engines made for these.
+        """
+        left = (self.of_module(path) for path, scheme in schemes.items() if scheme is None)
+        return {**schemes, **{name: None for name in left if name not in schemes}}
 
     def find(self, name: str) -> str | None:
         """The one tensor that holds a parameter or buffer as it is, None where there is no such tensor."""
