@@ -96,7 +96,8 @@ def compare_checkpoints(
 
     Returns:
         Plain values: ``models`` (name to size, bits, perplexity, KL, top-1 agreement), ``layers`` (name to the loss of
-        every layer), ``reported`` (name to the losses of every Linear in its ``report.json``), and the protocol.
+        every layer), ``reported`` (name to the losses of every Linear in its ``report.json``), and the protocol:
+        ``layer_tokens`` are those the layers ran on, one that overlapping windows share counted in each.
 
     Raises:
         ConfigError: as `open_all`, or a model's context is below the window.
