@@ -37,6 +37,9 @@ def passed_over(root: nn.Module, found: Collection[nn.Module]) -> list[PassedOve
 
 def _stacks(root: nn.Module) -> Iterator[PassedOver]:
     for path, stack in stacks(root):
+        owner = path.partition(".parametrizations.")[0]  # a weight norm keeps a convolution's kernel there
+        if owner != path and isinstance(root.get_submodule(owner), nn.modules.conv._ConvNd):
+            continue
         yield PassedOver(path, f"a stack of {len(stack)} matrices", stack.numel())
 
 

@@ -6,6 +6,7 @@ import pytest
 import tiny_experts
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import ptq
 from ptq.nn import QuantLinear
@@ -86,7 +87,7 @@ def test_what_is_excluded_is_meant_to_stay(make, exclude):
 def test_nothing_is_said_of_what_does_not_multiply_or_is_packed(tmp_path):
     root = module(
         named=Named(32, 32), table=nn.Embedding(64, 32), line=nn.Conv1d(16, 16, 16), norm=nn.LayerNorm(32),
-        attention=nn.MultiheadAttention(32, 2),
+        attention=nn.MultiheadAttention(32, 2), positions=weight_norm(nn.Conv1d(32, 32, 16), dim=2),
     )  # fmt: skip
     tiny_experts.build("llama4").save_pretrained(tmp_path)  # its router is a Linear with a forward of its own
     apart = ptq.load(tmp_path, device="cpu")
