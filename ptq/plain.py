@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.block import quantize_block
+from ptq.calibration.given import copied
 from ptq.config import WIDTHS, AWQConfig, GPTQConfig, RefineConfig, RunConfig, matches, scheme_for, unused_patterns
 from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
@@ -87,6 +88,10 @@ def quantize_linears(
         "gptq": _options("gptq", gptq, GPTQConfig), "awq": _options("awq", awq, AWQConfig),
         "refine": _options("refine", refine, RefineConfig),
     })  # fmt: skip
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"module must be a torch.nn.Module, found a {type(module).__name__}; for a checkpoint there is ptq.quantize"
+        )
     left = passed_over(module, [linear for _, linear in linears(module)])
     schemes = _schemes(module, config, [path for each in left for path in each.paths])
     warn_passed_over(module, left, config.exclude, stacklevel=3)  # above this function there is torch.no_grad's
@@ -95,7 +100,7 @@ def quantize_linears(
     with _evaluating(module), _eagerly():
         weight = module.get_parameter(f"{next(iter(schemes))}.weight")
         probe = _Probe(module, batches) if method == "awq" else None
-        runs = [_runner(module, batch) for batch in batches]
+        runs = [_runner(module, batch, index) for index, batch in enumerate(batches)]
         twin = _twin(module, batches) if config.follows_float else None
         task = BlockTask("", schemes, config, weight.dtype, probe, twin, branching=True)
         with fast_half_products(weight.device):
@@ -299,12 +304,12 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def _twin(module: nn.Module, batches: Iterable[Any]) -> FloatTwin:
     """The module as it is now, to say what its layers would read without quantization."""
     twin = copy.deepcopy(module)
-    return FloatTwin(twin, [_runner(twin, batch) for batch in batches])
+    return FloatTwin(twin, [_runner(twin, batch, index) for index, batch in enumerate(batches)])
 
 
-def _runner(module: nn.Module, batch: Any) -> Callable[[], Any]:
+def _runner(module: nn.Module, batch: Any, index: int = 0) -> Callable[[], Any]:
     def run() -> Any:
-        given = _copied(batch)  # a module may change its arguments in place, or fill a cache among them
+        given = copied(batch)  # a module may change its arguments in place, or fill a cache among them
         named = given if isinstance(given, Mapping) else {}
         placed = () if named is given else given if isinstance(given, tuple | list) else (given,)
         try:
@@ -318,28 +323,14 @@ def _runner(module: nn.Module, batch: Any) -> Callable[[], Any]:
                     "leave labels out, and name arguments in a dict"
                 ) from error
             raise
+        except RuntimeError as error:
+            shown = (
+                f"a tensor of {batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            )
+            error.add_note(f"{type(module).__name__} was run on calibration batch {index}, {shown}")
+            raise
 
     return run
-
-
-def _copied(batch: Any) -> Any:
-    """A deep copy in which what was one object is one object, and modules stay the very ones."""
-    kept: dict[int, Any] = {}
-
-    def keep(value: Any) -> None:
-        if isinstance(value, Tensor):
-            kept[id(value)] = value.detach().clone()  # deepcopy refuses tensors that autograd computed
-        elif isinstance(value, nn.Module):
-            kept[id(value)] = value
-        elif isinstance(value, Mapping | tuple | list):
-            for each in value.values() if isinstance(value, Mapping) else value:
-                keep(each)
-
-    keep(batch)
-    try:
-        return copy.deepcopy(batch, kept)
-    except TypeError:  # a lock, a generator, an open file: there can be one only
-        return batch
 
 
 class _Probe:

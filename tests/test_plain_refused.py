@@ -111,6 +111,21 @@ def test_load_refuses_before_it_looks(options: dict[str, Any], message: str) -> 
         ptq.load("nowhere", **options)
 
 
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(ConfigError, match="module must be a torch.nn.Module, found a NoneType; for a checkpoint"):
+        ptq.quantize_linears(None, [X])
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("wrong", [X[:, 1:], X.double()], ids=["width", "dtype"])
+def test_an_error_of_torch_names_the_batch(method: str, wrong: Tensor) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        ptq.quantize_linears(plain(), [X, wrong], method=method, group_size=K)
+    assert raised.value.__notes__ == [
+        f"Sequential was run on calibration batch 1, a tensor of {wrong.dtype} {list(wrong.shape)}"
+    ]
+
+
 class Failing(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """Calibration data that a caller hands over in Python: sequences of token ids as they are, or texts."""
 
+import copy
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq.calibration.data import calibration_batches, in_batches
 from ptq.config import CalibrationConfig, DatasetConfig
@@ -92,3 +93,23 @@ def _sequences(item: Any, index: int) -> list[Tensor]:
         )
     rows = item.detach().cpu()
     return [row.clone() for row in (rows if rows.dim() == 2 else rows[None])]
+
+
+def copied(batch: Any) -> Any:
+    """A deep copy in which what was one object is one object, and modules stay the very ones."""
+    kept: dict[int, Any] = {}
+
+    def keep(value: Any) -> None:
+        if isinstance(value, Tensor):
+            kept[id(value)] = value.detach().clone()  # deepcopy refuses tensors that autograd computed
+        elif isinstance(value, nn.Module):
+            kept[id(value)] = value
+        elif isinstance(value, Mapping | tuple | list):
+            for each in value.values() if isinstance(value, Mapping) else value:
+                keep(each)
+
+    keep(batch)
+    try:
+        return copy.deepcopy(batch, kept)
+    except TypeError:  # a lock, a generator, an open file: there can be one only
+        return batch
