@@ -34,6 +34,7 @@ from ptq.gguf.tokens import SPECIAL, tokenizer_keys, tokenizer_notes
 from ptq.gguf.words import Value
 from ptq.grid import check_finite
 from ptq.half_products import fast_half_products
+from ptq.models.classes import require_prediction
 from ptq.models.loading import load_tokenizer, locate
 from ptq.nn.linear import QuantLinear
 from ptq.parent import recorded_parent, require_parent
@@ -103,6 +104,7 @@ def export_gguf(
     refuse_existing(path, overwrite)
     dtype = "auto" if run is None else run.dtype
     source = open_checkpoint(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+    require_prediction(source.model, "a GGUF file")
     model = describe_model(source.hf_config)
     rows = source.hf_config.vocab_size
     tokenizer = load_tokenizer(source.directory, trust_remote_code)

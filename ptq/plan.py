@@ -16,6 +16,7 @@ from ptq.formats import CODECS
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Scheme
 from ptq.formats.staging import resolved
+from ptq.models.classes import predicts_text, require_prediction, require_text_alone
 from ptq.models.experts import experts_of, routers
 from ptq.models.hub import HubHeaders
 from ptq.models.loading import (
@@ -85,6 +86,10 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
     require_multiplied(dtype)  # by whoever loads the result
     _check_no_adapter(directory)
     skeleton = build_skeleton(hf_config, dtype, trust_remote_code=config.trust_remote_code)
+    require_text_alone(skeleton)
+    for key, asked in _predicting(config).items():
+        if asked:
+            require_prediction(skeleton, key)
     blocks = find_blocks(skeleton)
     found = dict(linears(skeleton))
     schemes = {path: scheme_for(config, path) for path in found}
@@ -116,6 +121,15 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
     )  # fmt: skip
 
 
+def _predicting(config: RunConfig) -> dict[str, bool]:
+    """What is measured on logits of the next token, and whether a run is to do it."""
+    return {
+        "evaluation": config.evaluation is not None,
+        "a bit budget": isinstance(config.bits, BitBudget),
+        "refine.model_steps": config.refine.model_steps > 0,
+    }
+
+
 def _check_no_adapter(directory: Path) -> None:
     """transformers loads an adapter that lies beside the weights, onto them or onto a model that it names itself."""
     adapter = directory / "adapter_config.json"
@@ -137,7 +151,8 @@ def _heads(skeleton: nn.Module, found: Mapping[str, nn.Module]) -> list[str]:
 def _never_quantized(skeleton: nn.Module, blocks: str, found: Mapping[str, nn.Module]) -> list[str]:
     """Linears that stay in float whatever a configuration says: routers, and what is neither in a block nor a head."""
     beside, heads = routers(skeleton), _heads(skeleton, found)
-    outside = [p for p in found if not p.startswith(f"{blocks}.") and "." in p and p not in heads]
+    top = predicts_text(skeleton)  # then a Linear that stands beside the model alone is its head
+    outside = [p for p in found if not p.startswith(f"{blocks}.") and not (top and "." not in p) and p not in heads]
     return [*outside, *(path for path in found if path in beside)]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ptq.errors import ConfigError
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Scheme
+from ptq.models.classes import require_prediction, require_text_alone
 from ptq.models.loading import build_skeleton, load_module, locate, model_dtype, read_config, unload_module
 from ptq.models.names import SourceNames
 from ptq.models.streamed import StreamedModel
@@ -119,10 +120,17 @@ def unload_weights(module: nn.Module) -> None:
 
 
 def open_stream(checkpoint: Checkpoint, device: torch.device) -> StreamedModel:
-    """The checkpoint as a model that runs one block at a time. Raises ConfigError for packed layers in float64."""
+    """The checkpoint as a model that runs one block at a time.
+
+    Raises:
+        ConfigError: packed layers in float64.
+        UnsupportedModelError: a class that predicts no text, or needs more than text.
+    """
     if checkpoint.packed is not None:
         require_multiplied(checkpoint.dtype)
     model = checkpoint.model
+    require_prediction(model, "what is measured on text")
+    require_text_alone(model)
 
     def load(_model: nn.Module, path: str) -> None:
         load_weights(checkpoint, path, device, without=None if path else checkpoint.blocks)

@@ -315,6 +315,9 @@ def document(results: dict[str, Any]) -> str:
         "(logits equal those of the dequantized weights). Nothing in `ptq` knows these names: what works, works by "
         "structure. Attention to an encoder that is not there and projections that are used without being called, "
         f"{' '.join(f'`{each}`' for each in NOT_CALLED)}, were in `exclude`, as the error says that names them.", "",
+        "A model type is tried by its causal class alone. Llama 3.2 Vision (`mllama`) is listed by that of its text "
+        "model; its class with a vision tower skips its cross-attention blocks where there is no image, and is not "
+        "supported.", "",
         f"**{len(good)} model types ({len({r['cls'] for r in good.values()})} classes) work** with GPTQ and AWQ, "
         f"{len(part)} more with GPTQ.", "",
         "`loss` is the mean of each Linear's loss as a share of what plain rounding loses, on random weights. `folds` "

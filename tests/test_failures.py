@@ -336,9 +336,8 @@ def test_configurations_that_are_no_language_model(tmp_path):
         read_config(tmp_path)
     with pytest.raises(UnsupportedModelError, match="causal language model of transformers; ViTConfig"):
         build_skeleton(ViTConfig(), torch.float32)
-    for named in ([], ["T5ForConditionalGeneration"]):
-        with pytest.raises(UnsupportedModelError, match="T5Config: its decoder reads what an encoder makes of another"):
-            build_skeleton(T5Config(architectures=named), torch.float32)
+    with pytest.raises(UnsupportedModelError, match="T5Config: its decoder reads what an encoder makes of another"):
+        build_skeleton(T5Config(architectures=[]), torch.float32)
     with pytest.raises(UnsupportedModelError, match="must hold its tokenizer"):
         load_tokenizer(tmp_path, False)
 

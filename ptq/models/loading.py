@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptq.errors import ConfigError, FormatError, UnsupportedModelError
 from ptq.formats.staging import read_json
+from ptq.models.classes import model_of
 from ptq.models.empty import empty_parameters
 from ptq.models.experts import unfuse_experts
 from ptq.models.hub import download
@@ -117,7 +118,9 @@ def _sentence(error: Exception) -> str:
 
 
 def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model of a configuration with its parameters on ``meta``; buffers are real.
+    """The model of a configuration with its parameters on ``meta``; buffers are real.
+
+    Of the class that the configuration names where transformers has it, else its causal language model.
 
     Fused experts are taken apart (`ptq.models.experts`).
 
@@ -128,7 +131,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
     """
     try:
         with empty_parameters():
-            model = _model_of(config, dtype, trust_remote_code)
+            model = model_of(config, dtype, trust_remote_code)
     except ValueError as error:
         raise UnsupportedModelError(
             f"the model must be a causal language model of transformers; {type(config).__name__}: "
@@ -143,24 +146,6 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
     built: nn.Module = model.eval()
     unfuse_experts(built.get_submodule(find_blocks(built)))
     return built
-
-
-def _model_of(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """Of transformers' causal and vision-language classes the one that a checkpoint names, or that there is at all."""
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    both = (AutoModelForCausalLM, AutoModelForImageTextToText)
-    known = [auto for auto in both if type(config) in auto._model_mapping]
-    named = set(getattr(config, "architectures", None) or ())
-    fitting = [auto for auto in known if auto._model_mapping[type(config)].__name__ in named]
-    classes = [getattr(transformers, name) for name in named if hasattr(transformers, name)]
-    if not known and getattr(config, "is_encoder_decoder", False):
-        raise ValueError("its decoder reads what an encoder makes of another text, which no causal model does")
-    if not known and classes and not trust_remote_code:  # a part of a larger model, saved by itself
-        return classes[0]._from_config(config, dtype=dtype)
-    auto = next(iter(fitting or known), AutoModelForCausalLM)
-    return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def model_dtype(config: Any, requested: str | torch.dtype) -> torch.dtype:
