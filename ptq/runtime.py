@@ -200,12 +200,13 @@ def load(
         check_head(_head(model), head_bits)
     if head_bits is not None or checkpoint.packed is not None:
         require_multiplied(checkpoint.dtype)
-    load_weights(checkpoint, "", target)
-    if head_bits is not None:
-        _replace_head(model, head_bits)
-    if fuse:
-        fuse_linears(model)
-    _prepare(model, impl, activation)
+    with torch.inference_mode(False):  # tensors made in it can never be saved for a gradient to pass
+        load_weights(checkpoint, "", target)
+        if head_bits is not None:
+            _replace_head(model, head_bits)
+        if fuse:
+            fuse_linears(model)
+        _prepare(model, impl, activation)
     if warmup:
         warm_up(model, checkpoint.dtype)
     _add_generation_config(model, checkpoint.directory)

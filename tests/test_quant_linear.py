@@ -107,6 +107,20 @@ def test_a_move_that_fails_leaves_the_layer_as_it_was() -> None:
     assert layer.state_dict()["scales"].dtype == dtype
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_layer_that_went_through_meta_is_prepared_when_it_is_loaded(prepared: bool) -> None:
+    """As FSDP starts models; what was never prepared stays as it is."""
+    layer = layer_of(CASE)
+    if prepared:
+        layer.prepare_()
+    x = random_rows(3, 64, torch.float32)
+    empty = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    assert empty.layout == "canonical"
+    empty.load_state_dict(layer.state_dict())
+    assert empty.layout == layer.layout
+    assert torch.equal(empty(x), layer(x))
+
+
 def test_prepare_is_idempotent_and_keeps_one_copy() -> None:
     layer = layer_of(CASE)
     once = layer.prepare_().qweight

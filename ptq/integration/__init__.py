@@ -67,7 +67,7 @@ def _wrap(module: Any) -> None:
     def merge(quantization_config: Any, quantization_config_from_args: Any = None) -> Any:
         stored = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
         asked = type(quantization_config_from_args).__name__ == "PtqConfig"
-        if asked or (quantization_config_from_args is None and is_ours(stored)):
+        if asked or (is_ours(stored) and _is_of_file(module, quantization_config_from_args, stored)):
             from ptq.integration.quantizer import PtqConfig
 
             wanted = quantization_config_from_args if asked else PtqConfig()
@@ -75,6 +75,20 @@ def _wrap(module: Any) -> None:
         return original(quantization_config, quantization_config_from_args)
 
     chooser.merge_quantization_configs = staticmethod(merge)
+
+
+def _is_of_file(module: Any, given: Any, stored: Mapping[str, Any]) -> bool:
+    """Whether an argument says no more than the file: there is none, or it was made of what the file says.
+
+    lm-evaluation-harness hands back the configuration that it found.
+    """
+    if given is None:
+        return True
+    try:
+        made = module.AutoQuantizationConfig.from_dict(dict(stored))
+    except (ValueError, TypeError, ImportError):  # transformers does not know it
+        return False
+    return type(made) is type(given) and bool(made.to_dict() == given.to_dict())
 
 
 def is_ours(settings: Mapping[str, Any]) -> bool:

@@ -51,6 +51,10 @@ class PtqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
         config.stored = dict(stored)
         return config
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of the dictionary in config.json, for which transformers takes the configuration of a loaded model."""
+        return self.to_dict().get(key, default)
+
     def to_dict(self) -> Config:
         """What stands in config.json: the file's own configuration, so that any reader of its format reads the copy."""
         return dict(self.stored) or {"quant_method": METHOD, "impl": self.impl, "activation": self.activation}
@@ -83,6 +87,7 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
+        _refuse_plan(model)
         if not checkpoint_files:
             raise FormatError("packed weights are read from safetensors files; from_pretrained was given a state_dict")
         self.reader = CheckpointReader(Path(checkpoint_files[0]).parent)
@@ -107,13 +112,14 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
-        for path in experts_of(model):
-            self._load_experts(model, path)
-        for name in self.packed.schemes:
-            layer = self._load(model, name)
-            layer.impl, layer.activation = config.impl, config.activation
-            if not layer.qweight.is_meta:  # what waits on the CPU stays canonical, as any device reads it
-                prepare_linear(name, layer)
+        with torch.inference_mode(False):  # tensors made in it can never be saved for a gradient to pass
+            for path in experts_of(model):
+                self._load_experts(model, path)
+            for name in self.packed.schemes:
+                layer = self._load(model, name)
+                layer.impl, layer.activation = config.impl, config.activation
+                if not layer.qweight.is_meta:  # what waits on the CPU stays canonical, as any device reads it
+                    prepare_linear(name, layer)
         del self.reader  # a model with open files can neither be copied nor pickled
         if config.warmup:
             warm_up(model, getattr(model, "dtype"))  # noqa: B009
@@ -204,6 +210,20 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
     def is_compileable(self) -> bool:
         """A product is one operator, which torch.compile knows."""
         return True
+
+
+def _refuse_plan(model: nn.Module) -> None:
+    """Raise FormatError where Linears are to be split: packed ones are not, and what a plan adds up is too much."""
+    plan = getattr(getattr(model, "config", None), "distributed_config", None)
+    sizes = {name: getattr(plan, name, None) or 1 for name in ("tp_size", "ep_size")}
+    asked = next((f"{name}={size}" for name, size in sizes.items() if size > 1), None)
+    if asked is None and getattr(plan, "tp_plan", None):
+        asked = "a tp_plan"
+    if asked is not None:
+        raise FormatError(
+            f"packed weights must be whole on each device, found {asked}: load without it (device_map='auto' puts "
+            "blocks on several GPUs), or serve the checkpoint with vLLM, which splits packed weights"
+        )
 
 
 def _packed_at(model: nn.Module, name: str) -> QuantLinear:

@@ -60,6 +60,7 @@ class QuantLinear(nn.Module):
         self.activation: str | None = None  # "int8": see ptq_kernels.matmul
         self.weight_dtype = scales.dtype if bias is None else bias.dtype
         self.layout = "canonical"
+        self._prepare_when_loaded = False  # it was prepared before it went to meta
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
@@ -308,14 +309,18 @@ class QuantLinear(nn.Module):
             self.scales = self.scales.view(dtype)
         if converted.is_floating_point:
             self.weight_dtype = converted
-        if moves and self.impl == "auto" and self.activation is None and not self.qweight.is_meta:
-            self.prepare_()
+        if moves and self.impl == "auto" and self.activation is None:
+            if self.qweight.is_meta:
+                self._prepare_when_loaded = True
+            else:
+                self.prepare_()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a pickle, which may be of a version without `weight_dtype`."""
+        """Of a pickle, which may be of a version without these."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self.__dict__.setdefault("weight_dtype", self.scales.dtype if self.bias is None else self.bias.dtype)
+        self.__dict__.setdefault("_prepare_when_loaded", False)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -325,7 +330,8 @@ class QuantLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         check_state(state_dict, prefix, self.scales.dtype)
         # A state dict of an adapter has nothing for this layer, and leaves it as it is.
-        prepared = self.layout != "canonical" and any(name.startswith(prefix) for name in state_dict)
+        held = any(name.startswith(prefix) for name in state_dict)
+        prepared = held and (self.layout != "canonical" or self._prepare_when_loaded)
         if prepared:
             self._canonicalize_()
         before = None if self.bias is None else self.bias.dtype
@@ -334,6 +340,7 @@ class QuantLinear(nn.Module):
             self.weight_dtype = self.bias.dtype
         if prepared and not self.qweight.is_meta:
             self.prepare_()
+            self._prepare_when_loaded = False
 
 
 def _autocast(input: Tensor) -> Tensor:
