@@ -344,7 +344,8 @@ def describe(plan: Plan) -> str:
         groups = "1 group" if columns == k else f"{k // columns} groups of {columns}"
         lines.append(f"quantize   {count:4d} x {n} x {k}: {_bits(plan, scheme)}, {groups} a row, {kind}")
     left = [path for path, scheme in plan.schemes.items() if scheme is None]
-    lines.append(f"keep       {len(left)} Linears in float{': ' + ', '.join(left[:4]) if left else ''}")
+    more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+    lines.append(f"keep       {len(left)} Linears in float{': ' + ', '.join(left[:4]) if left else ''}{more}")
     if extra := extra_tensors(plan):
         lines.append(f"extra      {describe_extra(extra)}")
     lines.append(

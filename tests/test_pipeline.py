@@ -310,3 +310,5 @@ def test_the_plan_is_described(llama, tmp_path):
         "keep       1 Linears in float: lm_head",
     ):
         assert line in text.splitlines(), text
+    excluded = describe(make_plan(settings(llama, tmp_path / "out", exclude=("lm_head", "self_attn"))))
+    assert "self_attn.v_proj, model.layers.0.self_attn.o_proj and 5 more\n" in excluded
