@@ -7,12 +7,17 @@ from pathlib import PurePath
 from typing import Any
 
 from ptq.formats.capability import is_head
+from ptq.formats.staging import read_json
+from ptq.gguf.layout import ARCHITECTURES
 from ptq.lint import Lint
+from ptq.models.classes import auto_class
 from ptq.readers import REFUSES, Verdict
 from ptq.yaml_tree import unparse
 
 Document = Mapping[str, Any]
 _NAMED = 8  # Linears left in float
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 METHODS = {"gptq": "GPTQ", "awq": "AWQ", "rtn": "round to nearest"}
 
 
@@ -57,15 +62,17 @@ def _lead(document: Document) -> str:
     configuration = document.get("configuration", {})
     if not configuration:
         return "A quantized checkpoint that was pushed without a report: how it was made is not known."
-    method = METHODS.get(configuration["method"], configuration["method"])
+    method = _plain(str(METHODS.get(configuration["method"], configuration["method"])))
     name = (document.get("parent") or {}).get("name")
     model = PurePath(configuration["model"]).name
-    parent = (
-        f"[{name}](https://huggingface.co/{name})"
-        if name
-        else f"A model in a local directory called `{model.replace('`', '')}`"
-    )
-    return f"{parent} quantized with {method} by ptq {document.get('versions', {}).get('ptq', '')}".rstrip() + "."
+    parent = _link(name) if name else f"A model in a local directory called `{model.replace('`', '')}`"
+    version = _plain(str(document.get("versions", {}).get("ptq", "")))
+    return f"{parent} quantized with {method} by ptq {version}".rstrip() + "."
+
+
+def _link(name: str) -> str:
+    """A model on the hub; what is none's name is text."""
+    return f"[{name}](https://huggingface.co/{name})" if _HUB_NAME.fullmatch(name) else _plain(name)
 
 
 def _made(document: Document) -> str:
@@ -138,7 +145,7 @@ def _quality(document: Document) -> str:
     for name, row in evaluation["models"].items():
         cells = [("perplexity", ".3f"), ("kl", ".5f"), ("top1", ".2%")]
         values = ["-" if row.get(key) is None else format(row[key], spec) for key, spec in cells]
-        lines.append(f"| {name} | {' | '.join(values)} |")
+        lines.append(f"| {_plain(str(name))} | {' | '.join(values)} |")
     text = evaluation["text"]
     sources = text if isinstance(text, str) else ", ".join(PurePath(file).name for file in text)
     protocol = (
@@ -152,28 +159,37 @@ def _loading(repo: str, document: Document, result: Lint) -> list[str]:
     if not result.readers:
         return ["Not checked: the files are damaged, or their quantization is not one that is read."]
     parts = ["What `ptq lint` found; engines change, so look at the release you run."]
-    parts += [_snippet(repo, verdict) for verdict in result.readers]
+    config = read_json(result.directory / "config.json") if (result.directory / "config.json").is_file() else {}
+    processor = any((result.directory / name).is_file() for name in PROCESSORS)
+    parts += [_snippet(repo, verdict, config, processor=processor) for verdict in result.readers]
     splits = [str(count) for count, problems in result.parallel.items() if not problems]
     if result.parallel:
         said = f"can be split over {', '.join(splits)}" if splits else "cannot be split over 2, 4 or 8"
         parts.append(f"Tensor parallel: the packed weights {said} GPUs.")
-    parts.append(_llama_cpp(repo, document))
+    if not config or (config.get("model_type") in ARCHITECTURES and _auto(config) == "AutoModelForCausalLM"):
+        parts.append(_llama_cpp(repo, document))
     parts.append(f'With `ptq`, packed in memory:\n\n```python\nimport ptq\n\nmodel = ptq.load("{repo}")\n```')
     return parts
 
 
-def _snippet(repo: str, verdict: Verdict) -> str:
+def _auto(config: Document) -> str:
+    named = config.get("architectures") or ()
+    return auto_class(named[0]) if named and "auto_map" not in config else "AutoModelForCausalLM"
+
+
+def _snippet(repo: str, verdict: Verdict, config: Document, *, processor: bool) -> str:
     head = f"**{verdict.reader}** {verdict.status}{': ' if verdict.reason else ''}{verdict.reason}."
     if verdict.status == REFUSES:
         return head
     if verdict.reader == "transformers":
         dequantize = "dequantize=True" in verdict.reason
-        names = "AutoModelForCausalLM, AutoTokenizer" + (", CompressedTensorsConfig" if dequantize else "")
+        auto, text = _auto(config), "AutoProcessor" if processor else "AutoTokenizer"
+        names = ", ".join([auto, text, *(["CompressedTensorsConfig"] if dequantize else [])])
         option = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if dequantize else ""
         return (
             f"{head}\n\n```python\nfrom transformers import {names}\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{repo}"{option})\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```'
+            f'model = {auto}.from_pretrained("{repo}"{option})\n'
+            f'{text.removeprefix("Auto").lower()} = {text}.from_pretrained("{repo}")\n```'
         )
     if verdict.reader == "vLLM":
         return f"{head}\n\n```bash\nvllm serve {repo}\n```"
@@ -204,5 +220,5 @@ def _licence(document: Document) -> str:
     name = card.get("license_name") or card.get("license")
     if name:
         return f"That of the parent: {_plain(str(name))}."
-    where = f" [{parent['name']}](https://huggingface.co/{parent['name']})" if parent.get("name") else ""
+    where = f" {_link(parent['name'])}" if parent.get("name") else ""
     return f"The parent's licence is not known here: look at the parent{where} before you use this."

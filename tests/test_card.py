@@ -1,5 +1,6 @@
 """Model cards and parents. Oracle: what the report given holds, line by line; no figure that it does not hold."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,40 @@ def test_front_matter(tmp_path: Path, text: str, expected: dict[str, str]) -> No
     (tmp_path / "README.md").write_bytes(text.encode())
     assert front_matter(tmp_path / "README.md") == expected
     assert front_matter(tmp_path / "absent.md") == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "processor", "said", "exported"),
+    [
+        ("llama", "LlamaForCausalLM", False, ("AutoModelForCausalLM", "tokenizer = AutoTokenizer"), True),
+        ("mamba", "MambaForCausalLM", False, ("AutoModelForCausalLM", "tokenizer = AutoTokenizer"), False),
+        ("gemma3", "Gemma3ForConditionalGeneration", True, ("AutoModelForImageTextToText", "processor = AutoP"), False),
+        ("llama", "LlamaForSequenceClassification", False, ("AutoModelForSequenceClassification", ""), False),
+        ("llama", "LlamaModel", False, ("AutoModel", ""), False),
+    ],
+)
+def test_a_model_is_loaded_by_the_class_that_knows_it(
+    tmp_path: Path, kind: str, named: str, processor: bool, said: tuple[str, str], exported: bool
+) -> None:
+    """Oracle: which class each Auto class has for the model type, and the architectures that docs/gguf.md lists."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [named]}))
+    if processor:
+        (tmp_path / "processor_config.json").write_text("{}")
+    text = card(report(), linted(LOADS, LOADS, LOADS)._replace(directory=tmp_path))
+    assert f"from transformers import {said[0]}, Auto" in text
+    assert f"model = {said[0]}.from_pretrained(" in text
+    assert said[1] in text
+    assert ("**llama.cpp**" in text) == exported
+
+
+def test_text_of_a_report_is_no_markup() -> None:
+    """A report comes with a checkpoint, whoever wrote that."""
+    mark = "<b>[x](y)|z</b>"
+    figures = {"perplexity": 1.0, "kl": None, "top1": None}
+    text = card(report(
+        versions={"ptq": mark}, parent={"name": mark, "card": {}}, configuration={"method": mark},
+        evaluation={"text": "t", "window": 1, "stride": 1, "tokens": 1, "models": {mark: figures}},
+    ))  # fmt: skip
+    body = text.split("\n---\n", 1)[1]  # what comes before is YAML
+    assert r"\<b\>\[x\](y)\|z\</b\> quantized with" in body
+    assert re.search(r"(?<!\\)(<b>|\[x|\|z)", body) is None

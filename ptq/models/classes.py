@@ -50,6 +50,18 @@ def _same_tensors(causal: Any, base: Any) -> bool:
     return whole == {f"{causal.base_model_prefix}.{name}" for name, _ in base.named_parameters()}
 
 
+def auto_class(name: str) -> str:
+    """The Auto class of transformers that makes models of the class with this name; AutoModel where no other does."""
+    import transformers
+
+    for task in ("ImageTextToText", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering",
+                 "MaskedLM", "Seq2SeqLM", "SpeechSeq2Seq", "MultimodalLM"):  # fmt: skip
+        auto = getattr(transformers, f"AutoModelFor{task}", None)
+        if auto is not None and name in auto._model_mapping._model_mapping.values():
+            return f"AutoModelFor{task}"
+    return "AutoModel"
+
+
 def predicts_text(model: Any) -> bool:
     """Whether what a model puts out are logits of the next token: no classifier's, and none of masked tokens."""
     from transformers import AutoModelForMaskedLM, PreTrainedModel
