@@ -18,7 +18,7 @@ from ptq.formats.codec import Codec, Scheme
 from ptq.formats.staging import resolved
 from ptq.models.classes import predicts_text, require_prediction, require_text_alone
 from ptq.models.experts import experts_of, routers
-from ptq.models.hub import HubHeaders
+from ptq.models.hub import HubHeaders, holds_weights
 from ptq.models.loading import (
     build_skeleton,
     check_floating,
@@ -104,7 +104,8 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
     check_budget(config, schemes, shapes)
     codec.check(schemes, shapes)
     on_hub = not Path(config.model).expanduser().is_dir()
-    reader = HubHeaders(config.model, config.revision) if on_hub and not weights else CheckpointReader(directory)
+    elsewhere = on_hub and not weights and not holds_weights(directory)
+    reader = HubHeaders(config.model, config.revision) if elsewhere else CheckpointReader(directory)
     require_described(directory, reader.names())
     names = SourceNames(skeleton, reader.names())
     for name, parameter in skeleton.named_parameters():

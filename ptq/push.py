@@ -1,5 +1,6 @@
 """``ptq push``: a checkpoint and its card as one commit on the hub, or as a folder to look at first."""
 
+import errno
 import os
 import re
 import shutil
@@ -83,8 +84,15 @@ def folder(directory: str | Path, repo: str, *, force: bool = False, trust_remot
 
 def check_target(target: Target) -> None:
     """Raises ConfigError for what can be no repository or branch."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
     if not _REPO.fullmatch(target.repo):
         raise ConfigError(f"--repo must be owner/name, found {target.repo!r}")
+    try:
+        validate_repo_id(target.repo)
+    except HFValidationError as error:
+        raise ConfigError(f"--repo must be a name that the hub takes: {_first_line(error)}") from error
     if target.revision is not None and not _BRANCH.fullmatch(target.revision):
         raise ConfigError(f"--revision must be a name that git takes for a branch, found {target.revision!r}")
 
@@ -268,8 +276,13 @@ def _sentences(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise PtqError(_refusal(repo, error)) from error
     except (transport, OSError, RuntimeError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise  # no matter of the network
         reason = _first_line(error.__cause__ or error)
-        raise PtqError(f"{repo} could not be pushed to: {reason}. Check the network; {_AGAIN}") from error
+        raise PtqError(
+            f"{repo} could not be pushed to: {reason}. Check the network, and the repository, as an answer may "
+            "have been lost; the same command starts again and sends no large file twice"
+        ) from error
 
 
 def _refusal(repo: str, error: Any) -> str:

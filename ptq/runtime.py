@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ptq.errors import ConfigError
+from ptq.errors import ConfigError, FormatError
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.formats.codec import Codec, Scheme
 from ptq.models.classes import require_prediction, require_text_alone
@@ -276,8 +276,15 @@ def quant_linears(model: nn.Module) -> Iterable[QuantLinear]:
 def _add_generation_config(model: Any, directory: Path) -> None:
     from transformers import GenerationConfig
 
-    if (directory / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    file = directory / "generation_config.json"
+    if file.is_file() and hasattr(model, "generation_config"):
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
+            raise FormatError(
+                f"{file} must hold settings of generation; transformers refuses it: {' '.join(str(error).split())}: "
+                "correct it, fetch it again, or delete it for the defaults"
+            ) from error
 
 
 def _compile_decoding(model: Any, device: torch.device) -> None:

@@ -1,11 +1,12 @@
 """Models on the hub. Oracle: a hub that is a folder here, behind the functions of huggingface_hub."""
 
+import json
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 
 from ptq.config import load_config
@@ -66,6 +67,20 @@ def test_a_dry_run_fetches_no_weight_and_plans_the_same(hub: list[list[str]], tm
     assert describe(plan).splitlines()[1:] == local.splitlines()[1:]  # the first line names the model
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_dry_run_of_a_model_that_was_fetched_asks_the_hub_for_no_header(
+    hub: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    monkeypatch.delattr(huggingface_hub, "get_safetensors_metadata")  # as good as no network
+    shutil.copy(MODEL / "model.safetensors", tmp_path)
+    if sharded:
+        (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+        weight_map = dict.fromkeys(CheckpointReader(MODEL).names(), "model-00001-of-00001.safetensors")
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    settings = [f"model={NAME}", f"output={tmp_path / 'out'}"]
+    assert isinstance(make_plan(load_config("demo.yaml", settings), weights=False).reader, CheckpointReader)
+
+
 def test_a_run_fetches_the_weights(hub: list[list[str]], tmp_path: Path) -> None:
     plan = make_plan(load_config("demo.yaml", [f"model={NAME}", f"output={tmp_path / 'out'}"]))
     assert "*.safetensors" in hub[0]
@@ -88,9 +103,10 @@ def test_what_the_hub_refuses_is_a_sentence(hub: list[list[str]], monkeypatch: p
 
         monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", fail)
 
-    refuse(OSError("no route to host"))
-    with pytest.raises(ConfigError, match="Check the name, the network and your token"):
-        HubHeaders(NAME, None)
+    for error in (OSError("no route to host."), HFValidationError("no route to host")):
+        refuse(error)
+        with pytest.raises(ConfigError, match="no route to host. Check the name, the network and your token"):
+            HubHeaders(NAME, None)
     refuse(NotASafetensorsRepoError("only a pickle"))
     with pytest.raises(FormatError, match="must hold safetensors"):
         HubHeaders(NAME, None)

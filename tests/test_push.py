@@ -1,5 +1,6 @@
 """Pushing. Oracle: a hub on this machine (`hub_server`), whose commits are compared byte for byte with the dry run."""
 
+import errno
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from ptq.errors import ConfigError, FormatError, PtqError
 from ptq.pipeline import quantize
 from ptq.plan import describe, make_plan
 from ptq.progress import Progress
-from ptq.push import Target, folder, push, write_folder
+from ptq.push import Target, check_target, folder, push, write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO = "someone/small-gptq"
@@ -195,6 +196,15 @@ def test_no_network_is_a_sentence(made: Path, hub: hub_server.Hub, monkeypatch: 
         push(folder(made, REPO), Target(REPO))
 
 
+def test_a_full_disk_is_not_the_network(made: Path, hub: hub_server.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.preupload_lfs_files", fail)
+    with pytest.raises(OSError, match="No space left"):
+        push(folder(made, REPO), Target(REPO))
+
+
 def test_a_push_needs_the_report_of_these_files(checkpoint: Path) -> None:
     report = checkpoint / "report.json"
     document = json.loads(report.read_text())
@@ -239,6 +249,9 @@ def test_what_the_lint_refuses_is_pushed_by_force_only(checkpoint: Path) -> None
 def test_wrong_arguments_are_sentences(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="--repo must be owner/name, found 'small'"):
         folder(made, "small")
+    for name in ("me/b..c", "me/" + "x" * 120):
+        with pytest.raises(ConfigError, match="--repo must be a name that the hub takes: "):
+            check_target(Target(name))
     with pytest.raises(ConfigError, match=r"a dry run writes a new folder; .* exists"):
         write_folder({}, tmp_path)
     assert cli.main(["push", str(made), "--repo", REPO, "--out", "x"]) == 2

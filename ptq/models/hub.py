@@ -10,19 +10,20 @@ from torch import Tensor
 from ptq.errors import ConfigError, FormatError
 from ptq.formats.checks import DTYPES
 from ptq.formats.codec import TensorSpec
+from ptq.formats.staging import read_json
 from ptq.models.description import DESCRIPTION, WEIGHTS
 
 
 @contextmanager
 def _sentences(model: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model must be a local directory or a hub model this machine may read; {model!r} is no directory and "
-            f"the hub answered: {str(error).splitlines()[0]}. Check the name, the network and your token"
+            f"the hub answered: {str(error).splitlines()[0].rstrip('.')}. Check the name, the network and your token"
         ) from error
 
 
@@ -40,6 +41,15 @@ def download(model: str, revision: str | None, *, weights: bool) -> Path:
         wanted.append("*.safetensors")
     with _sentences(model):
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=never))
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether all shards of a hub model lie in its directory, from an earlier download."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return (directory / "model.safetensors").is_file()
+    shards = read_json(index).get("weight_map")
+    return isinstance(shards, dict) and all((directory / str(file)).is_file() for file in shards.values())
 
 
 class HubHeaders:

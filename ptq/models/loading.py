@@ -18,6 +18,11 @@ from ptq.models.names import SourceNames, retie
 from ptq.models.structure import find_blocks
 from ptq.models.tying import believe_files
 
+# What building a model raises for values that it cannot be built with; ImportError of kernels that config.json names.
+_UNBUILDABLE = (
+    LookupError, TypeError, AttributeError, AssertionError, RuntimeError, ArithmeticError, ImportError
+)  # fmt: skip
+
 # Dtypes that a model can work in.
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
@@ -74,7 +79,7 @@ def _parse_config(directory: Path, trust_remote_code: bool) -> Any:
     read_json(directory / "config.json")  # transformers says less of what is no JSON, or no object
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (StrictDataclassError, TypeError, AttributeError, RecursionError) as error:
+    except (StrictDataclassError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise FormatError(
             f"{directory / 'config.json'} must describe a model; transformers refuses it: {_sentence(error)}: correct "
             "the value, or fetch the file again"
@@ -94,6 +99,7 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoTokenizer
 
+    required = f"{directory / 'tokenizer.json'} and tokenizer_config.json must be a tokenizer's"
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
@@ -101,11 +107,14 @@ def load_tokenizer(directory: Path, trust_remote_code: bool) -> Any:
             f"a model directory must hold its tokenizer; loading the one in {directory} failed: "
             f"{str(error).splitlines()[0]}: copy tokenizer.json and tokenizer_config.json beside config.json"
         ) from error
-    except (TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(
-            f"{directory / 'tokenizer.json'} and tokenizer_config.json must be a tokenizer's; transformers found: "
-            f"{_sentence(error)}: fetch both again"
-        ) from error
+    except Exception as error:
+        # The library of tokenizer.json raises nothing more special.
+        if type(error) is not Exception and not isinstance(error, TypeError | AttributeError | RecursionError):
+            raise
+        raise FormatError(f"{required}; transformers found: {_sentence(error)}: fetch both again") from error
+    if not isinstance(tokenizer.model_max_length, int | float):
+        found = repr(tokenizer.model_max_length)
+        raise FormatError(f"{required}; model_max_length must be a number, found {found}: fetch both again")
     config = _parse_config(directory, trust_remote_code)
     tokenizer.embedding_rows = getattr(config.get_text_config(), "vocab_size", None)
     return tokenizer
@@ -137,7 +146,9 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
             f"the model must be a causal language model of transformers; {type(config).__name__}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+    except _UNBUILDABLE as error:
+        if isinstance(error, ImportError) and error.__cause__ is not None:
+            raise  # a module could not be loaded, or its loading was interrupted
         raise FormatError(
             f"config.json must describe a model that can be built; {type(config).__name__} of "
             f"{getattr(config, 'name_or_path', '') or 'this model'}: {_sentence(error)}: correct the value, or fetch "

@@ -1,0 +1,45 @@
+"""Values in the files beside a model's weights that transformers and tokenizers stop at end in a sentence."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import build, save
+
+import ptq
+from ptq.errors import FormatError, UnsupportedModelError
+from ptq.models.loading import build_skeleton, load_tokenizer, read_config
+
+
+@pytest.fixture
+def parent(tmp_path):
+    return save(build("llama"), tmp_path / "parent")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("tokenizer.json", "model", None), ("tokenizer.json", "normalizer", {"type": "Other"}),
+     ("tokenizer_config.json", "model_max_length", "x")],
+)  # fmt: skip
+def test_a_tokenizer_with_a_value_that_is_none(name, key, value, parent):
+    document = json.loads((parent / name).read_text())
+    (parent / name).write_text(json.dumps({**document, key: value}))
+    with pytest.raises(FormatError, match="must be a tokenizer's; .*: fetch both again"):
+        load_tokenizer(parent, False)
+
+
+@pytest.mark.parametrize("text", ["[1]", "5", "{", '{"cache_implementation": "x"}', "[" * 100_000])
+def test_settings_of_generation_that_are_none(text, parent):
+    (parent / "generation_config.json").write_text(text)
+    with pytest.raises(FormatError, match="must hold settings of generation; transformers refuses it: .*: correct it"):
+        ptq.load(parent, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_attention_heads", 0), ("head_dim", 0), ("_attn_implementation", "flash_attention_2")]
+)
+def test_values_that_no_model_can_be_built_with(key, value, parent):
+    document = json.loads((parent / "config.json").read_text())
+    (parent / "config.json").write_text(json.dumps({**document, key: value}))
+    with pytest.raises((FormatError, UnsupportedModelError), match=r"config.json must describe a model"):
+        build_skeleton(read_config(parent), torch.float32)
