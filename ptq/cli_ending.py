@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from ptq.cli_places import expand_places
 from ptq.errors import ConfigError, GateError, PtqError
 
+JOINING = "\t\u200c\u200d"
 SIGNALLED = 128  # and the number of a signal: as a shell reports a program that one ended
 _INTERRUPTED = {
     signal.SIGINT: "interrupted",
@@ -109,10 +110,16 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def printable(text: str) -> str:
-    """Text on one line, with escapes for what moves a cursor or turns the direction: it may quote any file."""
+    """Text on one line, with escapes for what moves a cursor or turns the direction: it may quote any file.
+
+    What joins letters in many languages, and a tab, is let through.
+    """
     line = " ".join(text.splitlines())
     return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char).startswith("C") else char for char in line
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char).startswith("C") and char not in JOINING
+        else char
+        for char in line
     )
 
 

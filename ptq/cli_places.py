@@ -58,7 +58,8 @@ def write_result(path: Path, text: str) -> None:
 def _standard_stream(path: Path) -> TextIO | None:
     """The stream that a path as ``/dev/stdout`` is; its file, where it has one, has more in it than this text."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # no such path; a stream that is closed, or none of the system's
+        # no such path; a stream that is closed, or none of the system's
+        with suppress(OSError, ValueError, AttributeError):
             if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
                 return stream
     return None
@@ -92,13 +93,14 @@ def _require_unread(option: str, path: Path, read: dict[str, list[Path]]) -> Non
     """Raises ConfigError for a file that the command reads, or one of a directory it reads but an earlier result."""
     if not path.is_file() or _standard_stream(path):
         return
+    ours = _is_result(path)
     for name, places in read.items():
         for place in places:
             # The harness looks for task files in all folders below; a checkpoint's files lie in it itself.
             inside: Iterable[Path] = place.rglob("*") if name == "include" else place.glob("*")
             if place.is_file() and place.samefile(path):
                 raise ConfigError(f"{option} must name another file than {name}, found {path} for both: choose another")
-            if any(each.is_file() and each.samefile(path) for each in inside) and not _is_result(path):
+            if not ours and any(each.is_file() and each.samefile(path) for each in inside):
                 raise ConfigError(
                     f"{option} must name a file that is nobody else's; {path} is one of those in {place}, which the "
                     "command reads: choose another"
@@ -106,11 +108,14 @@ def _require_unread(option: str, path: Path, read: dict[str, list[Path]]) -> Non
 
 
 def _is_result(path: Path) -> bool:
-    """Whether it may be what such an option wrote before: a page, which nothing reads, or figures."""
+    """Whether it looks like what such an option wrote before: a page of ours, or figures."""
     from ptq.formats.staging import read_json
+    from ptq.page import BEGINNING
 
-    if path.resolve().suffix == ".html":
-        return True
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(BEGINNING)) == BEGINNING.encode():
+            return True
     with suppress(FormatError, OSError):
-        return bool({"models", "tasks"} & {*read_json(path)})
+        document = read_json(path)
+        return any(isinstance(document.get(key), dict) for key in ("models", "tasks"))
     return False

@@ -55,15 +55,20 @@ class Series(NamedTuple):
     label: str = ""
 
 
+BEGINNING = (  # of every page, and so what one is known by
+    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    '<meta name="color-scheme" content="light dark">'
+)
+
+
 def page(title: str, lead: str, sections: Sequence[str]) -> str:
     """A whole document."""
     colours = [" ".join(f"--c{i}: {c};" for i, c in enumerate(palette)) for palette in (_LIGHT, _DARK)]
     style = _STYLE.replace("LIGHT", colours[0]).replace("DARK", colours[1])
     return "\n".join(
         [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
+            BEGINNING,
             f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>",
             f"<h1>{escape(title)}</h1>",
             paragraph(lead, note=True),

@@ -139,10 +139,10 @@ def _manager(settings: TaskSettings) -> Any:
             if all(manager.match_tasks([name]) for name in settings.names):
                 return manager
             managers.append(manager)
-    if settings.include is not None:
-        _require_yaml(Path(settings.include))
     known = managers[-1].all_tasks
     unknown = next(name for name in settings.names if not managers[-1].match_tasks([name]))
+    if settings.include is not None:
+        _require_yaml(Path(settings.include), unknown)
     near = get_close_matches(unknown, known, n=3, cutoff=0.5)
     raise ConfigError(
         f"a task must be one of the harness's or in a file in --include; {unknown!r} is not"
@@ -150,8 +150,8 @@ def _manager(settings: TaskSettings) -> Any:
     )
 
 
-def _require_yaml(include: Path) -> None:
-    """Raises ConfigError for a task file that the harness passes over without a word."""
+def _require_yaml(include: Path, name: str) -> None:
+    """Raises ConfigError for a file that has the task of that name in it, and that the harness passes over unread."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -160,7 +160,9 @@ def _require_yaml(include: Path) -> None:
     Loader.add_constructor("!function", lambda loader, node: None)
     for path in sorted(include.rglob("*.yaml")):
         try:
-            yaml.load(path.read_bytes(), Loader)  # a SafeLoader
+            content = path.read_bytes()
+            if name.encode() in content:
+                yaml.load(content, Loader)  # a SafeLoader
         except (yaml.YAMLError, RecursionError, ValueError, OSError) as error:
             raise ConfigError(
                 f"a task file must be YAML, {path} is not: {' '.join(str(error).split())}: correct it"

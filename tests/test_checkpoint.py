@@ -184,8 +184,13 @@ def leave_directory(content):
 
 
 def store_twice(index, shard):
-    """The index stays as it is: whichever file it names, the other one has the tensor, too."""
-    save_file({"model.layers.0.a": torch.ones(8), "model.layers.1.a": torch.ones(8)}, shard)
+    """One that the index does not name lies in both files."""
+    for each, name in ((shard, "model.layers.0.a"), (other_shard(shard), "model.layers.1.a")):
+        save_file({name: torch.ones(8), "b": torch.ones(8)}, each)
+
+
+def other_shard(shard):
+    return shard.with_name("model-00002-of-00002.safetensors")
 
 
 def put_into_a_folder(index, shard):
@@ -207,7 +212,7 @@ def put_into_a_folder(index, shard):
         (lambda index, shard: index.write_text('{"weight_map": {"a": ""}}'), "from tensor to file, found ''"),
         (
             store_twice,
-            "stored once; model.layers.1.a is in model-00001-of-00002.safetensors and in model-00002-of-00002",
+            "stored once, .*; b is in model-00001-of-00002.safetensors and in model-00002-of-00002",
         ),
         (lambda index, shard: index.write_text("{"), "must be JSON"),
         (lambda index, shard: index.unlink(), "holds 2 safetensors files but no model.safetensors.index.json"),
@@ -217,6 +222,16 @@ def test_index_damage(tmp_path, damage, message):
     damage(*sharded(tmp_path))
     with pytest.raises(FormatError, match=message):
         CheckpointReader(tmp_path)
+
+
+def test_of_a_tensor_in_two_shards_the_index_says_which_counts(tmp_path):
+    """As transformers reads it."""
+    index, shard = sharded(tmp_path)
+    for file, value, name in ((shard, 1.0, "model.layers.0.a"), (other_shard(shard), 2.0, "model.layers.1.a")):
+        save_file({name: torch.ones(8), "b": torch.full((8,), value)}, file)
+    for file, value in ((shard, 1.0), (other_shard(shard), 2.0)):
+        edit(index, lambda content, file=file: content["weight_map"].update(b=file.name))
+        assert torch.equal(CheckpointReader(tmp_path).tensor("b"), torch.full((8,), value))
 
 
 def test_a_link_to_nothing_is_no_shard_of_an_index(tmp_path):

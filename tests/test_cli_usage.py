@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import MODEL, SMALL, TEXT, quantize
 
 from ptq import cli
+from ptq.cli_ending import printable
 
 
 @pytest.mark.parametrize(("verb", "arguments", "message"), [
@@ -140,7 +141,7 @@ def test_a_result_goes_where_its_path_leads(model: Path, capfd: pytest.CaptureFi
     got: list[str] = []
     reader = threading.Thread(target=lambda: got.append(pipe.read_text()), daemon=True)
     reader.start()
-    for place in (link, nothing, pipe, model / "page.html", model / "page.html"):
+    for place in (link, nothing, pipe, *[model / "page.html"] * 2, *[model / "page"] * 2):
         assert cli.main(["inspect", str(model), "--html", str(place)]) == 0
     reader.join(60)
     assert (folder / "page").read_text() == (model / "page.html").read_text() == got[0]
@@ -152,6 +153,13 @@ def test_a_result_goes_where_its_path_leads(model: Path, capfd: pytest.CaptureFi
     assert cli.main(["inspect", str(model), "--html", str(printed)]) == 0
     out = capfd.readouterr().out
     assert out.index("checkpoint  ") < out.index(page) < out.rindex("page        ")
+
+
+def test_a_result_needs_no_stream(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a shell has closed it."""
+    monkeypatch.setattr("sys.stdout", None)
+    for _ in range(2):
+        assert cli.main(["inspect", str(model), "--html", str(model.parent / "page.html")]) == 0
 
 
 def test_figures_of_an_earlier_run_are_replaced(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +174,7 @@ def test_figures_of_an_earlier_run_are_replaced(model: Path, capsys: pytest.Capt
 def test_what_files_say_moves_no_cursor(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: the bytes that a terminal would take for orders are not printed; words of any language are."""
     orders = "\x1b[2J\x07\x9b\u202e\r\n\u2028\ud800"
+    assert printable("می\u200cخواهم\tक\u200dष") == "می\u200cخواهم\tक\u200dष"
     index = {"weight_map": {"a": f"дом{orders}.safetensors"}}
     (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -340,14 +340,22 @@ WRONG = {
             packed(format=5), ROUND | {"packing_format": [5]}],
     "dict": [GPTQ | {"meta": "x"}, GPTQ | {"meta": [1]}, GPTQ | {"dynamic": {"+:.*": 5}}, AWQ | {"meta": 5},
              packed(config_groups={"a": 5}), packed(group={"weights": 5}), ROUND | {"extra_config": 5},
-             ROUND | {"extra_config": {"lm_head": 5}}],
-    "bool": [GPTQ | {"desc_act": "x"}, GPTQ | {"lm_head": "x"}, AWQ | {"zero_point": "x"}, AWQ | {"lm_head": 1}],
+             ROUND | {"extra_config": {"lm_head": 5}}, ROUND | {"extra_config": {"lm_head": None}}],
+    "bool": [GPTQ | {"desc_act": "x"}, GPTQ | {"lm_head": "x"}, AWQ | {"zero_point": "x"}, AWQ | {"lm_head": 2}],
     "int": [ROUND | {"extra_config": {"fc": {"bits": "8"}}}],
     "list": [AWQ | {"modules_to_not_convert": "fc"}, packed(ignore=5), packed(group={"targets": 5}),
              GPTQ | {"modules_in_block_to_quantize": 5}],
     "names": [AWQ | {"modules_to_not_convert": [5]}, packed(ignore=[5]), packed(group={"targets": [5]}),
               GPTQ | {"modules_in_block_to_quantize": [[5]]}],
 }  # fmt: skip
+
+
+def test_other_ways_to_write_the_same():
+    """Numbers for bools, and tuples of a configuration that was made in Python."""
+    config = AWQ | {"zero_point": 1, "modules_to_not_convert": ("fc",)}
+    assert codec_for_config(config).parse_config(config, ["fc", "b"]) == codec_for_config(config).parse_config(
+        AWQ | {"zero_point": True, "modules_to_not_convert": ["fc"]}, ["fc", "b"]
+    )
 
 
 @pytest.mark.parametrize(("kind", "config"), [(kind, config) for kind, every in WRONG.items() for config in every])

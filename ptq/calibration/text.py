@@ -130,15 +130,20 @@ def _is_plain(source: DatasetConfig) -> bool:
 
 
 def _open(path: Path) -> io.BufferedReader:
-    if path.exists() and not (path.is_file() or path.is_dir()):  # of a pipe nothing may ever come, and it comes once
-        raise DataError(f"{path.absolute()}: a regular file of text is required, found a pipe or a device; name a file")
     try:
-        return path.open("rb")
+        other = path.exists() and not (path.is_file() or path.is_dir())
+        if not other:
+            return path.open("rb")
     except OSError as error:
         advice = ": patterns are not expanded, name each file" if any(sign in path.name for sign in "*?[") else ""
         raise DataError(
             f"{path.absolute()}: a readable text file is required, found: {error.strerror}{advice}"
         ) from error
+    # Of a pipe nothing may ever come, and what comes, comes once.
+    raise DataError(
+        f"{path.absolute()}: a regular file of text is required, found a pipe or a device; name a file, or write it to "
+        "one first"
+    )
 
 
 def _undecodable(path: Path, start: int, error: UnicodeDecodeError) -> DataError:

@@ -57,7 +57,8 @@ def _rules(extra: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
     ordered = sorted(extra.items(), key=lambda item: not _is_name(item[0]))
     found: dict[str, dict[str, Any] | None] = {}
     for name, _ in ordered:
-        settings = checks.optional(extra, name, dict)
+        if not isinstance(settings := extra[name], dict):
+            raise FormatError(f"{name} in the quantization config must be dict, found {settings!r:.80}")
         in_float = checks.optional(settings, "bits", int) >= FLOAT_BITS
         own = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
         found[name] = None if in_float else own

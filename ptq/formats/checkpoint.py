@@ -161,16 +161,17 @@ class CheckpointReader:
         self.directory = Path(directory)
         self._handles: dict[str, Any] = {}
         self._entries: dict[str, Entry] = {}
-        weight_map = self._find_files()
+        weight_map = self._find_files() or {}
         for file in self._sizes:
-            found = read_header(self.directory / file)
-            for name in found.keys() & self._entries.keys():
-                raise FormatError(
-                    f"a tensor must be stored once; {name} is in {self._entries[name].file} and in {file} of "
-                    f"{self.directory}: fetch both and the index again"
-                )
-            self._entries |= found
-        for name, file in (weight_map or {}).items():
+            for name, entry in read_header(self.directory / file).items():
+                if name in self._entries and name not in weight_map:
+                    raise FormatError(
+                        f"a tensor must be stored once, or the index say where; {name} is in "
+                        f"{self._entries[name].file} and in {file} of {self.directory}: add it to {INDEX}"
+                    )
+                if name not in self._entries or weight_map[name] == file:
+                    self._entries[name] = entry
+        for name, file in weight_map.items():
             if name not in self._entries or self._entries[name].file != file:
                 raise FormatError(f"{INDEX} says that {name} is in {file}, which does not hold it; fetch both again")
 

@@ -167,6 +167,8 @@ def optional(config: Mapping[str, Any], key: str, kind: type[T]) -> T:
     value = config.get(key)
     if not value:
         return kind()
+    if (kind is bool and value == 1) or (kind is list and isinstance(value, tuple)):
+        return kind(value)  # type: ignore[call-arg]  # some write numbers; lists of Python may be tuples
     if not isinstance(value, kind):
         raise FormatError(f"{key} in the quantization config must be {kind.__name__}, found {value!r:.80}")
     return value
