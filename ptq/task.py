@@ -97,14 +97,18 @@ def faint(stats: InputStats, member: str, task: BlockTask) -> list[str]:
     if stats.faint and task.config.strict:
         raise NumericsError(
             f"strict: the inputs of {task.full(member)} must be large enough for float32 to hold their squares, found "
-            f"a mean square below {FAINTEST:g}: exclude the layer, or set strict: false to round it without them"
+            f"mean squares below {FAINTEST:g} in every channel: exclude the layer, or set strict: false to round it "
+            "without them"
         )
     return ["inputs too small to be squared"] * stats.faint
 
 
 def share(loss: float, energy: float) -> float:
-    """``loss / energy``; of no energy, as an all-zero weight has, nothing can be lost, and whatever is lost is all."""
-    return loss / energy if energy > 0 else float(loss > 0)
+    """``loss / energy``; of no energy, as an all-zero weight has, nothing can be lost, and whatever is lost is all.
+
+    NaN, of outputs too large for float32, stays NaN.
+    """
+    return float(loss > 0) if energy <= 0 else loss / energy
 
 
 def described(quantized: QuantizedWeight, started: float) -> dict[str, object]:

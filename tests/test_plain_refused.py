@@ -3,6 +3,7 @@ as it was.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from ptq.config import RunConfig
 from ptq.errors import ConfigError, NumericsError, PtqError, UnsupportedModelError
 from ptq.formats.codec import Scheme
 from ptq.schema import build
-from ptq.task import BlockTask
+from ptq.task import BlockTask, share
 
 K = 32
 X = torch.randn(16, K, generator=torch.Generator().manual_seed(0))
@@ -207,10 +208,33 @@ def test_small_inputs(method: str, size: float, rescues: list[str]) -> None:
     assert row["relative_loss"] == pytest.approx(float(outputs[0] / outputs[1]) if size else 0.0, rel=0.05)
 
 
+def test_small_inputs_whose_sum_is_0() -> None:
+    module = plain()
+    x = 1e-25 * torch.randn(512, K // 2, generator=torch.Generator().manual_seed(1))
+    row = ptq.quantize_linears(module, [torch.cat([x, -x], 1)], group_size=16)["0"]
+    assert row["rescues"] == ["inputs too small to be squared"]
+
+
+def test_one_channel_that_can_be_squared_is_enough() -> None:
+    """All other inputs are 0, so only the weights of this one count: where all did, the loss would be a hundredth."""
+    for size in (1.0, 5e-15):
+        module, x = plain(), torch.zeros(512, K)
+        x[:, 3] = size * torch.randn(512, generator=torch.Generator().manual_seed(1))
+        row = ptq.quantize_linears(module, [x], group_size=16)["0"]
+        assert row["rescues"] == []
+        assert row["relative_loss"] < 1e-3
+
+
+@pytest.mark.parametrize(("loss", "energy", "found"), [(1.0, 4.0, 0.25), (0.0, 0.0, 0.0), (1e-30, 0.0, 1.0)])
+def test_a_share_of_nothing(loss: float, energy: float, found: float) -> None:
+    assert share(loss, energy) == found
+    assert math.isnan(share(loss, math.nan))
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_small_inputs_are_an_error_under_strict(method: str) -> None:
     config = build(RunConfig, {"model": "m", "output": "o", "method": method, "group_size": 16, "strict": True})
     module = plain()
     task = BlockTask("block", {"0": Scheme(4, 16, True)}, config, torch.float32)
-    with pytest.raises(NumericsError, match="strict: the inputs of block.0 must be .* a mean square below 1e-30"):
+    with pytest.raises(NumericsError, match="strict: the inputs of block.0 must be .* mean squares below 1e-30"):
         quantize_block(module, [lambda: module(1e-25 * X)], task)

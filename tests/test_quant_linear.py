@@ -211,6 +211,13 @@ def test_repr_says_what_it_is() -> None:
     )
 
 
+def test_scales_that_require_a_gradient_make_a_layer_that_runs() -> None:
+    weight = weight_of(CASE)
+    layer = QuantLinear.from_quantized(weight._replace(scales=nn.Parameter(weight.scales)))
+    x = random_rows(3, 64, torch.float32)
+    assert torch.equal(layer(x), layer_of(CASE)(x))
+
+
 def test_inexact_scales_are_refused() -> None:
     case = random_case(8, 64, 32)
     with pytest.raises(FormatError, match=r"exact in torch.bfloat16, \d+ of 16 are not; keep them in float32"):

@@ -21,7 +21,7 @@ CHUNK_ROWS = 8192
 # An expert with fewer than 1/STARVED tokens an input channel is short of them; all tokens then weigh 1/PRIOR a channel.
 STARVED = 8
 PRIOR = 4
-# Mean square of an input below which float32 no longer holds what products with it come to.
+# Mean square of the strongest channel below which float32 no longer holds what products with it come to.
 FAINTEST = 1e-30
 
 
@@ -269,7 +269,7 @@ def _finished(total: "_Sum | None", name: str) -> InputStats:
             f"calibration must reach every Linear; nothing reached {name}: give more samples or exclude it"
         )
     check_finite(total.hessian, f"the second moment of the input of {name}")
-    faint = bool(total.fed) and float(total.hessian.diagonal().mean()) < FAINTEST
+    faint = bool(total.fed) and float(total.hessian.diagonal().max()) < FAINTEST
     if faint:  # every input counts the same: at least the weight itself is kept
         total.hessian.zero_().fill_diagonal_(1.0)
         total.magnitude.fill_(1.0)
@@ -294,7 +294,8 @@ class _Sum:
     def __init__(self, features: int, device: torch.device, *, with_magnitude: bool = True) -> None:
         self.hessian = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.magnitude = torch.zeros(features if with_magnitude else 0, dtype=torch.float32, device=device)
-        self.tokens, self.fed = 0, torch.zeros(1, device=device)  # fed: above 0 once anything but 0 was
+        self.tokens = 0
+        self.fed: bool | Tensor = False  # whether anything but 0 was
 
     def add(self, rows: Tensor, name: str) -> None:
         for chunk in rows.split(CHUNK_ROWS) if len(rows) else ():
@@ -306,8 +307,7 @@ class _Sum:
                     f"activations must be finite; the input of {name} holds NaN or infinity: check the checkpoint, or "
                     "run in bfloat16 or float32 where float16 overflows"
                 )
-            if found:
-                self.fed.fill_(1.0)
+            self.fed = self.fed or found != 0 or bool(x.any())
             total = self.tokens + len(x)
             with exact_products(chunk):
                 add_product(self.hessian, x, x, 1 / total, self.tokens / total)
@@ -318,6 +318,9 @@ class _Sum:
 
     def join(self, ranks: Ranks, tokens: int) -> None:
         """Add those of the other processes, with which these are ``tokens``."""
-        for mean in (self.hessian, self.magnitude, self.fed):
+        for mean in (self.hessian, self.magnitude):
             ranks.add_up(mean.mul_(self.tokens / max(tokens, 1)))
+        fed = torch.full((1,), float(self.fed), device=self.hessian.device)
+        ranks.add_up(fed)
+        self.fed = fed
         self.tokens = tokens

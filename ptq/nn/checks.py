@@ -10,7 +10,7 @@ from ptq.errors import FormatError
 from ptq.formats.codec import QuantizedWeight, Scheme
 
 WIDTHS = (2, 3, 4, 8)
-_DTYPES = {"qweight": (torch.int32,), "zeros": (torch.uint8,), "perm": (torch.int32, torch.int64)}
+_DTYPES = {"qweight": (torch.int32,), "zeros": (torch.uint8,), "perm": (torch.int32, torch.int64, torch.int16)}
 
 
 def check_quantized(quantized: QuantizedWeight) -> None:
@@ -49,7 +49,7 @@ def check_quantized(quantized: QuantizedWeight) -> None:
 
 def check_finite_scales(scales: Tensor, name: str) -> None:
     """Raise FormatError for a scale that is NaN or infinite."""
-    if count := int((~torch.isfinite(scales)).sum()):
+    if count := int((~torch.isfinite(scales.float())).sum()):
         raise FormatError(
             f"{name} must be finite, {count} of {scales.numel()} are NaN or infinite; check the weights or the file "
             "that they come from"
@@ -73,7 +73,7 @@ def check_state(state: Mapping[str, Any], prefix: str, scales_dtype: torch.dtype
                 f"{prefix}scales must be exact in {scales_dtype}, {count} of {scales.numel()} values of the "
                 f"{scales.dtype} tensor are not; create the layer with scales_dtype={scales.dtype}"
             )
-    if isinstance(perm, Tensor) and not perm.is_meta:
+    if isinstance(perm, Tensor) and not perm.is_meta and not hasattr(perm, "full_tensor"):  # a DTensor has a part
         columns = perm.flatten().sort().values
         if not torch.equal(columns, torch.arange(len(columns), dtype=perm.dtype, device=perm.device)):
             raise FormatError(

@@ -88,7 +88,7 @@ class QuantLinear(nn.Module):
         that does not put ``group_size`` columns in every group.
         """
         check_quantized(quantized)
-        scales = quantized.scales.to(scales_dtype)
+        scales = quantized.scales.detach().to(scales_dtype)
         if count := inexact(quantized.scales, scales_dtype):
             raise FormatError(
                 f"every scale must be exact in {scales_dtype}, {count} of {scales.numel()} are not; keep them in "
