@@ -92,11 +92,11 @@ def counted(stats: InputStats) -> dict[str, object]:
     return row if stats.routed is None else {**row, "routed": stats.routed}
 
 
-def faint(stats: InputStats, member: str, task: BlockTask) -> list[str]:
+def faint(stats: InputStats, name: str, strict: bool) -> list[str]:
     """What to put on record of inputs that are too small to be squared; NumericsError under ``strict``."""
-    if stats.faint and task.config.strict:
+    if stats.faint and strict:
         raise NumericsError(
-            f"strict: the inputs of {task.full(member)} must be large enough for float32 to hold their squares, found "
+            f"strict: the inputs of {name} must be large enough for float32 to hold their squares, found "
             f"mean squares below {FAINTEST:g} in every channel: exclude the layer, or set strict: false to round it "
             "without them"
         )

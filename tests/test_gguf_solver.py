@@ -9,8 +9,10 @@ import pytest
 import torch
 from gguf import quants
 
+from ptq.config import GPTQConfig
 from ptq.errors import FormatError, NumericsError
 from ptq.gguf import rounding, solver
+from ptq.gguf.block import BlockFormats, solve_linears
 from ptq.gguf.blocks import KINDS, encode, values
 from ptq.gguf.rounding import nearest, round_blocks
 from ptq.gguf.solver import solve_blocks
@@ -170,3 +172,18 @@ def test_bad_weights_are_refused(kind):
         round_blocks(kind, torch.full((1, 256), float("nan")), torch.ones(256))
     with pytest.raises(FormatError, match=f"{kind} needs rows"):
         round_blocks(kind, torch.ones(1, 40), torch.ones(40))
+
+
+def test_inputs_too_small_to_be_squared_are_on_record():
+    """And an error under strict, before anything is changed."""
+    for strict in (True, False):
+        model = torch.nn.Sequential(torch.nn.Linear(256, 8, bias=False))
+        X, before = 1e-25 * torch.randn(64, 256, generator=torch.Generator().manual_seed(1)), model[0].weight.clone()
+        task = BlockFormats("", {"0": "Q4_K"}, GPTQConfig(), strict)
+        if strict:
+            with pytest.raises(NumericsError, match="strict: the inputs of 0 must be large enough for float32"):
+                solve_linears(model, [lambda model=model, X=X: model(X)], task)
+            assert torch.equal(model[0].weight, before)
+        else:
+            rescues = solve_linears(model, [lambda model=model, X=X: model(X)], task)["0"].rescues
+            assert rescues == ("inputs too small to be squared",)

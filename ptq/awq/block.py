@@ -94,7 +94,7 @@ def _round_scaled(
             part = _clip_and_round(weight[task.ranks.rows(len(weight))], moment, task.schemes[name], task)
             choice = whole(part, len(weight), task.ranks)
             row: dict[str, object] = {"solver": "awq", "fold": None, **counted(input_stats)}
-            row["rescues"] = faint(input_stats, name, task)
+            row["rescues"] = faint(input_stats, task.full(name), task.config.strict)
             results[name] = _awq_linear(modules[name], weight, choice, moment, input_stats.hessian, row)
     return results
 

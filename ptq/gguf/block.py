@@ -17,7 +17,7 @@ from ptq.grid import check_finite
 from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss
 from ptq.models.structure import linears, set_weight, weight_of
-from ptq.task import FloatTwin, share
+from ptq.task import FloatTwin, faint, share
 
 
 class SolvedLinear(NamedTuple):
@@ -68,8 +68,10 @@ def _solve_group(
     results: dict[str, SolvedLinear] = {}
     settings = task.settings
     factor = factorize(stats.hessian, damping=settings.damping, activation_order=settings.activation_order)
+    first = _full(task, next(iter(modules)))
+    too_small = faint(stats, first, task.strict)
     if task.strict:
-        require_no_rescue(factor, _full(task, next(iter(modules))))
+        require_no_rescue(factor, first)
     shift = None if drift is None else correction(drift, factor, settings.correct_inputs)
     for name, module in modules.items():
         W = weight_of(module).float()
@@ -83,7 +85,7 @@ def _solve_group(
         set_weight(module, values(solved.blocks))
         energy = quadratic_loss(target, stats.hessian)
         relative = solved._replace(loss=share(solved.loss, energy), rounding=share(solved.rounding, energy))
-        results[name] = SolvedLinear(relative, factor.rescues, raised)
+        results[name] = SolvedLinear(relative, (*too_small, *factor.rescues), raised)
     return results
 
 

@@ -189,7 +189,7 @@ def _gptq_linear(
     task: BlockTask,
 ) -> ModuleResult:
     """Solve this process's part of a weight, some rows at a time, and put the values of all parts in."""
-    started, too_small = time.perf_counter(), faint(stats, name, task)
+    started, too_small = time.perf_counter(), faint(stats, task.full(name), task.config.strict)
     scheme, found, energy = task.schemes[name], [], 0.0
     for start in range(0, max(1, len(part)), _rows_at_once(part)):
         chunk = slice(start, start + _rows_at_once(part))
