@@ -43,3 +43,14 @@ def test_values_that_no_model_can_be_built_with(key, value, parent):
     (parent / "config.json").write_text(json.dumps({**document, key: value}))
     with pytest.raises((FormatError, UnsupportedModelError), match=r"config.json must describe a model"):
         build_skeleton(read_config(parent), torch.float32)
+
+
+def test_a_module_that_could_not_be_loaded_is_no_fault_of_the_configuration(parent, monkeypatch):
+    """Ctrl-C may have come while it was loaded, which the command line then says."""
+
+    def fail(*_):
+        raise ImportError("could not import a model") from KeyboardInterrupt()
+
+    monkeypatch.setattr("ptq.models.loading.model_of", fail)
+    with pytest.raises(ImportError, match="could not import a model"):
+        build_skeleton(read_config(parent), torch.float32)
