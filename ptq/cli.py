@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptq.cli_adapters import merge_arguments
-from ptq.cli_compare import compare_arguments, sweep_arguments
+from ptq.cli_compare import compare_arguments, scored_text, scoring_arguments, sweep_arguments
 from ptq.cli_ending import run
 from ptq.cli_places import write_result
 from ptq.cli_push import lint_arguments, push_arguments
 from ptq.cli_tasks import run_tasks, task_arguments
-from ptq.cli_tune import run_tune, tune_arguments
+from ptq.cli_tune import tune_arguments
 from ptq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,18 +28,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``ptq`` command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="ptq", description="Quantize, evaluate and inspect causal language models.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    _quantize_arguments(verbs.add_parser("quantize", help="quantize a model as a configuration says"))
-    _plan_arguments(verbs.add_parser("plan", help="what a run would do, and the memory, disk and time it would need"))
-    _eval_arguments(verbs.add_parser("eval", help="perplexity of a checkpoint, and its distance to its parent"))
-    _inspect_arguments(verbs.add_parser("inspect", help="what a checkpoint holds"))
-    _compare_arguments(verbs.add_parser("compare", help="several checkpoints of one parent side by side"))
-    _sweep_arguments(verbs.add_parser("sweep", help="make and compare variants of one configuration"))
-    _bench_arguments(verbs.add_parser("bench", help="time the packed matmul beside dense ones on this machine"))
-    _tune_arguments(verbs.add_parser("tune", help="time the GPU kernels' configurations for a checkpoint's shapes"))
-    _lint_arguments(verbs.add_parser("lint", help="whether a checkpoint is sound, where it loads, how it can be split"))
-    _push_arguments(verbs.add_parser("push", help="a checkpoint and its model card to the hub, or to a folder"))
-    _export_arguments(verbs.add_parser("export", help="write a model as a file for another runtime (GGUF)"))
-    _merge_arguments(verbs.add_parser("merge", help="add a LoRA adapter to a checkpoint, as a dense copy"))
+    for name, define, said in (
+        ("quantize", _quantize_arguments, "quantize a model as a configuration says"),
+        ("plan", _plan_arguments, "what a run would do, and the memory, disk and time it would need"),
+        ("eval", _eval_arguments, "perplexity of a checkpoint, and its distance to its parent"),
+        ("inspect", _inspect_arguments, "what a checkpoint holds"),
+        ("compare", compare_arguments, "several checkpoints of one parent side by side"),
+        ("sweep", sweep_arguments, "make and compare variants of one configuration"),
+        ("bench", _bench_arguments, "time the packed matmul beside dense ones on this machine"),
+        ("tune", tune_arguments, "time the GPU kernels' configurations for a checkpoint's shapes"),
+        ("lint", lint_arguments, "whether a checkpoint is sound, where it loads, how it can be split"),
+        ("push", push_arguments, "a checkpoint and its model card to the hub, or to a folder"),
+        ("export", _export_arguments, "write a model as a file for another runtime (GGUF)"),
+        ("merge", merge_arguments, "add a LoRA adapter to a checkpoint, as a dense copy"),
+    ):
+        verb = verbs.add_parser(name, help=said)
+        define(verb)
+        _debug_argument(verb)
     return run(parser, arguments)
 
 
@@ -47,6 +52,7 @@ def main_of_method(method: str, arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m ptq.gptq`` and ``python -m ptq.awq``."""
     parser = argparse.ArgumentParser(prog=f"python -m ptq.{method}", description=f"Quantize a model with {method}.")
     _quantize_arguments(parser)
+    _debug_argument(parser)
     parser.set_defaults(method=method)
     return run(parser, arguments)
 
@@ -55,16 +61,19 @@ def _debug_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
     where = "YAML file; a bare name is searched in the working directory, then in configs/"
     parser.add_argument("--config", required=True, metavar="FILE", help=where)
     change = "override a key of the configuration, e.g. calibration.samples=64; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change)
+
+
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, check output and text; read no weight")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output directory")
     fresh = "start over instead of continuing a run that was cut short"
     parser.add_argument("--fresh", action="store_true", help=fresh)
-    _debug_argument(parser)
     parser.set_defaults(action=_quantize, method=None)
 
 
@@ -96,11 +105,7 @@ def _quantize(options: argparse.Namespace) -> int:
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    where = "YAML file; a bare name is searched in the working directory, then in configs/"
-    parser.add_argument("--config", required=True, metavar="FILE", help=where)
-    change = "override a key of the configuration, e.g. calibration.samples=64; may be repeated"
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=change)
-    _debug_argument(parser)
+    _config_arguments(parser)
     parser.set_defaults(action=_plan)
 
 
@@ -150,19 +155,12 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parent", help="the float model it came from: adds KL divergence and top-1 agreement")
     files = ".txt, .jsonl or .parquet; may be repeated"
     parser.add_argument("--text", action="append", default=[], metavar="FILE", help=files)
-    parser.add_argument("--column", default="text", help="of .jsonl and .parquet that holds it (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
-    parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
-    parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
-                        help="of the activations; float32 takes their rounding out of the comparison")  # fmt: skip
+    scoring_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
     gate = "exit with 3 if this holds, as in 'kl>0.05' (kl, perplexity, top1, agreement; >, >=, <, <=); may be repeated"
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION", help=gate)
     task_arguments(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-    _debug_argument(parser)
     parser.set_defaults(action=_eval)
 
 
@@ -184,16 +182,10 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _eval_text(options: argparse.Namespace) -> dict[str, Any]:
-    from ptq.config import DatasetConfig, EvaluationConfig, check_evaluation
     from ptq.evaluation import evaluate_checkpoint, show
 
-    settings = EvaluationConfig(
-        dataset=DatasetConfig(files=tuple(options.text), column=options.column), tokens=options.tokens,
-        window=options.window, stride=options.window if options.stride is None else options.stride,
-    )  # fmt: skip
-    check_evaluation(settings, "--")
     document = evaluate_checkpoint(
-        options.checkpoint, options.parent, settings, device=options.device, dtype=options.dtype,
+        options.checkpoint, options.parent, scored_text(options), device=options.device, dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
     print(show(document), flush=True)
@@ -205,7 +197,6 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modules", action="store_true", help="one line for each quantized Linear")
     parser.add_argument("--html", metavar="FILE", help="write a page for people as well")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-    _debug_argument(parser)
     parser.set_defaults(action=_inspect)
 
 
@@ -235,7 +226,6 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N to solve on (default auto)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-    _debug_argument(parser)
     parser.set_defaults(action=_export)
 
 
@@ -270,31 +260,6 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _compare_arguments(parser: argparse.ArgumentParser) -> None:
-    compare_arguments(parser)
-    _debug_argument(parser)
-
-
-def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
-    sweep_arguments(parser)
-    _debug_argument(parser)
-
-
-def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    merge_arguments(parser)
-    _debug_argument(parser)
-
-
-def _lint_arguments(parser: argparse.ArgumentParser) -> None:
-    lint_arguments(parser)
-    _debug_argument(parser)
-
-
-def _push_arguments(parser: argparse.ArgumentParser) -> None:
-    push_arguments(parser)
-    _debug_argument(parser)
-
-
 def _shape(text: str) -> str:
     """For argparse: input and output features of a layer to time, in groups of 128."""
     found = re.fullmatch(r"(\d+)x(\d+)", text)
@@ -326,7 +291,6 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", nargs="+", type=_threads, default=[1], help="numbers of threads (default 1)")
     parser.add_argument("--compiled", action="store_true", help="add torch.compile's int4 path (needs a compiler)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
-    _debug_argument(parser)
     parser.set_defaults(action=_bench)
 
 
@@ -335,9 +299,3 @@ def _bench(options: argparse.Namespace) -> int:
 
     shapes, rows = options.shapes or bench_cpu.SHAPES, options.rows or bench_cpu.ROWS
     return bench_cpu.main(shapes, rows, options.threads, options.json, options.compiled)
-
-
-def _tune_arguments(parser: argparse.ArgumentParser) -> None:
-    tune_arguments(parser)
-    _debug_argument(parser)
-    parser.set_defaults(action=run_tune)

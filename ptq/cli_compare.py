@@ -1,7 +1,33 @@
-"""The verbs ``ptq compare`` and ``ptq sweep``."""
+"""The verbs ``ptq compare`` and ``ptq sweep``, and what ``ptq eval`` has in common with the first."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ptq.config import EvaluationConfig
+
+
+def scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments that say how much of ``--text`` is scored, and how."""
+    parser.add_argument("--column", default="text", help="of .jsonl and .parquet that holds it (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
+    parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
+                        help="of the activations; float32 takes their rounding out of the comparison")  # fmt: skip
+
+
+def scored_text(options: argparse.Namespace) -> "EvaluationConfig":
+    """What these arguments ask for. Raises ConfigError for values out of range or at odds."""
+    from ptq.config import DatasetConfig, EvaluationConfig, check_evaluation
+
+    text = DatasetConfig(files=tuple(options.text), column=options.column)
+    stride = options.window if options.stride is None else options.stride
+    settings = EvaluationConfig(dataset=text, tokens=options.tokens, window=options.window, stride=stride)
+    check_evaluation(settings, "--")
+    return settings
 
 
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,13 +36,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parent", required=True, metavar="MODEL", help="the float model they were made from")
     parser.add_argument("--text", required=True, action="append", metavar="FILE",
                         help=".txt, .jsonl or .parquet; may be repeated")  # fmt: skip
-    parser.add_argument("--column", default="text", help="of .jsonl and .parquet that holds it (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
-    parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
-    parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
-                        help="of the activations; float32 takes their rounding out of the comparison")  # fmt: skip
+    scoring_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="write compare.json, compare.html and compare.png there")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the models")
     parser.set_defaults(action=_compare)
@@ -25,13 +45,9 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 def _compare(options: argparse.Namespace) -> int:
     from ptq.compare import compare_checkpoints, show
     from ptq.compare_page import write_comparison
-    from ptq.config import DatasetConfig, EvaluationConfig, check_evaluation
     from ptq.formats.staging import output_path
 
-    text = DatasetConfig(files=tuple(options.text), column=options.column)
-    stride = options.window if options.stride is None else options.stride
-    settings = EvaluationConfig(dataset=text, tokens=options.tokens, window=options.window, stride=stride)
-    check_evaluation(settings, "--")
+    settings = scored_text(options)
     if options.out:
         output_path(Path(options.out), "--out")
     document = compare_checkpoints(

@@ -17,9 +17,10 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="quantized model directory or hub name")
     parser.add_argument("--head-bits", type=int, choices=(4, 8), help="the output head too, as ptq.load packs it")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.set_defaults(action=_tune)
 
 
-def run_tune(options: argparse.Namespace) -> int:
+def _tune(options: argparse.Namespace) -> int:
     """Tune, and print what was found."""
     import torch
     from ptq_kernels.triton.tune import NothingToTuneError, tune_device
