@@ -26,6 +26,7 @@ import ptq
 from ptq.config import SchemeOverride
 from ptq.errors import ConfigError
 from ptq.formats import CODECS, Scheme
+from ptq.formats.capability import problem
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.nn import QuantLinear
 from ptq.plan import describe, estimate_size, make_plan
@@ -54,8 +55,8 @@ def quantization(directory: Path):
 def test_every_format_holds_the_same_codes(bits, symmetric, llama, tmp_path):
     """Whatever a format can hold, it gives back; estimates are right to the header."""
     weights = {}
-    for name, codec in CODECS.items():
-        if not codec.supports(Scheme(bits, 32, symmetric)):
+    for name in CODECS:
+        if problem(name, Scheme(bits, 32, symmetric), (32, 32)) is not None:
             continue
         config = settings(llama, tmp_path / name, "rtn", format=name, bits=bits, symmetric=symmetric)
         plan = make_plan(config)

@@ -25,10 +25,6 @@ class AwqCodec:
 
     name: str = "awq"
 
-    def supports(self, scheme: Scheme) -> bool:
-        """4 bits, symmetric or not."""
-        return (scheme.bits, scheme.symmetric) in capability.CAPABILITIES[self.name].widths
-
     def scales_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Always float16, as every AWQ kernel expects."""
         return torch.float16

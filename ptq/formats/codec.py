@@ -59,9 +59,6 @@ class Codec(Protocol):
     def name(self) -> str:
         """The key of `ptq.formats.CODECS`."""
 
-    def supports(self, scheme: Scheme) -> bool:
-        """Whether this format can be written with these bits and this symmetry."""
-
     def scales_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are written in, for a model of ``model_dtype``."""
 

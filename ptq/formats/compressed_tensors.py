@@ -34,10 +34,6 @@ class CompressedTensorsCodec:
 
     name: str = "compressed-tensors"
 
-    def supports(self, scheme: Scheme) -> bool:
-        """2 to 8 bits, symmetric or not."""
-        return (scheme.bits, scheme.symmetric) in capability.CAPABILITIES[self.name].widths
-
     def scales_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The model's dtype, which is what readers allocate."""
         return model_dtype

@@ -33,10 +33,6 @@ class GptqCodec:
     zero_offset: int  # what v1 subtracts from each stored zero
     wraps: bool = False  # the writer subtracts without loss: a zero of 0 is stored as 2**bits - 1 or borrows
 
-    def supports(self, scheme: Scheme) -> bool:
-        """Symmetric 2, 3, 4 and 8 bits; asymmetric ones in v2 only."""
-        return (scheme.bits, scheme.symmetric) in capability.CAPABILITIES[self.name].widths
-
     def scales_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Always float16: it holds our bfloat16-rounded scales exactly, and fp16-only readers take it."""
         return torch.float16
