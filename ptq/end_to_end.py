@@ -39,10 +39,8 @@ def refine_end_to_end(plan: Plan, batches: Sequence[Tensor], journal: Journal, p
         start = {}
         for name, scheme in plan.targets.items():
             stored = plan.names.of_module(name)
-            found = plan.codec.decode(stored, journal.tensors(plan.codec.tensor_names(stored, scheme)), scheme)
-            start[name] = found._replace(
-                codes=found.codes.to(device), scales=found.scales.to(device), zeros=found.zeros.to(device)
-            )
+            tensors = journal.tensors(plan.codec.tensor_names(stored, scheme))
+            start[name] = plan.codec.decode(stored, tensors, scheme).to(device)
         refined = refine_model(
             parent, student, start, [batch.to(device) for batch in batches], steps=plan.config.refine.model_steps,
             seed=plan.config.calibration.seed, scale_dtype=plan.dtype, from_parent=plan.config.method != "awq",

@@ -181,10 +181,7 @@ def written_tensors(
 
 def _in_columns(layer: QuantLinear) -> tuple[QuantizedWeight, Tensor | None]:
     """The codes with columns in the input's order on the CPU, and int32 ``[K]``: the group of each."""
-    quantized = layer.quantized()
-    quantized = quantized._replace(
-        codes=quantized.codes.cpu(), scales=quantized.scales.cpu(), zeros=quantized.zeros.cpu()
-    )
+    quantized = layer.quantized().to("cpu")
     if layer.perm is None:
         return quantized, None
     perm = layer.perm.cpu().long()

@@ -74,10 +74,7 @@ def finish(module: nn.Module, solved: Solved, row: dict[str, object], started: f
     rows = max(1, CHUNK_WEIGHTS // quantized.codes.shape[1])
     for start in range(0, len(quantized.codes), rows):
         part = slice(start, start + rows)
-        values = quantized._replace(
-            codes=quantized.codes[part], scales=quantized.scales[part], zeros=quantized.zeros[part]
-        ).dequantize()
-        weight_of(module)[part].copy_(values)
+        weight_of(module)[part].copy_(quantized.rows(part).dequantize())
     losses = {
         "relative_loss": solved.loss,
         "relative_rounding_loss": solved.rounding,

@@ -208,10 +208,8 @@ def _encoded(plan: Plan, results: Mapping[str, ModuleResult]) -> dict[str, Tenso
 
 
 def _encode(plan: Plan, module: str, result: ModuleResult) -> dict[str, Tensor]:
-    cpu = result.quantized._replace(
-        codes=result.quantized.codes.cpu(), scales=result.quantized.scales.cpu(), zeros=result.quantized.zeros.cpu()
-    )
-    return plan.codec.encode(plan.names.of_module(module), cpu, plan.codec.scales_dtype(plan.dtype))
+    stored, scales_dtype = plan.names.of_module(module), plan.codec.scales_dtype(plan.dtype)
+    return plan.codec.encode(stored, result.quantized.to("cpu"), scales_dtype)
 
 
 def _outer(state: Walk) -> Finished:

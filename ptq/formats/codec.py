@@ -51,6 +51,14 @@ class QuantizedWeight(NamedTuple):
         dense = (grouped - self.zeros.float().unsqueeze(-1)) * self.scales.float().unsqueeze(-1)
         return dense.view(n, k).to(dtype)
 
+    def rows(self, part: slice) -> "QuantizedWeight":
+        """Some rows of it."""
+        return self._replace(codes=self.codes[part], scales=self.scales[part], zeros=self.zeros[part])
+
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """The same on another device."""
+        return self._replace(codes=self.codes.to(device), scales=self.scales.to(device), zeros=self.zeros.to(device))
+
 
 class Codec(Protocol):
     """One on-disk format: pure functions between `QuantizedWeight` and named tensors, and its configuration block."""
