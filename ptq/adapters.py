@@ -19,7 +19,7 @@ from ptq.formats.checkpoint import ShardWriter, read_json, staged_directory
 from ptq.formats.staging import output_path, require_writable
 from ptq.models.experts import experts_of
 from ptq.models.loading import build_skeleton
-from ptq.models.structure import linears
+from ptq.models.structure import linears, output_head
 from ptq.nn.fuse import FusedLinear
 from ptq.nn.linear import QuantLinear
 from ptq.runtime import load_weights, open_checkpoint
@@ -276,7 +276,7 @@ def _all_linear(model: nn.Module) -> list[str]:
     """Every Linear but the output head: by last names where these mean no other module, otherwise by paths."""
     from peft.tuners.lora import LoraLayer
 
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     adapted = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, LoraLayer))
     modules = {path: module for path, module in model.named_modules() if not path.startswith(adapted)}
     products = {path for path, module in linears(model) if isinstance(module, nn.Linear)}  # some Linears do more

@@ -1,7 +1,7 @@
 """``ptq tune``: times the configurations of the GPU kernels for the shapes of one checkpoint."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ptq.errors import ConfigError
@@ -25,6 +25,7 @@ def _tune(options: argparse.Namespace) -> int:
     import torch
     from ptq_kernels.triton.tune import NothingToTuneError, tune_device
 
+    from ptq.models.structure import output_head
     from ptq.nn.head import GROUPS, check_head
     from ptq.runtime import open_checkpoint
 
@@ -34,12 +35,11 @@ def _tune(options: argparse.Namespace) -> int:
         )
     opened = open_checkpoint(options.checkpoint, trust_remote_code=options.trust_remote_code)
     kinds = shapes_of(opened.model)
-    ask: Callable[[], nn.Module | None] = getattr(opened.model, "get_output_embeddings", lambda: None)
     if not kinds:
         raise ConfigError(
             f"tune needs a packed checkpoint, {options.checkpoint} holds no packed Linear; quantize it first"
         )
-    head = ask()
+    head = output_head(opened.model)
     if options.head_bits:
         check_head(head, options.head_bits)
         assert isinstance(head, torch.nn.Linear)

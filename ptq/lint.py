@@ -17,7 +17,7 @@ from ptq.lint_values import float_values, packed_values
 from ptq.models.loading import build_skeleton, model_dtype, read_config
 from ptq.models.names import SourceNames, unplaced
 from ptq.models.stock import initialization_error, left_out
-from ptq.models.structure import is_transposed, linears, weight_shape
+from ptq.models.structure import is_transposed, linears, output_head, weight_shape
 from ptq.packed import require_described
 from ptq.readers import REFUSES, Facts, Verdict, split_problems, unknown_roles, verdicts
 
@@ -96,7 +96,8 @@ def lint(path: str | Path, *, trust_remote_code: bool = False) -> Lint:
     if problems:  # where it would load if it were sound is of no use
         return Lint(directory, problems, notes, [], {})
     shapes = {name: weight_shape(found[name]) for name in schemes}
-    floats = tuple(name for name in found if name not in schemes and not _is_output(model, name))
+    head = output_head(model)
+    floats = tuple(name for name, module in found.items() if name not in schemes and module is not head)
     facts = Facts(
         codec.name, known, schemes, shapes, floats, permuted, _roles(model, schemes), _heads(hf_config),
         transposed=any(is_transposed(found[name]) for name in schemes),
@@ -251,11 +252,6 @@ def _second_copy(directory: Path, settings: Config) -> list[str]:
             "tool's (ModelOpt): some readers take one, some the other"
         )
     return problems
-
-
-def _is_output(model: nn.Module, name: str) -> bool:
-    ask: Any = getattr(model, "get_output_embeddings", lambda: None)
-    return model.get_submodule(name) is ask()
 
 
 def _roles(model: nn.Module, schemes: Iterable[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Everything about a run that is known before a weight is read: modules, schemes, format, sizes, conflicts."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from ptq.models.loading import (
 )
 from ptq.models.names import SourceNames, unplaced
 from ptq.models.streamed import StreamedModel
-from ptq.models.structure import find_blocks, linears, weight_shape
+from ptq.models.structure import find_blocks, linears, output_head, weight_shape
 from ptq.packed import require_described, require_multiplied
 
 
@@ -143,9 +143,8 @@ def _check_no_adapter(directory: Path) -> None:
 
 
 def _heads(skeleton: nn.Module, found: Mapping[str, nn.Module]) -> list[str]:
-    """Path of the Linear that puts out the logits, as the model itself says."""
-    ask: Callable[[], nn.Module | None] = getattr(skeleton, "get_output_embeddings", lambda: None)
-    head = ask()
+    """Path of the Linear that puts out the logits."""
+    head = output_head(skeleton)
     return [path for path, module in found.items() if module is head]
 
 

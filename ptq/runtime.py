@@ -15,7 +15,7 @@ from ptq.models.classes import require_prediction, require_text_alone
 from ptq.models.loading import build_skeleton, load_module, locate, model_dtype, read_config, unload_module
 from ptq.models.names import SourceNames
 from ptq.models.streamed import StreamedModel
-from ptq.models.structure import find_blocks, require_memory
+from ptq.models.structure import find_blocks, output_head, require_memory
 from ptq.nn.fuse import fuse_linears
 from ptq.nn.head import check_head, pack_head
 from ptq.nn.linear import QuantLinear
@@ -197,7 +197,7 @@ def load(
     checkpoint = open_checkpoint(path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     model = checkpoint.model
     if head_bits is not None:
-        check_head(_head(model), head_bits)
+        check_head(output_head(model), head_bits)
     if head_bits is not None or checkpoint.packed is not None:
         require_multiplied(checkpoint.dtype)
     with torch.inference_mode(False):  # tensors made in it can never be saved for a gradient to pass
@@ -219,14 +219,8 @@ def load(
     return model
 
 
-def _head(model: Any) -> nn.Module | None:
-    """The module that puts out the logits, as the model itself says."""
-    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
-    return head
-
-
 def _replace_head(model: nn.Module, bits: int) -> None:
-    head = _head(model)
+    head = output_head(model)
     assert isinstance(head, nn.Linear)  # check_head has seen it
     path = next(path for path, module in model.named_modules() if module is head)
     replace_module(model, path, pack_head(head, bits))

@@ -51,6 +51,12 @@ def _outermost_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
             yield from _outermost_lists(child, path + ".")
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that puts out the logits, as the model itself says; None where it does not."""
+    ask: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    return ask()
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether a Linear keeps its weight as ``[K, N]`` (GPT-2's ``Conv1D``)."""
     return type(module).__name__ == "Conv1D"
