@@ -163,7 +163,7 @@ def _merged(parts: Sequence[_Rounded]) -> _Rounded:
 @plain_products()
 def _factor(stats: InputStats, config: RunConfig) -> Factor | None:
     """What GPTQ's losses are predicted with; rounding needs none."""
-    if config.method == "rtn" or (config.method == "awq" and config.awq.codes == "round"):
+    if not config.solves_for_codes:
         return None
     return factorize(stats.hessian, damping=config.gptq.damping, activation_order=config.gptq.activation_order)
 

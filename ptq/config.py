@@ -219,10 +219,14 @@ class RunConfig:
         return self.method != "rtn" or self.refine.steps > 0
 
     @property
+    def solves_for_codes(self) -> bool:
+        """Whether codes are GPTQ's, be it on weights that AWQ has scaled."""
+        return self.method == "gptq" or (self.method == "awq" and self.awq.codes == "gptq")
+
+    @property
     def follows_float(self) -> bool:
         """Whether the float model's hidden states are followed beside the quantized ones."""
-        solves = self.method == "gptq" or (self.method == "awq" and self.awq.codes == "gptq")
-        return self.refine.steps > 0 or (solves and self.gptq.correct_inputs > 0)
+        return self.refine.steps > 0 or (self.solves_for_codes and self.gptq.correct_inputs > 0)
 
     @property
     def max_shard_bytes(self) -> int:

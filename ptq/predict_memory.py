@@ -80,13 +80,19 @@ def tokens_of(plan: Plan) -> int:
     return calibration.samples * calibration.sequence_length if plan.config.calibrates else 0
 
 
+def tokens_of_batch(plan: Plan) -> int:
+    """Of the calibration sequences that run together."""
+    calibration = plan.config.calibration
+    return min(calibration.batch_size, calibration.samples) * calibration.sequence_length
+
+
 def held_share(plan: Plan, features: int) -> float:
     """Of the passes that can wait at an input that wide."""
     needed = tokens_of(plan) * (width(plan) + features) * plan.dtype.itemsize
     return min(1.0, HELD_BYTES / max(needed, 1))
 
 
-def block_work(plan: Plan, block: Block, *, apart: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+def block_work(plan: Plan, block: Block, *, apart: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes beside the weights of a block: of matrices [K, K], and of all else.
 
     They are those of the stage that needs most; where the two lie ``apart``, the most of each.
@@ -117,8 +123,7 @@ def block_work(plan: Plan, block: Block, *, apart: bool = False) -> tuple[dict[s
 
 def model_work(plan: Plan, block: Block) -> dict[str, int]:
     """Bytes of the refinement of a whole model, beside the process; the blocks are taken to be like ``block``."""
-    calibration, parameters = plan.config.calibration, _bytes(plan.skeleton, plan)
-    tokens = min(calibration.batch_size, calibration.samples) * calibration.sequence_length
+    parameters, tokens = _bytes(plan.skeleton, plan), tokens_of_batch(plan)
     outputs = block_count(plan) * sum(n for n, _ in block.weights)
     return {
         "parent": parameters,
@@ -194,7 +199,6 @@ def _waiting(plan: Plan, stage: Stage) -> int:
 
 
 def _activations(plan: Plan, stage: Stage) -> int:
-    calibration = plan.config.calibration
-    tokens = min(calibration.batch_size, calibration.samples) * calibration.sequence_length
+    tokens = tokens_of_batch(plan)
     passing = tokens * (6 * width(plan) + 4 * stage.features) * plan.dtype.itemsize
     return passing + min(tokens, CHUNK_ROWS) * stage.features * FLOAT * (3 if _drifts(plan, stage) else 1)

@@ -24,7 +24,7 @@ from ptq.grid_search import COARSE, REFITS, SHRINKS
 from ptq.half_products import fast_half_products
 from ptq.loss import multiplied
 from ptq.plan import Plan, block_count
-from ptq.predict_memory import Block, Stage, held_share, tokens_of, vocabulary, width
+from ptq.predict_memory import Block, Stage, held_share, tokens_of, tokens_of_batch, vocabulary, width
 
 # What the products of a stage reach, as a share of the rate of a product of 1024 x 1024 (the larger ones are faster).
 FORWARD, HESSIAN, FACTOR, COLUMNS = 0.8, 0.4, 1.0, 1.1
@@ -161,7 +161,7 @@ def _hessians(plan: Plan, block: Block, rates: Rates) -> float:
 
 
 def _factors(plan: Plan, block: Block, rates: Rates) -> float:
-    if not _solves(plan):
+    if not plan.config.solves_for_codes:
         return 0
     return sum(_factor(stage, _streams(plan) > 1) for stage in block.stages) / (FACTOR * rates.products)
 
@@ -173,17 +173,13 @@ def _factor(stage: Stage, drifts: bool) -> float:
     return stage.inputs * 2 / 3 * k**3 + corrected
 
 
-def _solves(plan: Plan) -> bool:
-    return plan.config.method == "gptq" or (plan.config.method == "awq" and plan.config.awq.codes == "gptq")
-
-
 def _codes(plan: Plan, block: Block, rates: Rates) -> float:
     """Grids, codes and what they lose."""
     weights = sum(n * k for n, k in block.weights)
     squares = sum(n * k * k for n, k in block.weights)
     loss = sum(2 * n * k * multiplied(k) for n, k in block.weights)
     products, candidates, columns = 0.0, 0.0, 0.0
-    if _solves(plan):
+    if plan.config.solves_for_codes:
         settings = plan.config.gptq
         # Half of all columns are still to come when a block is done; descent multiplies by all of H.
         products += squares * (settings.candidates + 2 * settings.sweeps) + 3 * loss
@@ -227,8 +223,7 @@ def _refinement(plan: Plan, block: Block, rates: Rates) -> float:
 
 def _model_refinement(plan: Plan, block: Block, rates: Rates, blocks: int) -> float:
     """Steps on one batch each: the parent, the student, and the way back at twice its price."""
-    steps, calibration = plan.config.refine.model_steps, plan.config.calibration
-    tokens = min(calibration.batch_size, calibration.samples) * calibration.sequence_length
+    steps, tokens = plan.config.refine.model_steps, tokens_of_batch(plan)
     share, logits = tokens / tokens_of(plan), tokens * vocabulary(plan)
     head = 4 * 2 * logits * width(plan) / (FORWARD * rates.native) + LOGIT * logits / rates.elements
     on_weights = REFINED * blocks * sum(n * k for n, k in block.weights) / rates.elements
