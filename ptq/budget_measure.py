@@ -9,8 +9,9 @@ the effect of one group.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ def measure(plan: Plan, batches: Sequence[Tensor], progress: Progress) -> list[M
         path = stream.block_path(index)
         progress.module(path)
         with stream.block(index) as block:
-            runs = [_block_run(stream, index, i, hidden) for i in range(len(hidden))]
+            runs: list[Run] = [partial(stream.run_block, index, i, h) for i, h in enumerate(hidden)]
             carried = [c._replace(hidden=stream.run_block(index, 0, c.hidden).cpu()) for c in carried]
             names = {name: module for name, module in linears(block) if f"{path}.{name}" in plan.targets}
             carried += [c._replace(hidden=c.hidden.cpu()) for c in _probes(names, f"{path}.", runs, plan)]
@@ -119,10 +120,6 @@ def _with_probe(batches: Sequence[Tensor]) -> list[Tensor]:
     rows = max(1, PROBE_TOKENS // first.shape[1])
     parts = [first[:rows], first[rows:]]
     return [part for part in [*parts, *rest] if len(part)]
-
-
-def _block_run(stream: StreamedModel, index: int, batch: int, hidden: Sequence[Tensor]) -> Run:
-    return lambda: stream.run_block(index, batch, hidden[batch])
 
 
 def _probes(modules: Mapping[str, nn.Module], where: str, runs: Sequence[Run], plan: Plan) -> Iterator[_Carried]:
@@ -239,13 +236,9 @@ def _finish(
         measured = [_measured(c, reference, stream.logits(batches[0], c.hidden)) for c in carried]
         outside = [name for name in plan.targets if not name.startswith(f"{plan.blocks}.")]
         heads = {name: stream.model.get_submodule(name) for name in outside}
-        runs = [_head_run(stream, batch, h) for batch, h in zip(batches, hidden, strict=True)]
+        runs: list[Run] = [partial(stream.logits, batch, h) for batch, h in zip(batches, hidden, strict=True)]
         measured += [_measured(c, reference, c.hidden) for c in _probes(heads, "", runs, plan)]
     return measured
-
-
-def _head_run(stream: StreamedModel, batch: Tensor, hidden: Tensor) -> Callable[[], Tensor]:
-    return lambda: stream.logits(batch, hidden)
 
 
 def _measured(carried: _Carried, reference: Tensor, logits: Tensor) -> Measured:

@@ -1,7 +1,6 @@
 """Solving a float model, or what a checkpoint left in float, for the block formats of a GGUF file."""
 
 import copy
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ptq.calibration.capture import collect, trace_groups
 from ptq.calibration.data import calibration_batches
-from ptq.calibration.held import Run, held
+from ptq.calibration.held import Run
 from ptq.config import GPTQConfig, RunConfig
 from ptq.errors import ConfigError
 from ptq.gguf.block import BlockFormats, SolvedLinear, solve_linears
@@ -20,7 +19,7 @@ from ptq.models.streamed import StreamedModel
 from ptq.plan import resolve_device
 from ptq.runtime import Checkpoint
 from ptq.task import FloatTwin
-from ptq.walk import HELD_BYTES
+from ptq.walk import waiting
 
 
 class Calibration(NamedTuple):
@@ -77,27 +76,20 @@ def solve_block(
     assert job.calibration is not None
     path = stream.block_path(index)
     with stream.block(index) as block:
-        runs = _waiting([partial(stream.run_block, index, i, h) for i, h in enumerate(hidden)], job, path, hidden)
+        widest = max(
+            (t.shape[1] for t in job.targets if t.parameter.startswith(f"{path}.") and len(t.shape) > 1), default=0
+        )
+        runs = waiting(partial(stream.run_block, index), hidden, widest)
         twin = None
         if twin_hidden:
             copied = copy.deepcopy(block)
-            beside: list[Run] = [partial(stream.run_as_block, index, copied, i, h) for i, h in enumerate(twin_hidden)]
-            twin = FloatTwin(copied, _waiting(beside, job, path, twin_hidden))
+            twin = FloatTwin(copied, waiting(partial(stream.run_as_block, index, copied), twin_hidden, widest))
         task = BlockFormats(path, _kinds(job, path), job.calibration.settings, job.calibration.strict, twin)
         solved = solve_linears(block, runs, task)
         if twin is not None:
             twin_hidden[:] = [run().cpu() for run in twin.runs]
         hidden[:] = [run().cpu() for run in runs]
     return {f"{path}.{name}": each for name, each in solved.items()}
-
-
-def _waiting(runs: Sequence[Run], job: Job, path: str, hidden: Sequence[Tensor]) -> list[Run]:
-    """The runs of a block, of which as many wait for its Linears as memory is set aside for."""
-    widest = max(
-        (t.shape[1] for t in job.targets if t.parameter.startswith(f"{path}.") and len(t.shape) > 1), default=0
-    )
-    sizes = [h.shape[:-1].numel() * (h.shape[-1] + widest) * h.dtype.itemsize for h in hidden]
-    return held(runs, sizes, HELD_BYTES)
 
 
 def _kinds(job: Job, path: str) -> dict[str, str]:

@@ -138,7 +138,7 @@ def _quantize(state: Walk, index: int, journal: Journal) -> Finished:
         twin = _twin(state, index, block) if state.floating else None
         probe, schemes = _probe(stream, index, hidden), _below(path, plan.targets)
         task = BlockTask(path, schemes, plan.config, plan.dtype, probe, twin, state.ranks, state.home)
-        runs = _waiting([_runner(stream, index, i, hidden) for i in range(len(hidden))], plan, path, hidden)
+        runs = waiting(partial(stream.run_block, index), hidden, _widest(plan, path))
         found = quantize_block(block, runs, task) if task.schemes else {}
         if twin is not None and index + 1 < block_count(plan):
             _advance(state.floating, twin.runs, journal.keeper(index + 1, "float"))
@@ -165,29 +165,34 @@ def _below(path: str, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
     return {name.removeprefix(path + "."): s for name, s in schemes.items() if name.startswith(path + ".")}
 
 
-def _runner(stream: StreamedModel, index: int, batch: int, hidden: list[Tensor]) -> Run:
-    return lambda: stream.run_block(index, batch, hidden[batch])
-
-
-def _twin_runner(state: Walk, index: int, twin: nn.Module, batch: int) -> Run:
-    return lambda: state.stream.run_as_block(index, twin, batch, state.floating[batch])
-
-
 def _probe(stream: StreamedModel, index: int, hidden: list[Tensor]) -> Callable[[nn.Module], Tensor]:
     return lambda module: stream.run_probe(index, module, hidden[0])
 
 
 def _twin(state: Walk, index: int, block: nn.Module) -> FloatTwin:
-    twin, floating = copy.deepcopy(block), state.floating
-    runs = [_twin_runner(state, index, twin, i) for i in range(len(floating))]
-    return FloatTwin(twin, _waiting(runs, state.plan, state.stream.block_path(index), floating))
+    twin, widest = copy.deepcopy(block), _widest(state.plan, state.stream.block_path(index))
+    return FloatTwin(twin, waiting(partial(state.stream.run_as_block, index, twin), state.floating, widest))
 
 
-def _waiting(runs: Sequence[Run], plan: Plan, path: str, hidden: Sequence[Tensor]) -> list[Run]:
-    """The runs of a block, of which as many wait for its Linears as memory is set aside for."""
-    widest = max((plan.shapes[name][1] for name in plan.targets if name.startswith(path + ".")), default=0)
+def _widest(plan: Plan, path: str) -> int:
+    """Inputs of the widest Linear of a block that is to be quantized."""
+    return max((plan.shapes[name][1] for name in plan.targets if name.startswith(path + ".")), default=0)
+
+
+def waiting(run: Callable[[int, Tensor], Tensor], hidden: Sequence[Tensor], widest: int) -> list[Run]:
+    """Runs of a block, of which as many wait for its Linears as memory is set aside for.
+
+    Args:
+        run: of the block, on a batch by its number and the hidden states of that.
+        hidden: of all batches; each run takes what stands there when it begins.
+        widest: inputs of the widest Linear that is waited for.
+    """
+
+    def on(batch: int) -> Run:
+        return lambda: run(batch, hidden[batch])
+
     sizes = [h.shape[:-1].numel() * (h.shape[-1] + widest) * h.dtype.itemsize for h in hidden]
-    return held(runs, sizes, HELD_BYTES)
+    return held([on(batch) for batch in range(len(hidden))], sizes, HELD_BYTES)
 
 
 def _block_tensors(plan: Plan, path: str, block: nn.Module, results: Mapping[str, ModuleResult]) -> dict[str, Tensor]:
