@@ -41,7 +41,7 @@ def check_weight(weight: PackedWeight) -> None:
         )
     _check_perm(weight)
     for name, tensor in (("scales", weight.scales), ("zeros", weight.zeros), ("perm", weight.perm)):
-        _check_device(name, tensor, "qweight", weight.qweight)
+        _check_device(name, tensor, weight.qweight)
 
 
 def _check_perm(weight: PackedWeight) -> None:
@@ -106,7 +106,7 @@ def check_input(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
     """Raise ValueError or TypeError unless `x` and `bias` fit a checked `weight`."""
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be one of {FLOATS}, got {x.dtype}; convert it with .to(torch.bfloat16)")
-    _check_device("x", x, "qweight", weight.qweight)
+    _check_device("x", x, weight.qweight)
     if weight.scales.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "scales must not require a gradient, for a packed weight gives them none; pass scales.detach(), or train a "
@@ -121,7 +121,7 @@ def check_input(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
             f"bias must have shape [{weight.out_features}], one value for each row of qweight, got {list(bias.shape)}; "
             "pass the bias of this layer"
         )
-    _check_device("bias", bias, "qweight", weight.qweight)
+    _check_device("bias", bias, weight.qweight)
 
 
 def check_activation(activation: str | None) -> None:
@@ -130,9 +130,9 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"activation must be None or 'int8', got {activation!r}; None leaves x as it is")
 
 
-def _check_device(name: str, tensor: Tensor | None, other: str, expected: Tensor) -> None:
-    if tensor is not None and tensor.device != expected.device:
+def _check_device(name: str, tensor: Tensor | None, qweight: Tensor) -> None:
+    if tensor is not None and tensor.device != qweight.device:
         raise ValueError(
-            f"{name} must be on the device of {other}, {expected.device}, got {tensor.device}; "
-            f"move it with .to({str(expected.device)!r})"
+            f"{name} must be on the device of qweight, {qweight.device}, got {tensor.device}; "
+            f"move it with .to({str(qweight.device)!r})"
         )
