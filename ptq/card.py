@@ -11,13 +11,13 @@ from ptq.formats.staging import read_json
 from ptq.gguf.layout import ARCHITECTURES
 from ptq.lint import Lint
 from ptq.models.classes import auto_class
+from ptq.parent import HUB_NAME
 from ptq.readers import REFUSES, Verdict
 from ptq.yaml_tree import unparse
 
 Document = Mapping[str, Any]
 _NAMED = 8  # Linears left in float
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 METHODS = {"gptq": "GPTQ", "awq": "AWQ", "rtn": "round to nearest"}
 
 
@@ -72,7 +72,7 @@ def _lead(document: Document) -> str:
 
 def _link(name: str) -> str:
     """A model on the hub; what is none's name is text."""
-    return f"[{name}](https://huggingface.co/{name})" if _HUB_NAME.fullmatch(name) else _plain(name)
+    return f"[{name}](https://huggingface.co/{name})" if HUB_NAME.fullmatch(name) else _plain(name)
 
 
 def _made(document: Document) -> str:

@@ -11,7 +11,7 @@ from ptq.errors import ConfigError, FormatError
 from ptq.formats.checkpoint import CheckpointReader, read_json
 from ptq.yaml_tree import parse
 
-_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # A directory of the hub's cache: models--owner--name/snapshots/commit.
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+)/snapshots/([0-9a-f]{40})")
 # Of a model card's front matter, what holds for a quantized copy as well.
@@ -26,7 +26,7 @@ def parent_of(model: str, directory: Path) -> dict[str, Any]:
     """
     cached = _SNAPSHOT.search(directory.resolve().as_posix())
     name = f"{cached[1]}/{cached[2]}" if cached else None
-    if name is None and not Path(model).expanduser().is_dir() and _HUB_NAME.fullmatch(model):
+    if name is None and not Path(model).expanduser().is_dir() and HUB_NAME.fullmatch(model):
         name = model
     matter = front_matter(directory / "README.md")
     return {
@@ -53,7 +53,7 @@ def recorded_parent(checkpoint: Path) -> str | None:
     except (FormatError, OSError):
         parent = None
     local = isinstance(parent, dict) and parent.get("name", "") is None
-    known = Path(model).expanduser().is_dir() or (_HUB_NAME.fullmatch(model) and not local)
+    known = Path(model).expanduser().is_dir() or (HUB_NAME.fullmatch(model) and not local)
     return model if known else None
 
 

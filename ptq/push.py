@@ -15,7 +15,7 @@ from ptq.formats.checkpoint import read_json, staged_directory
 from ptq.formats.staging import CHAT_TEMPLATES, json_text
 from ptq.lint import Lint, lint
 from ptq.page_report import report_page
-from ptq.parent import parent_of
+from ptq.parent import HUB_NAME, parent_of
 from ptq.yaml_tree import parse, unparse
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 Files = Mapping[str, Path | bytes]  # name on the hub: a file here, or its content
-_REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _BRANCH = re.compile(
     r"(?!HEAD$)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[^\x00-\x20\x7f~^:?*\[\\/.-][^\x00-\x20\x7f~^:?*\[\\]*(?<![/.])"
 )  # as git has them
@@ -87,7 +86,7 @@ def check_target(target: Target) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
-    if not _REPO.fullmatch(target.repo):
+    if not HUB_NAME.fullmatch(target.repo):
         raise ConfigError(f"--repo must be owner/name, found {target.repo!r}")
     try:
         validate_repo_id(target.repo)
