@@ -51,11 +51,8 @@ def check_rules(config: Any, prefix: str, named: Mapping[str, str] | None = None
     ``prefix``: what stands before the field's name, as in ``calibration.`` or ``--``; ``named``: other names of fields.
     """
     for item in fields(config):
-        rule, value, name = (
-            item.metadata.get("rule"),
-            getattr(config, item.name),
-            (named or {}).get(item.name, item.name),
-        )
+        rule, value = item.metadata.get("rule"), getattr(config, item.name)
+        name = (named or {}).get(item.name, item.name)
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ConfigError(f"{prefix}{name} must be a number of 64 bits, found {value!r}")
         if rule is not None and value is not None and not rule.accepts(value):

@@ -52,7 +52,7 @@ class BlockTask(NamedTuple):
     branching: bool = False  # each batch may take another way through the block
 
     def full(self, member: str) -> str:
-        """Dotted path of a Linear in the model."""
+        """Dotted path of a Linear in the model; of "", what stands before the Linears' names."""
         return f"{self.name}.{member}" if self.name else member
 
 

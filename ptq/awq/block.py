@@ -38,8 +38,7 @@ def awq_block(
     The block's function in float is proven unchanged by the folds before a code is chosen; where the proof fails all
     folds are dropped and the report says so.
     """
-    where = f"{task.name}." if task.name else ""
-    stats = collect(modules, groups, runs, where, task.ranks)
+    stats = collect(modules, groups, runs, task.full(""), task.ranks)
     scaled = copy.deepcopy(block).float()
     found = _fold_all(scaled, groups, stats, task) if task.ranks.first else ({}, [])
     folded, rescues = _agreed(scaled, found, task.ranks)
@@ -112,9 +111,9 @@ def _solve_folded(
     The float twin is scaled alike while that lasts, so that both read inputs of the same scale; it gets its own weights
     back for whatever follows the float model.
     """
-    twin = None if task.twin is None else task.twin.block
-    before = {} if twin is None else {name: p.detach().clone() for name, p in twin.named_parameters()}
-    for each in (block, twin) if twin is not None else (block,):
+    twins = [] if task.twin is None else [task.twin.block]
+    before = {name: p.detach().clone() for twin in twins for name, p in twin.named_parameters()}
+    for each in (block, *twins):
         _copy_parameters(each, dict(scaled.named_parameters()))
     weights = {name: weight_of(scaled.get_submodule(name)) for name in modules}
     try:

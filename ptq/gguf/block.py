@@ -98,7 +98,7 @@ def _statistics(
 ) -> tuple[InputStats, Tensor | None]:
     head = group.members[0]
     if task.twin is None or group.pool is not None:
-        return collect(modules, [group], runs, f"{task.name}." if task.name else "")[0], None
+        return collect(modules, [group], runs, _full(task, ""))[0], None
     pairs = zip(runs, task.twin.runs, strict=True)
     float_module = dict(linears(task.twin.block))[head]
     return collect_drift(modules[head], float_module, group.calls, pairs, _full(task, head))

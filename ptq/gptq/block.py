@@ -50,12 +50,11 @@ def gptq_block(
     ``weights``, float32 ``[N, K]``, are what to solve for where the modules hold them rounded to the model's dtype.
     """
     results: dict[str, ModuleResult] = {}
-    where = f"{task.name}." if task.name else ""
     if weights is None:
         weights = {name: weight_of(module) for name, module in modules.items()}
     parts = {name: W[task.ranks.rows(len(W))] for name, W in weights.items()}  # rows do not depend on each other
     for stage in stages(groups):
-        found = _statistics(modules, stage, parts, runs, task, where)
+        found = _statistics(modules, stage, parts, runs, task)
         for group in stage:
             results |= _solve_group({name: modules[name] for name in group.members}, parts, *found.pop(0), task)
     return results
@@ -94,7 +93,6 @@ def _statistics(
     parts: Mapping[str, Tensor],
     runs: Sequence[Run],
     task: BlockTask,
-    where: str,
 ) -> list[tuple[InputStats, Drift | None]]:
     """Second moment of each input and, with a float twin, its drift.
 
@@ -102,12 +100,12 @@ def _statistics(
     """
     group = stage[0]
     if task.twin is None or group.pool is not None:
-        return [(stats, None) for stats in collect(modules, stage, runs, where, task.ranks, task.home)]
+        return [(stats, None) for stats in collect(modules, stage, runs, task.full(""), task.ranks, task.home)]
     head = group.members[0]
     float_module = dict(linears(task.twin.block))[head]
     pairs = zip(runs, task.twin.runs, strict=True)
     stats, drift = collect_drift(
-        modules[head], float_module, group.calls, pairs, where + head, task.ranks, task.home
+        modules[head], float_module, group.calls, pairs, task.full(head), task.ranks, task.home
     )  # fmt: skip
     if drift is None:
         return [(stats, None)]
