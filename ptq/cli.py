@@ -249,7 +249,7 @@ def _export(options: argparse.Namespace) -> int:
         calibration = CalibrationConfig(dataset=text, samples=samples, sequence_length=length)
         run = RunConfig(
             model=options.checkpoint, output="", method="gptq", device=options.device or "auto", calibration=calibration
-        )  # fmt: skip
+        )
         check_rules(run, "")
         check_rules(calibration, "--", {"sequence_length": "length"})
     done = export_gguf(

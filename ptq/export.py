@@ -19,15 +19,7 @@ from ptq.gguf.block import SolvedLinear
 from ptq.gguf.blocks import KINDS, encode
 from ptq.gguf.carry import carry
 from ptq.gguf.file import PLAIN, GgufFile, gguf_file, refuse_existing
-from ptq.gguf.layout import (
-    ROPE_FACTORS,
-    Model,
-    Target,
-    describe_model,
-    paired_rows,
-    require_gguf,
-    targets,
-)
+from ptq.gguf.layout import ROPE_FACTORS, Model, Target, describe_model, paired_rows, require_gguf, targets
 from ptq.gguf.mix import FILE_TYPES, FLOAT, FileType, file_type
 from ptq.gguf.rounding import raised_groups, round_blocks
 from ptq.gguf.tokens import SPECIAL, tokenizer_keys, tokenizer_notes

@@ -14,15 +14,7 @@ from ptq_kernels.cpu import grids as library
 from torch import Tensor
 
 from ptq.formats.codec import Scheme
-from ptq.grid import (
-    SMALLEST_SCALE,
-    Grid,
-    check_finite,
-    grouped,
-    min_max_grid,
-    resolve_group_size,
-    round_scales,
-)
+from ptq.grid import SMALLEST_SCALE, Grid, check_finite, grouped, min_max_grid, resolve_group_size, round_scales
 
 # Fractions of the full range: twelve of them find what sixty do once two least-squares steps follow.
 SHRINKS = tuple(1 - 0.05 * i for i in range(12))

@@ -221,11 +221,7 @@ def _packed_tensors(
 
 
 def _compare(
-    problems: list[str],
-    reader: CheckpointReader,
-    tensor: str,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],
+    problems: list[str], reader: CheckpointReader, tensor: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
 ) -> None:
     dtype, found = reader.spec(tensor)
     if dtype not in dtypes:

@@ -117,9 +117,7 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
             check_floating(stored, parameter.dtype, stored_as)
     _check_head(skeleton, names, schemes)
     _check_length(config, hf_config)
-    return Plan(
-        config, directory, hf_config, skeleton, blocks, schemes, shapes, codec, reader, names, dtype, device
-    )  # fmt: skip
+    return Plan(config, directory, hf_config, skeleton, blocks, schemes, shapes, codec, reader, names, dtype, device)
 
 
 def _predicting(config: RunConfig) -> dict[str, bool]:

@@ -123,7 +123,7 @@ def summary(report: Report) -> str:
     size = document["size"]
     lines = [
         f"{len(report.modules)} modules quantized, {size['bits_per_weight']:.3f} bits a weight, "
-        f"{size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB",
+        f"{size['before'] / 1e6:.1f} MB -> {size['after'] / 1e6:.1f} MB"
     ]
     rescued = [name for name, row in report.modules.items() if row.get("rescues")]
     if rescued:

@@ -20,15 +20,7 @@ from ptq.nn.fuse import fuse_linears
 from ptq.nn.head import check_head, pack_head
 from ptq.nn.linear import QuantLinear
 from ptq.nn.swap import replace_module
-from ptq.packed import (
-    Packed,
-    empty_linear,
-    place_packed,
-    read_packed,
-    require_described,
-    require_multiplied,
-    with_bias,
-)
+from ptq.packed import Packed, empty_linear, place_packed, read_packed, require_described, require_multiplied, with_bias
 
 
 class Checkpoint(NamedTuple):
@@ -47,11 +39,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    path: str | Path,
-    *,
-    revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    trust_remote_code: bool = False,
+    path: str | Path, *, revision: str | None = None, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
 ) -> Checkpoint:
     """Open a model directory or hub model without reading weights.
 

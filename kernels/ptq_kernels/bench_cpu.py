@@ -277,11 +277,7 @@ def _notes(layer: Layer, cells: Sequence[Cell], bandwidth: float) -> str:
 
 
 def run(
-    shapes: Sequence[str],
-    rows: Sequence[int],
-    bandwidth: dict[int, float],
-    seconds: float,
-    compiled: bool,
+    shapes: Sequence[str], rows: Sequence[int], bandwidth: dict[int, float], seconds: float, compiled: bool
 ) -> list[Cell]:
     """Measure in this process and print as it goes. bandwidth: GB/s by the number of threads."""
     cells: list[Cell] = []

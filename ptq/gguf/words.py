@@ -56,11 +56,7 @@ def _byte_level(spec: Mapping[str, Any]) -> dict[str, Value]:
     name = _pre_tokenizer(spec)
     _require_whole_words(spec, name)
     merges = [each if isinstance(each, str) else " ".join(each) for each in spec["model"]["merges"]]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": name,
-        "tokenizer.ggml.merges": merges,
-    }
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
 
 
 def _pre_tokenizer(spec: Mapping[str, Any]) -> str:
@@ -139,11 +135,7 @@ def _sentencepiece(spec: Mapping[str, Any]) -> dict[str, Value]:
             f"llama.cpp's SentencePiece tokenizer turns spaces into {MARK}; no step of this one does: use llama.cpp's "
             "own converter"
         )
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.add_space_prefix": prefix,
-    }
+    return {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.add_space_prefix": prefix}
 
 
 def _require_no_split(spec: Mapping[str, Any], metaspace: Mapping[str, Any]) -> None:

@@ -106,7 +106,7 @@ def _statistics(
     pairs = zip(runs, task.twin.runs, strict=True)
     stats, drift = collect_drift(
         modules[head], float_module, group.calls, pairs, task.full(head), task.ranks, task.home
-    )  # fmt: skip
+    )
     if drift is None:
         return [(stats, None)]
     # A wide C ends here, before there is a factor beside the Hessian.
@@ -144,9 +144,7 @@ def _target(W_NK: Tensor, name: str, shift: Drift | None, rows: slice) -> Tensor
 def factor_of(hessian: Tensor, member: str, task: BlockTask, device: torch.device | None = None) -> Factor:
     """Factorise a Hessian as configured, on ``device``; under ``strict`` a rescue is an error."""
     settings = task.config.gptq
-    factor = factorize(
-        hessian, damping=settings.damping, activation_order=settings.activation_order, device=device
-    )  # fmt: skip
+    factor = factorize(hessian, damping=settings.damping, activation_order=settings.activation_order, device=device)
     if task.config.strict:
         require_no_rescue(factor, task.full(member))
     return factor
@@ -163,9 +161,7 @@ def choose_codes(W: Tensor, H: Tensor, factor: Factor, scheme: Scheme, task: Blo
     else:
         grid = min_max_grid(W, scheme, scale_dtype=task.scale_dtype)
     size = settings.block_size
-    codes, grid = solve_candidates(
-        W, factor, grid, settings.candidates, scale_dtype=task.scale_dtype, block_size=size
-    )  # fmt: skip
+    codes, grid = solve_candidates(W, factor, grid, settings.candidates, scale_dtype=task.scale_dtype, block_size=size)
     codes, loss = descend(W, codes, H, factor, grid, sweeps=settings.sweeps, block_size=size)
     return Choice(codes, grid, loss)
 
@@ -178,13 +174,7 @@ def whole(part: Choice, rows: int, ranks: Ranks) -> Choice:
 
 @torch.no_grad()
 def _gptq_linear(
-    module: nn.Module,
-    name: str,
-    part: Tensor,
-    stats: InputStats,
-    factor: Factor,
-    shift: Drift | None,
-    task: BlockTask,
+    module: nn.Module, name: str, part: Tensor, stats: InputStats, factor: Factor, shift: Drift | None, task: BlockTask
 ) -> ModuleResult:
     """Solve this process's part of a weight, some rows at a time, and put the values of all parts in."""
     started, too_small = time.perf_counter(), faint(stats, task.full(name), task.config.strict)

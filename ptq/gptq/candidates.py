@@ -19,13 +19,7 @@ CHUNK_WEIGHTS = 1 << 25
 
 
 def solve_candidates(
-    W_NK: Tensor,
-    factor: Factor,
-    grid: Grid,
-    count: int,
-    *,
-    scale_dtype: torch.dtype,
-    block_size: int = 128,
+    W_NK: Tensor, factor: Factor, grid: Grid, count: int, *, scale_dtype: torch.dtype, block_size: int = 128
 ) -> tuple[Tensor, Grid]:
     """Codes and grid of each row's cheapest candidate.
 
@@ -65,9 +59,9 @@ def factors(count: int) -> list[float]:
 
 
 def _multiples(grid: Grid, count: int, scale_dtype: torch.dtype) -> Grid:
-    scales = torch.cat([
-        grid.scales if factor == 1 else round_scales(grid.scales * factor, scale_dtype) for factor in factors(count)
-    ])  # fmt: skip
+    scales = torch.cat(
+        [grid.scales if factor == 1 else round_scales(grid.scales * factor, scale_dtype) for factor in factors(count)]
+    )
     return grid._replace(scales=scales, zeros=grid.zeros.repeat(count, 1))
 
 

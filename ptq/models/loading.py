@@ -19,9 +19,7 @@ from ptq.models.structure import find_blocks
 from ptq.models.tying import believe_files
 
 # What building a model raises for values that it cannot be built with; ImportError of kernels that config.json names.
-_UNBUILDABLE = (
-    LookupError, TypeError, AttributeError, AssertionError, RuntimeError, ArithmeticError, ImportError
-)  # fmt: skip
+_UNBUILDABLE = (LookupError, TypeError, AttributeError, AssertionError, RuntimeError, ArithmeticError, ImportError)
 
 # Dtypes that a model can work in.
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}

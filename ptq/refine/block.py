@@ -74,11 +74,7 @@ def float_block(block: nn.Module, runs: Sequence[Run], task: BlockTask) -> Float
 
 
 def refine_block(
-    block: nn.Module,
-    runs: Sequence[Run],
-    reference: FloatBlock,
-    results: Mapping[str, ModuleResult],
-    task: BlockTask,
+    block: nn.Module, runs: Sequence[Run], reference: FloatBlock, results: Mapping[str, ModuleResult], task: BlockTask
 ) -> dict[str, ModuleResult]:
     """Tune the results of a solver and put the values of the new codes into the block.
 
