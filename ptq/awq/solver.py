@@ -2,7 +2,8 @@
 
 For an input x and a positive s, ``(W s) (x / s) = W x``; what changes is where rounding hurts. Everything is computed
 from the second moment ``H = X^T X / T`` without another forward pass: a candidate's loss is ``trace(D H D^T)`` with
-``D = Q(W s) / s - W``, exactly the mean squared output error. Pure functions, tensors in and out.
+``D = Q(W s) / s - W``, exactly the mean squared output error (the paper's equation 4). Pure functions, tensors in and
+out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,10 @@ def search_scales(
 def _candidates(
     weights: Sequence[Tensor], x: Tensor, schemes: Sequence[Scheme], grid: int, tied: Tensor | None
 ) -> Iterator[Tensor]:
-    """``x^r`` and ``x^r / w^(1-r)`` for r between 0 and 1, w the mean magnitude of a channel's normalized weights."""
+    """``x^r`` and ``x^r / w^(1-r)`` for r between 0 and 1, w the mean magnitude of a channel's normalized weights.
+
+    The former is the paper's equation 5, the latter AutoAWQ's ``duo_scaling``.
+    """
     shares = [_normalized(weight, scheme).sum(0) for weight, scheme in zip(weights, schemes, strict=True)]
     w = torch.stack(shares).sum(0) / sum(len(weight) for weight in weights)
     for step in range(1, grid + 1):

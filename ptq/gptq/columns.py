@@ -40,6 +40,9 @@ def steps_of(grid: Grid, order_K: Tensor, dtype: torch.dtype) -> Steps:
 def solve_block(W_BR: Tensor, U_BB: Tensor, steps: Steps, start: int, codes_BR: Tensor) -> Tensor:
     """GPTQ on the block that begins with column ``start``.
 
+    Equation 2 of the paper with rows of U for those of the inverse Hessian, as its step 3 has it: a column's error is
+    ``(w - q) / U_jj``, and column i after it loses ``U_ji`` times that.
+
     Args:
         W_BR: compensated for all columns before; becomes the values of the codes.
         U_BB: the block of the factor along its diagonal.

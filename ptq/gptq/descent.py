@@ -2,7 +2,8 @@
 
 GPTQ decides a column once and never comes back to it. With the grid held, the error ``trace(D Hd D^T)`` is a quadratic
 function of each column's values, minimised by ``q_j + (D Hd)_j / Hd_jj``; rounding that to the grid can only lower it.
-Pure functions; letters as in `ptq.gptq.solver`.
+QuantEase (arXiv 2309.01885) goes through the columns so. Pure functions; letters as in `ptq.gptq.solver`, ``Hd`` is
+``H + lam I``.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,8 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): rounds one column at a time and lets later columns make up for the error.
 
 Letters as in the paper: ``W_NK`` the weight (N outputs, K inputs), ``H_KK = X^T X / T`` the Hessian of the squared
-output error, ``U_KK`` upper triangular with ``U^T U = inv(H + lam I)``. Pure functions: tensors in, tensors out; the
+output error (there ``2 X X^T``, with tokens as columns: a factor changes no code), ``U_KK`` upper triangular with
+``U^T U = inv(H + lam I)``, the ``Cholesky(H^-1)^T`` of its Algorithm 1. Pure functions: tensors in, tensors out; the
 arithmetic runs in the dtype of H (float32 in a run, float64 in proofs).
 """
 
@@ -133,7 +134,10 @@ def out_of_order(codes_KN: Tensor, factor: Factor) -> Tensor:
 
 
 def solve_columns(W_KN: Tensor, factor: Factor, grid: Grid, *, block_size: int) -> tuple[Tensor, Tensor]:
-    """GPTQ on a weight as `in_order` gives it, and on several grids at once.
+    """GPTQ on a weight as `in_order` gives it, and on several grids at once: Algorithm 1 of the paper.
+
+    The column by column part, its equation 2, is `solve_block`'s; here the rest of the weight is updated once for each
+    block of columns, its equation 4.
 
     Args:
         W_KN: stays as it is.
@@ -167,8 +171,10 @@ def correction(X_RK: Tensor, factor: Factor, strength: float, device: torch.devi
     """``strength * X inv(H)``, in X's place: with X the drift, what turns W into the weight to solve for.
 
     With X what a Linear will read and X_f what it read in the float model, the least-squares target of
-    ``min_Q |X_f W^T - X Q^T|^2`` is ``W (X_f^T X) inv(X^T X) = W + W C inv(H)``, ``C = (X_f - X)^T X / T`` the drift.
-    So ``W + W correction(C)`` and ``W + correction(W C)`` are the same; the one with fewer rows is the cheaper.
+    ``min_Q |X_f W^T - X Q^T|^2``, the objective of GPTAQ (arXiv 2504.02692), is
+    ``W (X_f^T X) inv(X^T X) = W + W C inv(H)``, ``C = (X_f - X)^T X / T`` the drift. GPTAQ corrects as it goes through
+    the columns; here the target moves before. ``W + W correction(C)`` and ``W + correction(W C)`` are the same; the one
+    with fewer rows is the cheaper.
 
     Args:
         X_RK: C or W C; rows do not depend on each other.
