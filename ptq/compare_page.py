@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from ptq.formats.staging import atomic_write_text, json_text
-from ptq.page import Series, chart, folded, page, paragraph, section, table
+from ptq.page import Series, chart, folded, number, page, paragraph, section, table
 
 Document = Mapping[str, Any]
 FILES = ("compare.json", "compare.html", "compare.png")
@@ -33,8 +33,8 @@ def comparison_page(document: Document) -> str:
     """The page: figures, size against quality, loss by layer."""
     models = document["models"]
     rows = [
-        [name, f"{row['megabytes']:.1f}", _number(row["bits"], ".3f"), f"{row['perplexity']:.3f}",
-         _number(row["kl"], ".5f"), _number(row["top1"], ".2%"), _number(row["worst_layer"], ".2e")]
+        [name, f"{row['megabytes']:.1f}", number(row["bits"], ".3f"), f"{row['perplexity']:.3f}",
+         number(row["kl"], ".5f"), number(row["top1"], ".2%"), number(row["worst_layer"], ".2e")]
         for name, row in models.items()
     ]  # fmt: skip
     head = ["", "megabytes", "bits a weight", "perplexity", "KL", "same top token", "worst layer"]
@@ -83,10 +83,6 @@ def _reported(reported: Mapping[str, Mapping[str, float]]) -> str:
     )
     shown = folded("as the solvers report them", table(["", *names], rows))
     return section("Linears", shown, paragraph(said, note=True))
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "" if value is None else format(value, spec)
 
 
 def draw(document: Document, file: Path) -> None:

@@ -108,6 +108,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table>\n<thead>{top}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
+def number(value: float | None, spec: str) -> str:
+    """A figure as a cell has it; nothing for None."""
+    return "" if value is None else format(value, spec)
+
+
 def folded(summary: str, content: str) -> str:
     """Content that is shown on request."""
     return f"<details><summary>{escape(summary)}</summary>\n{content}\n</details>"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ptq.page import Series, chart, facts, folded, listing, page, paragraph, section, table
+from ptq.page import Series, chart, facts, folded, listing, number, page, paragraph, section, table
 
 Document = Mapping[str, Any]
 # "<path of the blocks>.<number>.<Linear>"
@@ -57,8 +57,8 @@ def _quality(document: Document) -> str:
     if not evaluation:
         return ""
     rows = [
-        [name, _number(row.get("perplexity"), ".3f"), _number(row.get("kl"), ".5f"), _number(row.get("top1"), ".2%"),
-         _number(row.get("megabytes"), ".1f")]
+        [name, number(row.get("perplexity"), ".3f"), number(row.get("kl"), ".5f"), number(row.get("top1"), ".2%"),
+         number(row.get("megabytes"), ".1f")]
         for name, row in evaluation["models"].items()
     ]  # fmt: skip
     text = evaluation["text"]
@@ -103,13 +103,13 @@ def _budget(document: Document) -> str:
         predicted = None if None in losses else sum(losses)
         total = sum(measured) if all(isinstance(loss, float) for loss in measured) else None
         rows.append([
-            _names(group["modules"]), str(group["bits"]), _number(group["predicted_kl"][str(group["bits"])], ".2e"),
-            _number(predicted, ".2e"), _number(total, ".2e"),
+            _names(group["modules"]), str(group["bits"]), number(group["predicted_kl"][str(group["bits"])], ".2e"),
+            number(predicted, ".2e"), number(total, ".2e"),
         ])  # fmt: skip
     said = (
         f"{budget['average_bits']:.4f} bits a weight were spent of {budget['budget']:g}, among widths of "
         f"{', '.join(map(str, budget['widths']))}. Predicted KL divergence of all groups: "
-        f"{_number(budget['predicted_kl'], '.2e') or 'not finite'}."
+        f"{number(budget['predicted_kl'], '.2e') or 'not finite'}."
     )
     head = ["Linears with one input", "bits", "predicted KL", "predicted loss", "measured loss"]
     return section("Bit budget", paragraph(said), folded(f"{len(rows)} groups", table(head, rows)))
@@ -149,7 +149,7 @@ def _modules(document: Document) -> str:
         return ""
     rows = [
         [name, str(row.get("bits", "")), str(row.get("group_size", "")), str(row.get("solver", "")),
-         _number(row.get("relative_loss"), ".2e"), _number(row.get("relative_rounding_loss"), ".2e"),
+         number(row.get("relative_loss"), ".2e"), number(row.get("relative_rounding_loss"), ".2e"),
          ", ".join(row.get("rescues") or [])]
         for name, row in modules.items()
     ]  # fmt: skip
@@ -202,7 +202,3 @@ def _megabytes(size: float) -> str:
 
 def _gigabytes(size: float | None) -> str:
     return "" if size is None else f"{size / 1e9:.2f}"
-
-
-def _number(value: Any, spec: str) -> str:
-    return "" if value is None else format(value, spec)

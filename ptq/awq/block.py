@@ -170,8 +170,7 @@ def _fold_all(
             f"strict: folding scales must leave the float block {task.name} unchanged; its output moved by "
             f"{error:.1e}: set strict: false to quantize it without scales"
         )
-    for name, parameter in scaled.named_parameters():
-        parameter.copy_(originals[name])
+    _copy_parameters(scaled, originals)
     return {}, [f"folds dropped, output moved by {error:.1e}"]
 
 
