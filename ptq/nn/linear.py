@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import ptq_kernels
 import torch
@@ -14,6 +14,14 @@ from ptq.nn.checks import check_quantized, check_state, inexact
 from ptq.nn.lazy import LazyWeight
 
 _SAME_WIDTH_INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+class _Sizes(TypedDict):
+    """What `ptq_kernels` must be told of the tensors of a weight."""
+
+    bits: int
+    group_size: int
+    in_features: int
 
 
 class QuantLinear(nn.Module):
@@ -186,34 +194,16 @@ class QuantLinear(nn.Module):
     def prepare_(self) -> "QuantLinear":
         """Lay the packed weight out as the implementation for its device wants it; does nothing the second time."""
         if self.layout == "canonical":
-            prepared = ptq_kernels.prepare(
-                self.qweight,
-                self.scales,
-                self.zeros,
-                bits=self.bits,
-                group_size=self.group_size,
-                in_features=self.in_features,
-                impl=self.impl,
-                activation=self.activation,
-            )
+            prepared = ptq_kernels.prepare(*self._tensors, **self._sizes, impl=self.impl, activation=self.activation)
             self.qweight, self.layout = prepared.qweight, prepared.layout
         return self
 
     def warmup(self, dtype: torch.dtype) -> None:
         """Make ready what forward passes with rows of `dtype` need (see `ptq_kernels.warmup`); after `prepare_`."""
         ptq_kernels.warmup(
-            self.qweight,
-            self.scales,
-            self.zeros,
-            bits=self.bits,
-            group_size=self.group_size,
-            in_features=self.in_features,
-            layout=self.layout,
-            dtype=dtype,
-            has_bias=self.bias is not None,
-            impl=self.impl,
-            perm=self.perm,
-        )
+            *self._tensors, **self._sizes, layout=self.layout, dtype=dtype, has_bias=self.bias is not None,
+            impl=self.impl, perm=self.perm,
+        )  # fmt: skip
 
     def quantized(self) -> QuantizedWeight:
         """The codes, scales (float32) and zeros this layer was made from, exactly; columns lie as `perm` says."""
@@ -230,16 +220,7 @@ class QuantLinear(nn.Module):
     def _dequantizer(self, dtype: torch.dtype) -> Callable[[], Tensor]:
         """Of the tensors that are here now, wherever the layer goes and whatever stands in it later."""
         return partial(
-            ptq_kernels.dequantize,
-            self.qweight,
-            self.scales,
-            self.zeros,
-            bits=self.bits,
-            group_size=self.group_size,
-            in_features=self.in_features,
-            dtype=dtype,
-            layout=self.layout,
-            perm=self.perm,
+            ptq_kernels.dequantize, *self._tensors, **self._sizes, dtype=dtype, layout=self.layout, perm=self.perm
         )
 
     @property
@@ -276,15 +257,15 @@ class QuantLinear(nn.Module):
         )
 
     def _canonical_qweight(self) -> Tensor:
-        return ptq_kernels.canonical(
-            self.qweight,
-            self.scales,
-            self.zeros,
-            bits=self.bits,
-            group_size=self.group_size,
-            in_features=self.in_features,
-            layout=self.layout,
-        )
+        return ptq_kernels.canonical(*self._tensors, **self._sizes, layout=self.layout)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.qweight, self.scales, self.zeros
+
+    @property
+    def _sizes(self) -> _Sizes:
+        return {"bits": self.bits, "group_size": self.group_size, "in_features": self.in_features}
 
     def _canonicalize_(self) -> None:
         self.qweight, self.layout = self._canonical_qweight(), "canonical"
