@@ -14,8 +14,6 @@ import pytest
 import torch
 from ptx_snippets import COPY, evaluate, run, wait
 
-M32, M64 = 2**32 - 1, 2**64 - 1
-
 
 def signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) & 1 else value

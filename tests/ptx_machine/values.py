@@ -7,7 +7,6 @@ Array = NDArray[np.generic]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U16 = NDArray[np.uint16]
-U32 = NDArray[np.uint32]
 _NAN = np.uint16(0x7FFF)  # the only NaN that the hardware gives
 
 
