@@ -78,10 +78,9 @@ def _require_reached(kind: str, weight: Tensor, name: str) -> None:
 
 def nearest(blocks: Blocks, weight: Tensor) -> Tensor:
     """Codes ``uint8 [N, K]`` nearest to a weight on the scales of ``blocks``."""
-    found = levels(blocks)
-    return _codes(_grouped(weight, found.step), found.step, found.offset, found.zero, KINDS[blocks.kind].bits).to(
-        torch.uint8
-    ).view(weight.shape)  # fmt: skip
+    found, kind = levels(blocks), KINDS[blocks.kind]
+    codes = _codes(grouped(weight, kind.group), found.step, found.offset, found.zero, kind.bits)
+    return codes.to(torch.uint8).view(weight.shape)
 
 
 def _round(kind: str, weight: Tensor, importance: Tensor) -> Blocks:
@@ -95,10 +94,6 @@ def _round(kind: str, weight: Tensor, importance: Tensor) -> Blocks:
         grid = search_grid(weight, importance, scheme, scale_dtype=torch.float16, smallest=SMALLEST)
         scaled = Blocks(kind, torch.empty(0), grid.scales.half(), None, None, None)
     return scaled._replace(codes=nearest(scaled, weight))
-
-
-def _grouped(weight: Tensor, step: Tensor) -> Tensor:
-    return weight.view(*step.shape, -1)
 
 
 def _codes(w: Tensor, step: Tensor, offset: Tensor | None, zero: int, bits: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class ModelPasses:
     def forward(self, batch: Tensor, replacement: Callable[..., Any]) -> Any:
         """What the model returns with ``replacement(index, ...)`` called for each block; None at a `Stop`."""
         for index, block in enumerate(self.blocks):
-            block.forward = _bind(replacement, index)
+            block.forward = partial(replacement, index)
         try:
             return self.model(input_ids=batch.to(self.device), use_cache=False)
         except Stop:
@@ -75,7 +76,3 @@ class ModelPasses:
         finally:
             for block in self.blocks:
                 del block.forward
-
-
-def _bind(function: Callable[..., Any], index: int) -> Callable[..., Any]:
-    return lambda *args, **kwargs: function(index, *args, **kwargs)
