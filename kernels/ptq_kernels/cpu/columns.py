@@ -41,7 +41,7 @@ def solve(columns: Columns, weight: Tensor, errors: Tensor) -> None:
 
     Each error is divided by its column's diagonal factor and taken from the later columns, times their factors.
     """
-    _library().solve_columns(ctypes.byref(_structure(columns, weight)), *_addresses(weight, errors))
+    library.present().solve_columns(ctypes.byref(_structure(columns, weight)), *_addresses(weight, errors))
 
 
 def descend(columns: Columns, values: Tensor, slopes: Tensor, moved: Tensor) -> None:
@@ -49,13 +49,7 @@ def descend(columns: Columns, values: Tensor, slopes: Tensor, moved: Tensor) -> 
 
     ``slopes [B, R]`` are ``(D H)^T`` and stay as they are; ``moved [B, R]`` is written: how far each value went.
     """
-    _library().descend_columns(ctypes.byref(_structure(columns, values)), *_addresses(values, slopes, moved))
-
-
-def _library() -> library.Library:
-    found = library.best()
-    assert found is not None  # serves() was asked
-    return found
+    library.present().descend_columns(ctypes.byref(_structure(columns, values)), *_addresses(values, slopes, moved))
 
 
 def _structure(columns: Columns, matrix: Tensor) -> library.Columns:

@@ -29,7 +29,7 @@ def losses(groups: Groups, scales: Tensor, zeros: Tensor) -> Tensor:
     scales, zeros = scales.contiguous(), zeros.contiguous()
     assert scales.shape == zeros.shape == (len(scales), *groups.weight.shape[:2])
     found = torch.empty_like(scales)
-    _library().grid_losses(ctypes.byref(_structure(groups)), len(scales), *_addresses(scales, zeros, found))
+    library.present().grid_losses(ctypes.byref(_structure(groups)), len(scales), *_addresses(scales, zeros, found))
     return found
 
 
@@ -38,14 +38,8 @@ def moments(groups: Groups, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tens
     scales, zeros = scales.contiguous(), zeros.contiguous()
     assert scales.shape == zeros.shape == groups.weight.shape[:2]
     squares, products = torch.empty_like(scales), torch.empty_like(scales)
-    _library().grid_moments(ctypes.byref(_structure(groups)), *_addresses(scales, zeros, squares, products))
+    library.present().grid_moments(ctypes.byref(_structure(groups)), *_addresses(scales, zeros, squares, products))
     return squares, products
-
-
-def _library() -> library.Library:
-    found = library.best()
-    assert found is not None  # serves() was asked
-    return found
 
 
 def _structure(groups: Groups) -> library.Groups:

@@ -177,6 +177,13 @@ def best() -> Library | None:
     return None
 
 
+def present() -> Library:
+    """The same for who knows that there is one."""
+    found = best()
+    assert found is not None
+    return found
+
+
 _kernels: list[torch_core.Kernel] = []  # that of ptq_kernels::strips, which the library of best() serves
 generation = 0  # of what was found; changes with forget()
 

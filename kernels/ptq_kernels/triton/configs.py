@@ -73,9 +73,7 @@ class Plan(NamedTuple):
 
     tile: Tile
     splits: int
-    early: int = (
-        0  # bytes of each row of weight tiles to ask for before the kernel before has ended; 0: it begins after
-    )
+    early: int = 0  # bytes of each row of weight tiles to ask for before the kernel before ends; 0: it begins after
 
 
 def bucket(rows: int) -> int:
