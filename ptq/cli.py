@@ -136,7 +136,8 @@ def _try(config: "RunConfig", overwrite: bool) -> int:
 
 def _print_plan(config: "RunConfig") -> "tuple[Plan, Prediction]":
     from ptq.formats.staging import output_path
-    from ptq.plan import describe, make_plan
+    from ptq.plan import make_plan
+    from ptq.plan_size import describe
     from ptq.predict import describe_prediction, home_of, predict
     from ptq.predict_time import measure_rates
     from ptq.report import anonymous_bytes

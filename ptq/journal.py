@@ -6,7 +6,6 @@ is renamed into place last of all, is the commit: report rows and the checksum o
 such record is sealed by a checksum of its own and names the record before it.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,25 +15,17 @@ from torch import Tensor
 
 from ptq import hidden as hidden_files
 from ptq.distributed import ALONE, Ranks
-from ptq.errors import ConfigError, FormatError
+from ptq.errors import FormatError
 from ptq.formats.assembly import Part, Piece, assemble, damage, read_tensor, write_part
 from ptq.formats.sealed import seal, unseal
 from ptq.formats.staging import sync_directory
 from ptq.hidden import Batch, HiddenFile, described
-from ptq.journal_directory import RUN, signature_in
+from ptq.journal_directory import RUN, require_as_begun
 
 # A commit of hidden states that would take longer than both is put off to a later block.
 SHARE = 0.04  # of the time since the last one
 SECONDS = 0.05
 KEPT = 2  # commits whose hidden states stay: if the last is damaged, the one before serves
-SHOWN = 5  # differences named in a message
-DIGITS = 12  # of a checksum, in a message
-SETTING = {"calibration text": " (calibration.dataset)"}  # where a person finds what has another name here
-# Parts of a signature that are computed from others, with what those begin with.
-FOLLOWS = {
-    "calibration text": ("configuration.calibration.", "model.", "version."),
-    "quantized modules": ("configuration.", "model.", "version.", "calibration text"),
-}
 
 Row = dict[str, Any]
 Streams = dict[str, list[Tensor]]  # "quantized" and "float" -> one tensor [B, T, C] a batch
@@ -195,9 +186,7 @@ class Journal:
     def _begin(self, signature: Mapping[str, str]) -> None:
         path = self._directory / RUN
         if path.exists():
-            before, checksum = signature_in(self._directory)
-            _check_same(before, signature, self._directory)
-            self._seals.append(checksum)
+            self._seals.append(require_as_begun(self._directory, signature))
         elif self._last_record() >= 0:
             raise FormatError(f"{path} is missing, but the run has finished blocks; start over with --fresh")
         else:
@@ -319,27 +308,3 @@ def _record(content: Mapping[str, Any]) -> Record:
         content["seconds"],
         content["replaces"],
     )  # fmt: skip
-
-
-def _check_same(before: Mapping[str, str], now: Mapping[str, str], place: Path) -> None:
-    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if not differing:
-        return
-    # What may follow from a change that is named is not named beside it.
-    changed = [key for key in differing if not any(other.startswith(FOLLOWS.get(key, ())) for other in differing)]
-    shown = [
-        f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}{SETTING.get(key, '')}"
-        for key in changed[:SHOWN]
-    ]
-    more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-    if "calibration text" in set(differing) - set(changed):
-        more += "; the calibration text is another, too, which may follow from that"
-    raise ConfigError(
-        f"the unfinished run in {place} can go on only as it began: {'; '.join(shown)}{more}. Undo the change, "
-        "or start over with --fresh"
-    )
-
-
-def _short(text: str | None) -> str:
-    """A value of a signature for a message: what a person compares of a checksum is its beginning."""
-    return "absent" if text is None else re.sub(rf"\b([0-9a-f]{{{DIGITS}}})[0-9a-f]{{20,}}\b", r"\1...", text)

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,6 +27,14 @@ from ptq.formats.staging import (
 RUN = "run.json"  # what the run depends on
 LOCK = "lock"
 PUBLISHED = "published"
+SHOWN = 5  # differences named in a message
+DIGITS = 12  # of a checksum, in a message
+SETTING = {"calibration text": " (calibration.dataset)"}  # where a person finds what has another name here
+# Parts of a signature that are computed from others, with what those begin with.
+FOLLOWS = {
+    "calibration text": ("configuration.calibration.", "model.", "version."),
+    "quantized modules": ("configuration.", "model.", "version.", "calibration text"),
+}
 
 
 class RunDirectory(NamedTuple):
@@ -96,6 +105,37 @@ def signature_in(directory: Path) -> tuple[dict[str, Any], str]:
         return unseal(directory / RUN)
     except FormatError as error:
         raise FormatError(f"{error}; start over with --fresh") from error
+
+
+def require_as_begun(directory: Path, now: Mapping[str, str]) -> str:
+    """The checksum of what the run in a directory depends on.
+
+    Raises:
+        ConfigError: that differs from ``now``; the message names the differences.
+        FormatError: it is damaged.
+    """
+    before, checksum = signature_in(directory)
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if not differing:
+        return checksum
+    # What may follow from a change that is named is not named beside it.
+    changed = [key for key in differing if not any(other.startswith(FOLLOWS.get(key, ())) for other in differing)]
+    shown = [
+        f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}{SETTING.get(key, '')}"
+        for key in changed[:SHOWN]
+    ]
+    more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    if "calibration text" in set(differing) - set(changed):
+        more += "; the calibration text is another, too, which may follow from that"
+    raise ConfigError(
+        f"the unfinished run in {directory} can go on only as it began: {'; '.join(shown)}{more}. Undo the change, "
+        "or start over with --fresh"
+    )
+
+
+def _short(text: str | None) -> str:
+    """A value of a signature for a message: what a person compares of a checksum is its beginning."""
+    return "absent" if text is None else re.sub(rf"\b([0-9a-f]{{{DIGITS}}})[0-9a-f]{{20,}}\b", r"\1...", text)
 
 
 def sweep_up(output: Path) -> None:

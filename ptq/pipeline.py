@@ -29,16 +29,8 @@ from ptq.models.tying import state_ties
 from ptq.nn.kernels import kernels_recorded
 from ptq.page_report import report_page
 from ptq.parent import parent_of
-from ptq.plan import (
-    Plan,
-    block_count,
-    check_output,
-    describe_extra,
-    estimate_size,
-    extra_tensors,
-    head_targets,
-    make_plan,
-)
+from ptq.plan import Plan, block_count, check_output, describe_extra, extra_tensors, head_targets, make_plan
+from ptq.plan_size import estimate_size
 from ptq.predict import compared, home_of, missing_disk, predict
 from ptq.predict_time import measure_rates
 from ptq.prepared import Prepared

@@ -18,7 +18,8 @@ from ptq.errors import ConfigError
 from ptq.formats.staging import output_path
 from ptq.journal import KEPT
 from ptq.journal_directory import place_of
-from ptq.plan import Plan, estimate_size
+from ptq.plan import Plan
+from ptq.plan_size import estimate_size
 from ptq.predict_memory import block_work, evaluation_work, largest_block, model_work, outer_bytes, tokens_of, width
 from ptq.predict_time import Rates, seconds_of
 

@@ -76,7 +76,7 @@ def sizes(settings: dict[str, Any]) -> Sizes:
 
 
 def _packed(path: str, shape: tuple[int, int], bits: int) -> int:
-    """Bytes of the tensors of one Linear ``[N, K]``, as in `ptq.plan.estimate_size`."""
+    """Bytes of the tensors of one Linear ``[N, K]``, as in `ptq.plan_size.estimate_size`."""
     codec = CODECS["gptq"]
     specs = codec.tensor_specs(path, *shape, Scheme(bits, GROUP, True), codec.scales_dtype(torch.bfloat16))
     return sum(torch.Size(size).numel() * dtype.itemsize for dtype, size in specs.values())

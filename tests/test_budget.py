@@ -24,7 +24,8 @@ from ptq.errors import ConfigError
 from ptq.formats.codec import Scheme
 from ptq.models.loading import load_tokenizer
 from ptq.nn import QuantLinear
-from ptq.plan import describe, make_plan
+from ptq.plan import make_plan
+from ptq.plan_size import describe
 from ptq.progress import Progress
 
 

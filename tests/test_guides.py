@@ -15,7 +15,8 @@ import pytest
 
 from ptq import cli
 from ptq.config import load_config
-from ptq.plan import estimate_size, make_plan
+from ptq.plan import make_plan
+from ptq.plan_size import estimate_size
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"```(bash|python)\n(.+?)```", re.DOTALL)

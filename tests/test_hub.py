@@ -13,7 +13,8 @@ from ptq.config import load_config
 from ptq.errors import ConfigError, FormatError
 from ptq.formats.checkpoint import DTYPE_NAMES, CheckpointReader
 from ptq.models.hub import HubHeaders
-from ptq.plan import describe, make_plan
+from ptq.plan import make_plan
+from ptq.plan_size import describe
 
 MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny-llama"
 NAME = "someone/tiny-llama"

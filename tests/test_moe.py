@@ -30,7 +30,8 @@ from ptq.formats.checkpoint import CheckpointReader
 from ptq.models.experts import experts_of, routers, unfuse_experts
 from ptq.models.structure import linears, set_weight
 from ptq.nn import QuantLinear
-from ptq.plan import estimate_size, make_plan
+from ptq.plan import make_plan
+from ptq.plan_size import estimate_size
 from ptq.runtime import open_checkpoint, open_stream
 
 CPU = torch.device("cpu")

@@ -29,7 +29,8 @@ from ptq.formats import CODECS, Scheme
 from ptq.formats.capability import problem
 from ptq.formats.checkpoint import CheckpointReader
 from ptq.nn import QuantLinear
-from ptq.plan import describe, estimate_size, make_plan
+from ptq.plan import make_plan
+from ptq.plan_size import describe, estimate_size
 from ptq.runtime import open_checkpoint
 
 BATCH = tokens(4, 48, 9)

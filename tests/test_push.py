@@ -21,7 +21,8 @@ from tiny_models import build, run, save, settings
 from ptq import cli
 from ptq.errors import ConfigError, FormatError, PtqError
 from ptq.pipeline import quantize
-from ptq.plan import describe, make_plan
+from ptq.plan import make_plan
+from ptq.plan_size import describe
 from ptq.progress import Progress
 from ptq.push import Target, check_target, folder, push, write_folder
 
