@@ -129,7 +129,7 @@ def _check(settings: TaskSettings) -> None:
 
 
 def _manager(settings: TaskSettings) -> Any:
-    """An index of the tasks there are: one's own if these are enough, for to index the harness's takes a while."""
+    """An index of the tasks there are: one's own if these are enough, as indexing the harness's takes a while."""
     from lm_eval.tasks import TaskManager
 
     managers = []

@@ -186,7 +186,7 @@ def _together(stats: Sequence[InputStats]) -> InputStats:
 
 
 def _take_over(producer: nn.Module, scaled: nn.Module, skip: str) -> None:
-    """A norm's weight and bias; of a Linear the bias, for its weight is still to be quantized."""
+    """A norm's weight and bias; of a Linear the bias alone, as its weight is still to be quantized."""
     for name, parameter in producer.named_parameters(recurse=False):
         if name != skip:
             parameter.copy_(scaled.get_parameter(name))

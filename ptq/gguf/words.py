@@ -1,8 +1,8 @@
 """How a tokenizer cuts text, as llama.cpp is told of it.
 
 Two families: byte-level BPE (``gpt2`` in GGUF), whose way of cutting text into words llama.cpp knows by a name, and
-SentencePiece-style BPE with byte fallback (``llama``). What llama.cpp would cut differently is an error, never a guess;
-only of the space before a text a note says where the two differ, for most tokenizers of the second family do.
+SentencePiece-style BPE with byte fallback (``llama``). What llama.cpp would cut differently is an error, never a guess,
+but for the space before a text, in which most tokenizers of the second family differ from it: that is a note.
 """
 
 import json

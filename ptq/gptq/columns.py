@@ -1,7 +1,7 @@
 """What a solver does to one block of columns: each is rounded, and its error goes to the columns still to come.
 
 The loops are those of the papers, here in torch; on a CPU they run in the C++ library of `ptq_kernels` where there is
-one, many times as fast, for each column is too little work for half a dozen operations of torch. Matrices are
+one, many times as fast: each column is too little work for half a dozen operations of torch. Matrices are
 transposed and in the order of the visits: ``[B, R]``, B columns of the block, R rows of the weight.
 """
 

@@ -35,7 +35,7 @@ def chunk_rows(processors: int, l2_bytes: int, rows: int, n: int, row_bytes: int
 
     A product takes as many waves of tiles as its tiles fill the multiprocessors: one with half a wave too many in each
     chunk takes far longer than the whole weight would. Of equal ones the largest; but more than the usual bytes have to
-    be worth it, for x and y want the cache, too.
+    be worth it, as x and y want the cache, too.
     """
     most = min(max(l2_bytes, USUAL_BYTES) // row_bytes, tiles.padded(n))
     sizes = range(tiles.ALIGNMENT, most + 1, tiles.ALIGNMENT) or [tiles.ALIGNMENT]
