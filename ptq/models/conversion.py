@@ -1,5 +1,6 @@
 """What transformers does to names and tensors when it reads a checkpoint, applied to one parameter at a time."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -67,13 +68,8 @@ class Conversions:
 
 def _common(one: str, other: str) -> str:
     """The longest common start that ends with a dot."""
-    length = 0
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            break
-        if a == ".":
-            length = index + 1
-    return one[:length]
+    start = os.path.commonprefix([one, other])  # noqa: RUF071  (characters are meant: no path)
+    return start[: start.rfind(".") + 1]
 
 
 def is_one_tensor_each(piece: Piece) -> bool:
