@@ -41,9 +41,7 @@ class Opened(NamedTuple):
     device: torch.device
 
 
-def open_all(
-    paths: Sequence[str], parent: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-) -> Opened:
+def open_all(paths: Sequence[str], parent: str, *, device: str, dtype: str, trust_remote_code: bool) -> Opened:
     """Open checkpoints without reading weights.
 
     Raises:

@@ -28,7 +28,7 @@ SAMPLES = 256
 SAMPLE_BYTES = 4096
 
 
-def signature_of(plan: Plan, batches: Sequence[Tensor] | None, processes: int = 1) -> dict[str, str]:
+def signature_of(plan: Plan, batches: Sequence[Tensor] | None, processes: int) -> dict[str, str]:
     """Dotted name to text of everything that the checkpoint's bytes depend on.
 
     Weight files go in with name, size, header and 256 samples of 4 KiB (small files are read whole), the other files
