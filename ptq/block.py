@@ -81,8 +81,7 @@ def _raised_scales(weight: Tensor, path: str, task: BlockTask) -> str:
 def _with_rescue(result: ModuleResult, rescue: str) -> ModuleResult:
     if not rescue:
         return result
-    before = result.row.get("rescues")
-    row = {**result.row, "rescues": [*(before if isinstance(before, list) else []), rescue]}
+    row = {**result.row, "rescues": [*result.row.get("rescues", ()), rescue]}
     codes, zeros = result.quantized.codes, result.quantized.zeros
     if "relative_loss" in row and bool((grouped(codes, result.quantized.group_size) == zeros.unsqueeze(-1)).all()):
         # The weight was not zero and its codes are: all is lost, where the squares of such weights are 0 in float32.

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ptq.task import ModuleResult
 class RefinedModel(NamedTuple):
     """Report rows of all modules, and results that replace those in the journal; none where nothing was gained."""
 
-    rows: dict[str, dict[str, object]]
+    rows: dict[str, dict[str, Any]]
     results: dict[str, ModuleResult]
 
 
@@ -48,7 +48,7 @@ def refine_end_to_end(plan: Plan, batches: Sequence[Tensor], journal: Journal, p
     gained = refined.after < refined.before
     after = f"{refined.after:.5f} after" if gained else "no less after it: the weights stay as they were"
     progress.say(f"KL divergence to the parent: {refined.before:.5f} before refinement, {after}")
-    before, rows = journal.rows, dict[str, dict[str, object]]()
+    before, rows = journal.rows, dict[str, dict[str, Any]]()
     for name, quantized in refined.weights.items():
         changed = float((quantized.codes != start[name].codes).float().mean())
         rows[name] = {**before[name], "model_steps": plan.config.refine.model_steps, "model_loss": refined.before,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class ModuleResult(NamedTuple):
     """One quantized Linear and the row it gets in the report."""
 
     quantized: QuantizedWeight
-    row: dict[str, object]
+    row: dict[str, Any]
 
 
 class FloatTwin(NamedTuple):
@@ -68,7 +68,7 @@ class Solved(NamedTuple):
     rounding: float  # of the weight rounded on its plain grid, against the same T
 
 
-def finish(module: nn.Module, solved: Solved, row: dict[str, object], started: float) -> ModuleResult:
+def finish(module: nn.Module, solved: Solved, row: dict[str, Any], started: float) -> ModuleResult:
     """Put the codes' values into the module and complete its row of the report."""
     quantized = pack_result(solved.codes, solved.grid)
     rows = max(1, CHUNK_WEIGHTS // quantized.codes.shape[1])
@@ -83,9 +83,9 @@ def finish(module: nn.Module, solved: Solved, row: dict[str, object], started: f
     return ModuleResult(quantized, {**row, **losses, **described(quantized, started)})
 
 
-def counted(stats: InputStats) -> dict[str, object]:
+def counted(stats: InputStats) -> dict[str, Any]:
     """Tokens behind a result; of an expert also how many were routed to it, the rest being everybody's."""
-    row: dict[str, object] = {"tokens": stats.tokens}
+    row: dict[str, Any] = {"tokens": stats.tokens}
     return row if stats.routed is None else {**row, "routed": stats.routed}
 
 
@@ -108,7 +108,7 @@ def share(loss: float, energy: float) -> float:
     return float(loss > 0) if energy <= 0 else loss / energy
 
 
-def described(quantized: QuantizedWeight, started: float) -> dict[str, object]:
+def described(quantized: QuantizedWeight, started: float) -> dict[str, Any]:
     """What every row says, whichever method made it."""
     return {
         "bits": quantized.bits,

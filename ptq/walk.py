@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Finished(NamedTuple):
     tensors: dict[str, Tensor]
 
     @property
-    def rows(self) -> dict[str, dict[str, object]]:
+    def rows(self) -> dict[str, dict[str, Any]]:
         """Of the report."""
         return {name: result.row for name, result in self.results.items()}
 

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def awq_block(
         results = _round_scaled(scaled, modules, groups, stats, folded, task)
     for name, result in results.items():
         fold = folded[name][0] if name in folded else None
-        result.row.update(fold=fold.producer if fold else None, rescues=rescues + _listed(result.row["rescues"]))
+        result.row.update(fold=fold.producer if fold else None, rescues=[*rescues, *result.row["rescues"]])
     return results
 
 
@@ -67,11 +68,6 @@ def _agreed(
         ranks.take_over(parameter.data)
     device = next(scaled.parameters()).device
     return {name: (fold, scales.to(device)) for name, (fold, scales) in on_cpu.items()}, rescues
-
-
-def _listed(rescues: object) -> list[str]:
-    assert isinstance(rescues, list)
-    return rescues
 
 
 @plain_products()
@@ -92,7 +88,7 @@ def _round_scaled(
             weight = weight_of(scaled.get_submodule(name))
             part = _clip_and_round(weight[task.ranks.rows(len(weight))], moment, task.schemes[name], task)
             choice = whole(part, len(weight), task.ranks)
-            row: dict[str, object] = {"solver": "awq", "fold": None, **counted(input_stats)}
+            row: dict[str, Any] = {"solver": "awq", "fold": None, **counted(input_stats)}
             row["rescues"] = faint(input_stats, task.full(name), task.config.strict)
             results[name] = _awq_linear(modules[name], weight, choice, moment, input_stats.hessian, row)
     return results
@@ -214,7 +210,7 @@ def _clip_and_round(W: Tensor, moment: Tensor, scheme: Scheme, task: BlockTask) 
 
 
 def _awq_linear(
-    module: nn.Module, W: Tensor, choice: Choice, moment: Tensor, hessian: Tensor, row: dict[str, object]
+    module: nn.Module, W: Tensor, choice: Choice, moment: Tensor, hessian: Tensor, row: dict[str, Any]
 ) -> ModuleResult:
     """Put the codes of the scaled weight ``W`` into ``module``, which still holds the parent's, to compare with."""
     started = time.perf_counter()

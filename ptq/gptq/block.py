@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ def _gptq_linear(
         choice, solver = other, "rtn"
         rescues.append("rounding was better")
     choice = whole(choice, len(weight_of(module)), task.ranks)
-    row: dict[str, object] = {
+    row: dict[str, Any] = {
         "solver": solver,
         **counted(stats),
         "damping": factor.damping,
