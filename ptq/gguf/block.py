@@ -99,6 +99,5 @@ def _statistics(
     head = group.members[0]
     if task.twin is None or group.pool is not None:
         return collect(modules, [group], runs, _full(task, ""))[0], None
-    pairs = zip(runs, task.twin.runs, strict=True)
-    float_module = dict(linears(task.twin.block))[head]
+    float_module, pairs = task.twin.block.get_submodule(head), zip(runs, task.twin.runs, strict=True)
     return collect_drift(modules[head], float_module, group.calls, pairs, _full(task, head))

@@ -18,7 +18,7 @@ from ptq.grid import Grid, min_max_grid, nearest_codes, values
 from ptq.grid_search import search_grid
 from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss
-from ptq.models.structure import linears, weight_of
+from ptq.models.structure import weight_of
 from ptq.squares import times
 from ptq.task import CHUNK_WEIGHTS, BlockTask, ModuleResult, Solved, counted, faint, finish, share
 
@@ -102,8 +102,7 @@ def _statistics(
     if task.twin is None or group.pool is not None:
         return [(stats, None) for stats in collect(modules, stage, runs, task.full(""), task.ranks, task.home)]
     head = group.members[0]
-    float_module = dict(linears(task.twin.block))[head]
-    pairs = zip(runs, task.twin.runs, strict=True)
+    float_module, pairs = task.twin.block.get_submodule(head), zip(runs, task.twin.runs, strict=True)
     stats, drift = collect_drift(
         modules[head], float_module, group.calls, pairs, task.full(head), task.ranks, task.home
     )
