@@ -84,9 +84,7 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
                 f"{next(key for key, value in device_map.items() if value == 'disk')!r}; use a device there"
             )
 
-    def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         _refuse_plan(model)
         if not checkpoint_files:
             raise FormatError("packed weights are read from safetensors files; from_pretrained was given a state_dict")
@@ -94,9 +92,8 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         blocks = find_blocks(model)
         if any(PACKED_EXPERT.search(name) for name in self.reader.names()):
             _unfuse(model, blocks)
-        dtype: torch.dtype = getattr(model, "dtype")  # noqa: B009  (mypy sees a module)
-        require_multiplied(dtype)
-        slot = partial(PackedSlot, dtype=dtype)
+        require_multiplied(model.dtype)
+        slot = partial(PackedSlot, dtype=model.dtype)
         self.packed = place_packed(model, self.reader, self.quantization_config.stored, slot)
         self._require(model, blocks)
         _expect_no_more(model, [*self.packed.schemes], [*experts_of(model)])
@@ -110,7 +107,7 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             if not self.packed.names.is_tied(name) and not any(re.search(pattern, name) for pattern in lenient):
                 self.packed.names.require(name)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         with torch.inference_mode(False):  # tensors made in it can never be saved for a gradient to pass
             for path in experts_of(model):
@@ -122,9 +119,9 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
                     prepare_linear(name, layer)
         del self.reader  # a model with open files can neither be copied nor pickled
         if config.warmup:
-            warm_up(model, getattr(model, "dtype"))  # noqa: B009
+            warm_up(model, model.dtype)
         # What is saved has the names of the file already.
-        self._conversions, model._weight_conversions = list(getattr(model, "_weight_conversions", None) or ()), []  # type: ignore[assignment]  # an attribute of transformers' own
+        self._conversions, model._weight_conversions = list(getattr(model, "_weight_conversions", None) or ()), []
 
     def _load(self, model: nn.Module, name: str) -> QuantLinear:
         slot = model.get_submodule(name)
@@ -150,17 +147,17 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
             add_hook_to_module(layer, hook)
         return layer
 
-    def _load_experts(self, model: nn.Module, path: str) -> None:
+    def _load_experts(self, model: Any, path: str) -> None:
         """What an experts module that was taken apart has in float: biases, Linears that were left alone, norms."""
         inside = [slot for slot in model.get_submodule(path).modules() if isinstance(slot, PackedSlot)]
         device = inside[0].packed_bytes.device if inside else next(model.parameters()).device
         slots = tuple(f"{name}.packed_bytes" for name in self.packed.schemes)
         load_module(
-            model, path, self.reader, self.packed.names, device=device,
-            dtype=getattr(model, "dtype"), skip=lambda name: name.endswith(slots),  # noqa: B009
+            model, path, self.reader, self.packed.names, device=device, dtype=model.dtype,
+            skip=lambda name: name.endswith(slots),
         )  # fmt: skip
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors of a file like the one that was read.
 
         Raises:
@@ -170,7 +167,7 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
 
         layers = [(name, _packed_at(model, name)) for name in self.packed.schemes]
         _refuse_more(model, self.packed.schemes)
-        stored, tensors = written_tensors(self.packed, layers, getattr(model, "dtype"))  # noqa: B009
+        stored, tensors = written_tensors(self.packed, layers, model.dtype)
         self.quantization_config.stored = stored
         packed = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
         buffers = {f"{name}.{leaf}" for name in packed for leaf in ("qweight", "scales", "zeros", "perm")}
@@ -185,9 +182,9 @@ class PtqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not ty
         }
         tensors |= {stored: state[name] for name, stored in stored_as.items() if stored is not None}
         rest = {name: value for name, value in state.items() if stored_as.get(name) is None}
-        model._weight_conversions = self._conversions  # type: ignore[assignment]  # an attribute of transformers' own
+        model._weight_conversions = self._conversions
         rest = revert_weight_conversion(model, rest)
-        model._weight_conversions = []  # type: ignore[assignment]  # an attribute of transformers' own
+        model._weight_conversions = []
         return {**rest, **tensors}, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -277,7 +274,7 @@ def _expect_no_more(model: Any, packed: Iterable[str], experts: Iterable[str]) -
 class FloatQuantizer(PtqQuantizer):
     """Of a model from a float checkpoint whose head was packed: no format that is written describes such a file."""
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's own tensors. Raises PtqError while a layer is packed."""
         _refuse_more(model, ())
         return model.state_dict(), {}
@@ -290,15 +287,15 @@ class MadeQuantizer(PtqQuantizer):
         super().__init__(PtqConfig())
         self._layers, self._conversions = set(layers), conversions  # type: ignore[assignment]  # None: the class's own
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors of a checkpoint, whose configuration the model then has; raises as `describe_made`."""
-        model._weight_conversions = self._conversions  # type: ignore[assignment]  # an attribute of transformers' own
+        model._weight_conversions = self._conversions
         self.packed = describe_made(model, self._layers)
         try:
             written = super().get_state_dict_and_metadata(model)
         finally:
             del self.packed  # it describes the model of this moment
-        model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
+        model.config.quantization_config = self.quantization_config
         return written
 
 
