@@ -202,15 +202,11 @@ def _targets(source: Checkpoint, model: Model, file: FileType, keep_float: bool)
     """The tensors of the file."""
     shapes = list(_parameters(source))
     tied = not any(name.startswith("lm_head.") for name, _ in shapes)
-    found = targets(model, shapes, file, tied)
-    result = []
-    for target in found:
-        scheme = source.schemes.get(target.parameter.removesuffix(".weight"))
-        if scheme is None:
-            float_stays = keep_float and bool(source.schemes) and target.kind in KINDS
-            result.append(target._replace(kind=FLOAT) if float_stays else target)
-            continue
-        result.append(target)
+    float_stays = keep_float and bool(source.schemes)
+    result = [
+        t._replace(kind=FLOAT) if float_stays and t.kind in KINDS and t.module not in source.schemes else t
+        for t in targets(model, shapes, file, tied)
+    ]
     if model.rope_factors is not None:
         shape = tuple(model.rope_factors.shape)
         result.append(Target(ROPE_FACTORS, "", shape, "F32", "F32", -1, 0))
@@ -250,11 +246,12 @@ def _parameters(source: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _write(job: Job, output: GgufFile, progress: Progress, tally: Tally) -> None:
-    stream = None if job.calibration is None else open_stream(job.source, job.calibration.device)
-    if stream is not None:
+    stream, hidden, twin_hidden = None, list[Tensor](), list[Tensor]()
+    if job.calibration is not None:
+        stream = open_stream(job.source, job.calibration.device)
         _check_unsolved(job)
-    hidden = stream.enter(job.calibration.batches) if stream and job.calibration else []
-    twin_hidden = list(hidden) if job.calibration and follows_float(job) else []
+        hidden = stream.enter(job.calibration.batches)
+        twin_hidden = list(hidden) if follows_float(job) else []
     for index in range(job.model.blocks):
         started, solved = time.perf_counter(), {}
         if stream is not None:
@@ -293,7 +290,7 @@ def _content(
     job: Job, target: Target, solved: Mapping[str, SolvedLinear], importance: Tensor | None, tally: Tally
 ) -> Tensor:
     """What the file holds of one tensor, in the file's order of rows."""
-    module = target.parameter.removesuffix(".weight")
+    module = target.module
     if target.name == ROPE_FACTORS:
         assert job.model.rope_factors is not None
         data = job.model.rope_factors

@@ -17,7 +17,7 @@ from ptq.runtime import Checkpoint
 def misfit(source: Checkpoint, found: Sequence[Target]) -> str | None:
     """Which packed Linear's codes do not fit the kind of its tensor; None where all do, or F16 was asked for."""
     for target in found:
-        module = target.parameter.removesuffix(".weight")
+        module = target.module
         scheme = source.schemes.get(module)
         if scheme is None or target.wanted == FLOAT:
             continue

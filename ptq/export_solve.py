@@ -43,7 +43,7 @@ class Job(NamedTuple):
 def is_solved(source: Checkpoint, target: Target) -> bool:
     """Whether a tensor needs text: a float one that becomes blocks, the embedding too where it serves as the head."""
     is_input = target.name == "token_embd.weight"
-    packed = target.parameter.removesuffix(".weight") in source.schemes
+    packed = target.module in source.schemes
     return target.kind in KINDS and not packed and not is_input
 
 
@@ -95,7 +95,7 @@ def solve_block(
 def _kinds(job: Job, path: str) -> dict[str, str]:
     """Float Linears below a path that become blocks."""
     return {
-        target.parameter.removesuffix(".weight").removeprefix(f"{path}."): target.kind
+        target.module.removeprefix(f"{path}."): target.kind
         for target in job.targets
         if target.parameter.startswith(f"{path}.") and is_solved(job.source, target)
     }
@@ -112,7 +112,7 @@ def solve_head(job: Job, stream: StreamedModel, hidden: list[Tensor]) -> tuple[d
         if head is not None:
             if not is_solved(job.source, head):
                 return {}, None
-            kinds = {head.parameter.removesuffix(".weight"): head.kind}
+            kinds = {head.module: head.kind}
             return solve_linears(stream.model, runs, BlockFormats("", kinds, *job.calibration[1:3])), None
         if embedding.kind not in KINDS:
             return {}, None

@@ -46,6 +46,11 @@ class Target(NamedTuple):
     block: int  # -1 outside the blocks
     heads: int  # rows are reordered within so many heads; 0: they stay
 
+    @property
+    def module(self) -> str:
+        """Path of the Linear of which this is the weight; of anything else the parameter itself."""
+        return self.parameter.removesuffix(".weight")
+
 
 def describe_model(config: Any) -> Model:
     """Keys and peculiarities of a configuration of transformers.
