@@ -15,7 +15,7 @@ from ptq.models.experts import routers, stacks
 from ptq.models.loading import build_skeleton
 from ptq.models.names import SourceNames
 from ptq.models.structure import linears
-from ptq.models.tying import FLAG, levels
+from ptq.models.tying import untie
 from ptq.nn.linear import QuantLinear
 from ptq.packed import Packed
 from ptq.version import VERSION
@@ -57,9 +57,8 @@ def _untie(model: Any) -> None:
     gone = [name for name, origin in tied.items() if packed & {name, origin}]
     for name in gone:
         del tied[name]
-    for level in levels(model.config) if gone and not tied else ():
-        if getattr(level, FLAG, False):
-            setattr(level, FLAG, False)
+    if gone and not tied:
+        untie(model.config)
 
 
 def describe_made(model: Any, expected: Collection[str]) -> Packed:

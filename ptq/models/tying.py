@@ -40,8 +40,7 @@ def believe_files(config: Any, directory: Path, build: Callable[[Any], nn.Module
         directory: where its safetensors are.
         build: makes the model of a configuration without its weights.
     """
-    every = levels(config)
-    if not any(getattr(level, FLAG, False) for level in every):
+    if not any(getattr(level, FLAG, False) for level in levels(config)):
         return
     try:
         with ExitStack() as files:
@@ -49,9 +48,14 @@ def believe_files(config: Any, directory: Path, build: Callable[[Any], nn.Module
     except (PtqError, SafetensorError, OSError):
         return
     if apart:
-        for level in every:
-            if getattr(level, FLAG, False):
-                setattr(level, FLAG, False)
+        untie(config)
+
+
+def untie(config: Any) -> None:
+    """Let a configuration say that its embeddings are not tied."""
+    for level in levels(config):
+        if getattr(level, FLAG, False):
+            setattr(level, FLAG, False)
 
 
 def state_ties(config: Any, settings: dict[str, Any]) -> None:
