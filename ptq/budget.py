@@ -10,10 +10,10 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import NamedTuple
 
-from ptq.config import WIDTHS, BitBudget, RunConfig, fixed_bits
+from ptq.config import BitBudget, RunConfig, fixed_bits
 from ptq.errors import ConfigError
 from ptq.formats.capability import CAPABILITIES
-from ptq.formats.codec import Scheme
+from ptq.formats.codec import WIDTHS, Scheme
 
 # Room for the rounding of sums of losses, so that no optimum is cut off.
 SLACK = 1e-9

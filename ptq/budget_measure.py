@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ptq.budget import Item, allocate, widths_for
 from ptq.calibration.capture import InputGroup, InputStats, collect, trace_groups
 from ptq.calibration.held import Run
-from ptq.config import WIDTHS, BitBudget, RunConfig
+from ptq.config import BitBudget, RunConfig
 from ptq.formats.codec import Scheme
 from ptq.gptq.solver import Factor, factorize
 from ptq.grid import nearest_codes, values
@@ -273,7 +273,7 @@ def spend(plan: Plan, measured: Sequence[Measured]) -> tuple[Plan, dict[str, Any
         "budget": plan.config.bits.budget,
         "average_bits": sum(g.weights * bits for g, bits in zip(measured, widths, strict=True)) / weights,
         "widths": sorted({bits for group in measured for bits in group.widths}),
-        "widths_not_offered": "6 (no kernel runs it)" if 6 not in WIDTHS else "",
+        "widths_not_offered": "6 (no kernel runs it)",
         "predicted_kl": sum(item.losses[bits] for item, bits in zip(items, widths, strict=True)),
         "groups": groups,
     }

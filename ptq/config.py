@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 from ptq.config_paths import config_text, counted, find_directory, find_files, search_roots, with_variables
 from ptq.errors import ConfigError
-from ptq.formats.codec import Scheme
+from ptq.formats.codec import WIDTHS, Scheme
 from ptq.schema import at_least, build, check_rules, checked
 from ptq.yaml_tree import override, parse, plain, unparse
 
-WIDTHS = (2, 3, 4, 8)  # bits that kernels run
 _BITS = checked(lambda bits: bits in WIDTHS, "2, 3, 4 or 8")
 _BITS_OR_BUDGET = checked(
     lambda bits: isinstance(bits, BitBudget) or bits in WIDTHS, "2, 3, 4 or 8, or {budget: average}"

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from ptq.errors import ConfigError, FormatError
 from ptq.formats import CODECS, codec_for_config, readable_config, schemes_by_module
 from ptq.formats.checkpoint import CheckpointReader
-from ptq.formats.codec import Codec, Config, QuantizedWeight, Scheme
+from ptq.formats.codec import WIDTHS, Codec, Config, QuantizedWeight, Scheme
 from ptq.models.names import SourceNames
 from ptq.models.structure import linears, weight_shape
 from ptq.nn.linear import QuantLinear
 from ptq.nn.swap import exact_dtype, replace_module, to_quant_linear
 
-RUNNABLE = (2, 3, 4, 8)  # bits that the kernels know
-MULTIPLIED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of rows that they know
+MULTIPLIED = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of rows that kernels know
 Placeholder = Callable[[nn.Module, Scheme], nn.Module]  # what stands in a Linear's place until its weight is read
 
 
@@ -127,9 +126,9 @@ def read_packed(
         FormatError: tensors that are missing, damaged, or of another shape than the model's.
     """
     scheme, stored = packed.schemes[name], packed.names.of_module(name)
-    if scheme.bits not in RUNNABLE:
+    if scheme.bits not in WIDTHS:
         raise FormatError(
-            f"{stored} has {scheme.bits} bits; weights of {', '.join(map(str, RUNNABLE))} bits can be run: quantize "
+            f"{stored} has {scheme.bits} bits; weights of {', '.join(map(str, WIDTHS))} bits can be run: quantize "
             "the model again with one of these"
         )
     names = packed.codec.tensor_names(stored, scheme)

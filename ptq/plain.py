@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ptq.block import quantize_block
 from ptq.calibration.given import copied
-from ptq.config import WIDTHS, AWQConfig, GPTQConfig, RefineConfig, RunConfig, matches, scheme_for, unused_patterns
+from ptq.config import AWQConfig, GPTQConfig, RefineConfig, RunConfig, matches, scheme_for, unused_patterns
 from ptq.errors import ConfigError
-from ptq.formats.codec import Scheme
+from ptq.formats.checks import FLOATS
+from ptq.formats.codec import WIDTHS, Scheme
 from ptq.grid import resolve_group_size
 from ptq.half_products import fast_half_products
 from ptq.integration.made import attach_made
@@ -26,7 +27,6 @@ from ptq.passed_over import passed_over, warn_passed_over
 from ptq.schema import build
 from ptq.task import BlockTask, FloatTwin, ModuleResult
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _EAGER = RLock()
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from ptq.config import WIDTHS, BitBudget, fixed_bits
-from ptq.formats.codec import Scheme
+from ptq.config import BitBudget, fixed_bits
+from ptq.formats.codec import WIDTHS, Scheme
 from ptq.models.loading import working_dtype
 from ptq.plan import Plan, block_count, describe_extra, extra_tensors, replaced_tensors, taken_apart
 

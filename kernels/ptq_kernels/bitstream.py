@@ -32,7 +32,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Raises ValueError for a width outside 2, 3, 4, 8, no codes or a code that needs more bits, TypeError for another
     dtype.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise TypeError(
             f"pack needs uint8 codes of shape [N, K], got {codes.dtype} {list(codes.shape)}; pass codes.to(torch.uint8)"
@@ -89,7 +89,7 @@ def unpack(qweight: Tensor, bits: int, in_features: int) -> Tensor:
 
     Raises ValueError for a width outside 2, 3, 4, 8 or a packed width that does not fit, TypeError for another dtype.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if qweight.dtype != torch.int32 or qweight.dim() != 2:
         raise TypeError(
             f"unpack needs int32 words of shape [N, words], got {qweight.dtype} {list(qweight.shape)}; "
@@ -103,6 +103,7 @@ def unpack(qweight: Tensor, bits: int, in_features: int) -> Tensor:
     return Unpacker(bits, in_features, qweight.shape[0], qweight.device)(qweight).contiguous()
 
 
-def _check_bits(bits: int) -> None:
+def check_bits(bits: int) -> None:
+    """Raise ValueError for a width outside 2, 3, 4, 8."""
     if isinstance(bits, float) or bits not in BITS:
         raise ValueError(f"bits must be one of {BITS}, got {bits!r}; requantize with a supported width")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ptq_kernels import layouts
-from ptq_kernels.bitstream import BITS
+from ptq_kernels.bitstream import check_bits
 from ptq_kernels.layouts import PackedWeight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -15,8 +15,7 @@ NO_INTEGERS = (float, str, list, tuple, type(None))
 def check_weight(weight: PackedWeight) -> None:
     """Raise ValueError or TypeError unless the tensors of `weight` fit its bits, group size, layout and each other."""
     bits, group, columns = weight.bits, weight.group_size, weight.in_features
-    if isinstance(bits, float) or bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {bits!r}; requantize with a supported width")
+    check_bits(bits)
     for name, number in (("group_size", group), ("in_features", columns)):
         if isinstance(number, NO_INTEGERS):
             raise TypeError(f"{name} must be an int, got {number!r}; count columns with whole numbers")

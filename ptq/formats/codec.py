@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+WIDTHS = (2, 3, 4, 8)  # bits that kernels run
 Config = dict[str, Any]  # the quantization_config block of config.json
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 

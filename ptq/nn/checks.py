@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from ptq.errors import FormatError
-from ptq.formats.codec import QuantizedWeight, Scheme
+from ptq.formats.codec import WIDTHS, QuantizedWeight, Scheme
 
-WIDTHS = (2, 3, 4, 8)
 _DTYPES = {"qweight": (torch.int32,), "zeros": (torch.uint8,), "perm": (torch.int32, torch.int64, torch.int16)}
 
 
