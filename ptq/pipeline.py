@@ -266,7 +266,8 @@ def _solve_and_write(
                                "seconds_before": round(sum(r.seconds for r in journal.records), 2)}  # fmt: skip
     for note in journal.notes:
         progress.say(note)
-    if extra := extra_tensors(plan):
+    extra = extra_tensors(plan)
+    if extra:
         progress.say(describe_extra(extra))
     before = resident_bytes()
     home = home_of(plan, ranks=ranks)
@@ -301,7 +302,7 @@ def _solve_and_write(
             rows[name]["predicted_relative_loss"] = loss  # beside the measured one
     document["modules"] = rows
     document["kept_in_float"] = [name for name, scheme in plan.schemes.items() if scheme is None]
-    document["extra_tensors"] = extra_tensors(plan)
+    document["extra_tensors"] = extra
 
 
 def _write_description(plan: Plan, staged: Path) -> None:

@@ -98,13 +98,7 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
     reader = HubHeaders(config.model, config.revision) if elsewhere else CheckpointReader(directory)
     require_described(directory, reader.names())
     names = SourceNames(skeleton, reader.names())
-    for name, parameter in skeleton.named_parameters():
-        names.require(name)
-        stored = names.find(name)
-        if stored is not None:
-            stored_as, shape = reader.spec(stored)
-            check_shape(stored, parameter.shape, shape)
-            check_floating(stored, parameter.dtype, stored_as)
+    _check_stored(skeleton, reader, names)
     _check_head(skeleton, names, schemes)
     _check_length(config, hf_config)
     return Plan(config, directory, hf_config, skeleton, blocks, schemes, shapes, codec, reader, names, dtype, device)
@@ -173,6 +167,17 @@ def check_output(config: RunConfig) -> None:
             f"output must be a directory apart from the model's; {config.output} and {config.model} are the same or "
             "one is inside the other: choose another `output`"
         )
+
+
+def _check_stored(skeleton: nn.Module, reader: CheckpointReader | HubHeaders, names: SourceNames) -> None:
+    """The checkpoint must have every parameter, in the model's shape and as floats."""
+    for name, parameter in skeleton.named_parameters():
+        names.require(name)
+        stored = names.find(name)
+        if stored is not None:
+            stored_as, shape = reader.spec(stored)
+            check_shape(stored, parameter.shape, shape)
+            check_floating(stored, parameter.dtype, stored_as)
 
 
 def _check_head(skeleton: nn.Module, names: SourceNames, schemes: dict[str, Scheme | None]) -> None:
