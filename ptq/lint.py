@@ -19,7 +19,8 @@ from ptq.models.names import SourceNames, unplaced
 from ptq.models.stock import initialization_error, left_out
 from ptq.models.structure import is_transposed, linears, output_head, weight_shape
 from ptq.packed import require_described
-from ptq.readers import REFUSES, Facts, Verdict, split_problems, unknown_roles, verdicts
+from ptq.readers import REFUSES, Facts, Verdict, verdicts
+from ptq.tensor_parallel import split_problems, unknown_roles
 
 PARTS = (2, 4, 8)  # GPUs of a tensor-parallel group
 _SHOWN = 3  # of many alike

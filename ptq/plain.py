@@ -1,19 +1,14 @@
 """Quantizing any PyTorch module, without Hugging Face; a model of transformers can be saved as a checkpoint."""
 
-import copy
-import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
-from threading import RLock
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ptq.block import quantize_block
-from ptq.calibration.given import copied
 from ptq.config import AWQConfig, GPTQConfig, RefineConfig, RunConfig, matches, scheme_for, unused_patterns
 from ptq.errors import ConfigError
 from ptq.formats.checks import FLOATS
@@ -24,10 +19,9 @@ from ptq.integration.made import attach_made
 from ptq.models.structure import linears, require_memory, weight_shape
 from ptq.nn.swap import replace_module, take_hooks, to_quant_linear
 from ptq.passed_over import passed_over, warn_passed_over
+from ptq.plain_runs import Probe, eagerly, evaluating, float_twin, runner
 from ptq.schema import build
-from ptq.task import BlockTask, FloatTwin, ModuleResult
-
-_EAGER = RLock()
+from ptq.task import BlockTask, ModuleResult
 
 
 @torch.no_grad()
@@ -97,11 +91,11 @@ def quantize_linears(
     warn_passed_over(module, left, config.exclude, stacklevel=3)  # above this function there is torch.no_grad's
     batches = _batches(calibration_batches, config)
     _untie(module, schemes, folds=method == "awq")
-    with _evaluating(module), _eagerly():
+    with evaluating(module), eagerly():
         weight = module.get_parameter(f"{next(iter(schemes))}.weight")
-        probe = _Probe(module, batches) if method == "awq" else None
-        runs = [_runner(module, batch, index) for index, batch in enumerate(batches)]
-        twin = _twin(module, batches) if config.follows_float else None
+        probe = Probe(module, batches) if method == "awq" else None
+        runs = [runner(module, batch, index) for index, batch in enumerate(batches)]
+        twin = float_twin(module, batches) if config.follows_float else None
         task = BlockTask("", schemes, config, weight.dtype, probe, twin, branching=True)
         with fast_half_products(weight.device):
             results = quantize_block(module, runs, task)
@@ -274,103 +268,6 @@ def _address(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (ValueError, RuntimeError, NotImplementedError):
         return 0
-
-
-@contextmanager
-def _eagerly() -> Iterator[None]:
-    """As the module itself computes: without autocast, and uncompiled, as passes stop and wait at its Linears.
-
-    torch has one stance for all threads: one at a time is here, or the last to leave might put back another's.
-    """
-    with (
-        _EAGER, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
-        torch.compiler.set_stance("force_eager"),
-    ):  # fmt: skip
-        yield
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, then every submodule as it was."""
-    training = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, flag in training:
-            child.training = flag
-
-
-def _twin(module: nn.Module, batches: Iterable[Any]) -> FloatTwin:
-    """The module as it is now, to say what its layers would read without quantization."""
-    twin = copy.deepcopy(module)
-    return FloatTwin(twin, [_runner(twin, batch, index) for index, batch in enumerate(batches)])
-
-
-def _runner(module: nn.Module, batch: Any, index: int = 0) -> Callable[[], Any]:
-    def run() -> Any:
-        given = copied(batch)  # a module may change its arguments in place, or fill a cache among them
-        named = given if isinstance(given, Mapping) else {}
-        placed = () if named is given else given if isinstance(given, tuple | list) else (given,)
-        try:
-            return module(*placed, **named)
-        except TypeError as error:
-            try:
-                inspect.signature(module.forward).bind(*placed, **named)
-            except TypeError as misfit:
-                raise ConfigError(
-                    f"a batch must be the arguments of the module, found one that does not fit its forward: {misfit}; "
-                    "leave labels out, and name arguments in a dict"
-                ) from error
-            raise
-        except RuntimeError as error:
-            shown = (
-                f"a tensor of {batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            )
-            error.add_note(f"{type(module).__name__} was run on calibration batch {index}, {shown}")
-            raise
-
-    return run
-
-
-class _Probe:
-    """Runs a float32 stand-in for the module on the first batch that is not empty: all its outputs, as one vector.
-
-    Each output is divided by the largest magnitude it has for the module itself, so that a small one counts as well.
-    """
-
-    def __init__(self, module: nn.Module, batches: Sequence[Any]) -> None:
-        for batch in batches:
-            self._batch = _map_floats(batch, Tensor.float)
-            outputs = self._outputs(copy.deepcopy(module).float())
-            if outputs:
-                break
-        else:
-            raise ConfigError(
-                "method awq proves by the module's output that folding scales leaves it unchanged; the output of "
-                f"{type(module).__name__} holds no floating-point tensor: return one, or use method='gptq'"
-            )
-        self._largest = [float(y.abs().max().clamp(min=1e-30)) for y in outputs]
-
-    def _outputs(self, module: nn.Module) -> list[Tensor]:
-        outputs: list[Tensor] = []
-        _map_floats(_runner(module, self._batch)(), outputs.append)
-        return [y for y in outputs if y.numel()]
-
-    def __call__(self, module: nn.Module) -> Tensor:
-        pairs = zip(self._outputs(module), self._largest, strict=True)
-        return torch.cat([y.double().reshape(-1) / largest for y, largest in pairs])
-
-
-def _map_floats(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Nested tuples, lists and mappings with ``function`` applied to every floating-point tensor."""
-    if isinstance(value, Tensor):
-        return function(value) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _map_floats(each, function) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [_map_floats(each, function) for each in value]
-    return value
 
 
 def _swap(module: nn.Module, results: Mapping[str, ModuleResult]) -> None:

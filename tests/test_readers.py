@@ -11,7 +11,8 @@ import torch
 from format_examples import random_weight
 
 from ptq.formats import CODECS, Scheme
-from ptq.readers import LOADS, REFUSES, SLOWER, UNKNOWN, Facts, split_problems, verdicts
+from ptq.readers import LOADS, REFUSES, SLOWER, UNKNOWN, Facts, verdicts
+from ptq.tensor_parallel import split_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 S4, A4 = Scheme(4, 128, True), Scheme(4, 128, False)

@@ -51,10 +51,10 @@ LAYERS = [
     ),
     Layer(  # a whole model
         "ptq.packed ptq.integration ptq.integration.* "
-        "ptq.pipeline ptq.plan ptq.plan_size ptq.plain ptq.passed_over ptq.runtime ptq.evaluate ptq.evaluation "
-        "ptq.inspection ptq.walk ptq.end_to_end ptq.predict ptq.predict_memory ptq.predict_time "
+        "ptq.pipeline ptq.plan ptq.plan_size ptq.plain ptq.plain_runs ptq.passed_over ptq.runtime ptq.evaluate "
+        "ptq.evaluation ptq.inspection ptq.walk ptq.end_to_end ptq.predict ptq.predict_memory ptq.predict_time "
         "ptq.journal_signature ptq.budget_measure "
-        "ptq.readers ptq.lint_values ptq.lint ptq.parent ptq.card ptq.push "
+        "ptq.readers ptq.tensor_parallel ptq.lint_values ptq.lint ptq.parent ptq.card ptq.push "
         "ptq.prepared ptq.compare ptq.compare_page ptq.sweep ptq.export ptq.export_packed ptq.export_solve "
         "ptq.adapters ptq.adapter_merge ptq.tasks",
         mutual=True,
