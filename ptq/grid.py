@@ -65,12 +65,7 @@ def resolve_group_size(scheme: Scheme, in_features: int, name: str = "weight") -
 
 
 def min_max_grid(
-    weight: Tensor,
-    scheme: Scheme,
-    *,
-    scale_dtype: torch.dtype = torch.float16,
-    shrink: Tensor | float = 1.0,
-    smallest: float = SMALLEST_SCALE,
+    weight: Tensor, scheme: Scheme, *, scale_dtype: torch.dtype = torch.float16, smallest: float = SMALLEST_SCALE
 ) -> Grid:
     """The grid that spans each group's range.
 
@@ -81,7 +76,6 @@ def min_max_grid(
         weight: float ``[N, K]``.
         scheme: bits, group size and symmetry.
         scale_dtype: dtype the checkpoint will keep scales in (see `round_scales`).
-        shrink: factor on the range, a number or ``[N, G]`` (clipping).
         smallest: least scale.
 
     Raises:
@@ -93,9 +87,9 @@ def min_max_grid(
     groups = grouped(weight, group_size)
     top = 2**scheme.bits - 1
     if scheme.symmetric:
-        scales = round_scales(2 * groups.abs().amax(-1) * shrink / top, scale_dtype, smallest)
+        scales = round_scales(2 * groups.abs().amax(-1) / top, scale_dtype, smallest)
         return Grid(scales, torch.full_like(scales, 2 ** (scheme.bits - 1)), scheme.bits, group_size, True)
-    low, high = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = round_scales((high - low) / top, scale_dtype, smallest)
     zeros = torch.round(-low / scales).clamp(0, top)
     return Grid(scales, zeros, scheme.bits, group_size, False)

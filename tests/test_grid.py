@@ -72,7 +72,7 @@ def test_min_max_grid_holds_every_weight_within_half_a_step(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_nearest_codes_are_nearest(scheme):
     w = weight(3)
-    grid = min_max_grid(w, scheme, shrink=0.7)  # so that some weights lie outside
+    grid = min_max_grid(0.7 * w, scheme)  # so that some weights lie outside
     found = nearest_codes(w, grid)
     assert found.dtype == torch.uint8
     assert torch.equal(found.long(), oracles.round_to_codes(w, grid.scales, grid.zeros, grid.top))
