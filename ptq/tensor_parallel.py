@@ -1,4 +1,7 @@
-"""Over how many GPUs an engine can split a checkpoint's packed Linears: whole words and whole groups for each."""
+"""Over how many GPUs an engine can split a checkpoint's packed Linears: whole words and whole groups for each.
+
+Evidence stands in brackets, as in `ptq.readers`.
+"""
 
 from ptq.formats.capability import is_head
 from ptq.formats.codec import Scheme
