@@ -122,10 +122,10 @@ def test_what_head_bits_cannot_be_for_is_refused(parent, tmp_path, monkeypatch: 
     run(settings(parent, tmp_path / "out", "rtn"))
     packed = pack_head(nn.Linear(64, 8), 8)
     with monkeypatch.context() as changed:
-        changed.setattr("ptq.runtime._head", lambda model: packed)
+        changed.setattr("ptq.runtime.output_head", lambda model: packed)
         with pytest.raises(ConfigError, match="this checkpoint holds its head in 8 bits: leave head_bits out"):
             ptq.load(tmp_path / "out", device="cpu", head_bits=4)
-    monkeypatch.setattr("ptq.runtime._head", lambda model: None)
+    monkeypatch.setattr("ptq.runtime.output_head", lambda model: None)
     with pytest.raises(ConfigError, match="needs an output head that is a Linear; the model has NoneType"):
         ptq.load(parent, device="cpu", head_bits=4)
 
