@@ -118,7 +118,7 @@ def _plain(text: str) -> str:
 
 def _method(configuration: Document) -> str:
     said = str(METHODS.get(configuration["method"], configuration["method"]))
-    if configuration["method"] == "awq" and configuration["awq"].get("codes") == "gptq":
+    if configuration["method"] == "awq" and configuration.get("awq", {}).get("codes") == "gptq":
         said += ", codes by GPTQ"
     refine = configuration.get("refine", {})
     for key, of in (("steps", "a block"), ("model_steps", "of the whole model")):

@@ -19,12 +19,11 @@ from ptq.config import EvaluationConfig
 from ptq.errors import ConfigError
 from ptq.evaluate import Metrics, compare, streamed
 from ptq.evaluation import check_vocabulary
-from ptq.formats.checkpoint import read_json
 from ptq.inspection import packed_bits
 from ptq.models.loading import load_tokenizer
 from ptq.nn.linear import QuantLinear
 from ptq.plan import check_context, resolve_device
-from ptq.report import table
+from ptq.report import read_report, table
 from ptq.runtime import Checkpoint, open_checkpoint, open_stream
 
 COLUMNS = {"megabytes": ".1f", "bits": ".3f", "perplexity": ".3f", "kl": ".5f", "top1": ".2%", "worst_layer": ".2e"}
@@ -99,12 +98,13 @@ def compare_checkpoints(
 
     Raises:
         ConfigError: as `open_all`, or a model's context is below the window.
-        FormatError: as `open_all`.
+        FormatError: as `open_all`, or a checkpoint's report is none (`read_report`).
         DataError: the text is unreadable or too short.
     """
     opened = open_all(paths, parent, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for each in (opened.parent, *opened.others.values()):
         check_context(each.hf_config, "--window", settings.window)
+    reported = {name: _reported(each.directory) for name, each in opened.others.items()}
     tokenizer = load_tokenizer(opened.parent.directory, trust_remote_code)
     others = {name: streamed(open_stream(each, opened.device)) for name, each in opened.others.items()}
     metrics = compare(
@@ -125,7 +125,7 @@ def compare_checkpoints(
         "layer_tokens": sum(len(tokens) for tokens in windows),
         "models": rows,
         "layers": layers,
-        "reported": {name: _reported(each.directory) for name, each in opened.others.items()},
+        "reported": reported,
     }
 
 
@@ -149,7 +149,7 @@ def _reported(directory: Path) -> dict[str, float]:
     Runs with another method or `gptq.correct_inputs` have another target in it (`ptq.task.Solved`).
     """
     file = directory / "report.json"
-    rows: Mapping[str, Mapping[str, Any]] = read_json(file).get("modules", {}) if file.is_file() else {}
+    rows: Mapping[str, Mapping[str, Any]] = read_report(file).get("modules", {}) if file.is_file() else {}
     return {name: row["relative_loss"] for name, row in rows.items() if row.get("relative_loss") is not None}
 
 

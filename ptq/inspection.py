@@ -3,11 +3,11 @@
 from collections import Counter
 from typing import Any
 
-from ptq.formats.checkpoint import read_json
 from ptq.formats.codec import Scheme
 from ptq.models.structure import linears
 from ptq.nn.linear import QuantLinear
 from ptq.page_report import report_page
+from ptq.report import read_report
 from ptq.runtime import Checkpoint, open_checkpoint
 
 NAMED = 4  # of the Linears that stay in float
@@ -50,11 +50,11 @@ def inspection_page(path: str, *, trust_remote_code: bool = False) -> str:
 
     Raises:
         ConfigError: no such model.
-        FormatError: damaged files.
+        FormatError: damaged files, or a report that `read_report` refuses.
     """
     opened = open_checkpoint(path, trust_remote_code=trust_remote_code)
     if (opened.directory / "report.json").is_file():
-        return report_page(opened.directory.name, read_json(opened.directory / "report.json"))
+        return report_page(opened.directory.name, read_report(opened.directory / "report.json"))
     packed = {n: m for n, m in opened.model.named_modules() if isinstance(m, QuantLinear)}
     size: dict[str, Any] = {"after": sum(opened.reader.files().values())}
     if packed:

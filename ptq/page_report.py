@@ -103,7 +103,7 @@ def _budget(document: Document) -> str:
         predicted = None if None in losses else sum(losses)
         total = sum(measured) if all(isinstance(loss, float) for loss in measured) else None
         rows.append([
-            _names(group["modules"]), str(group["bits"]), number(group["predicted_kl"][str(group["bits"])], ".2e"),
+            _names(group["modules"]), str(group["bits"]), number(group["predicted_kl"].get(str(group["bits"])), ".2e"),
             number(predicted, ".2e"), number(total, ".2e"),
         ])  # fmt: skip
     said = (

@@ -35,7 +35,7 @@ from ptq.predict import compared, home_of, missing_disk, predict
 from ptq.predict_time import measure_rates
 from ptq.prepared import Prepared
 from ptq.progress import Progress
-from ptq.report import PeakMemory, Report, anonymous_bytes, hardware, resident_bytes, versions
+from ptq.report import PeakMemory, Report, anonymous_bytes, hardware, read_report, resident_bytes, versions
 from ptq.version import VERSION
 from ptq.walk import units, walk
 
@@ -158,7 +158,7 @@ def _finished_before(
     """The report of a run like this one that was cut short after its checkpoint was whole."""
     if not place.published:
         return None
-    report = Report(Path(plan.config.output), read_json(place.final / "report.json"))
+    report = Report(Path(plan.config.output), read_report(place.final / "report.json"))
     try:
         steps = report.document["configuration"]["refine"]["model_steps"]
     except (KeyError, TypeError) as error:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ptq.card import model_card
 from ptq.errors import ConfigError, FormatError, PtqError, UnsupportedModelError
-from ptq.formats.checkpoint import read_json, staged_directory
+from ptq.formats.checkpoint import staged_directory
 from ptq.formats.staging import CHAT_TEMPLATES, json_text
 from ptq.lint import Lint, lint
 from ptq.page_report import report_page
 from ptq.parent import HUB_NAME, parent_of
+from ptq.report import read_report
 from ptq.yaml_tree import parse, unparse
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _report(directory: Path, force: bool) -> dict[str, Any]:
             f"a push needs the report of the run, for the card; there is no {path}: quantize again, or push a card "
             "without figures with --force"
         )
-    document = read_json(path)
+    document = read_report(path)
     found = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     written = document.get("size", {}).get("after")
     if written != found and not force:

@@ -8,14 +8,55 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 
+from ptq.errors import FormatError
+from ptq.formats.staging import read_json
 from ptq.gptq.columns import columns_library
 from ptq.version import VERSION
 
 PACKAGES = ("transformers", "safetensors", "accelerate", "datasets", "triton", "greenlet")
+# What of report.json is read again, for pages, cards and comparisons: an object's keys (``*``: any other; ``!``:
+# required where the object is), a list's entries, a type, or a tuple of alternatives. No finite number: null.
+_NUMBER = (int, float)
+_FIGURE = (int, float, NoneType)
+_USED = {"predicted!": _NUMBER, "actual!": _NUMBER}
+_TEXT = (str, [str])
+_SHAPE: Any = {
+    "versions": {"*": str},
+    "hardware": {},
+    "configuration": {
+        "model!": str, "method!": str, "format!": str, "awq": {}, "refine": {"steps": int, "model_steps": int},
+        "calibration!": {"dataset!": {"name": (str, NoneType), "files": [str]}},
+    },
+    "parent": ({"name": (str, NoneType), "card": ({}, NoneType)}, NoneType),
+    "calibration": {"sequences!": int, "tokens!": int, "seed!": int},
+    "budget": {
+        "budget!": _NUMBER, "average_bits!": _NUMBER, "widths!": [int], "predicted_kl!": _FIGURE,
+        "groups!": [{"modules!": [str], "bits!": int, "predicted_kl!": {"*": _FIGURE},
+                     "predicted_relative_loss!": {"*": _FIGURE}}],
+    },
+    "modules": {"*": {
+        "bits!": int, "group_size!": int, "symmetric!": bool, "solver": str, "relative_loss": _FIGURE,
+        "relative_rounding_loss": _FIGURE, "rescues": ([str], NoneType), "routed": int, "tokens": int,
+    }},
+    "kept_in_float": [str],
+    "size": {"before!": int, "after!": int, "bits_per_weight!": _NUMBER},
+    "memory": {"peak_on_gpu": int},
+    "peak_bytes": {"*": int},
+    "prediction": {"memory!": _USED, "seconds!": _USED},
+    "seconds": {"*": _NUMBER},
+    "evaluation": {
+        "text!": _TEXT, "tokens!": int, "window!": int, "stride!": int,
+        "models!": {"*": {"perplexity": _FIGURE, "kl": _FIGURE, "top1": _FIGURE, "megabytes": _FIGURE}},
+    },
+    "kernels": ({"evaluation!": {"*": str}, "*": {"*": str}}, {"*": str}),
+}  # fmt: skip
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null",
+          dict: "an object", list: "a list"}  # fmt: skip
 
 
 @dataclass
@@ -30,6 +71,47 @@ class Report:
         """One row for each quantized Linear."""
         rows: dict[str, dict[str, Any]] = self.document["modules"]
         return rows
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """What a ``report.json`` holds, where everything that is read of one is of the type that a run writes.
+
+    Raises:
+        FormatError: as `read_json`, or for the first value of another type.
+    """
+    document = read_json(path)
+    if mistake := _mistake(document, _SHAPE, ""):
+        raise FormatError(f"{path}: {mistake}: the report was changed; correct it, or quantize again")
+    return document
+
+
+def _mistake(value: Any, shape: Any, key: str) -> str:
+    """What is wrong with ``value``, at ``key``, for ``shape``; empty where nothing is."""
+    if isinstance(shape, tuple):
+        found = [_mistake(value, each, key) for each in shape]
+        inner = [said for said, each in zip(found, shape, strict=True) if type(each) is type(value)]
+        return "" if "" in found else (inner or [_other(value, shape, key)])[0]
+    if isinstance(shape, type):
+        fits = type(value) is shape and (not isinstance(value, int) or abs(value) < 2**63)
+        return "" if fits else _other(value, (shape,), key)
+    if type(value) is not type(shape):
+        return _other(value, (shape,), key)
+    if isinstance(shape, list):
+        return next(filter(None, (_mistake(each, shape[0], f"{key}[{i}]") for i, each in enumerate(value))), "")
+    missing = [name[:-1] for name in shape if name.endswith("!") and name[:-1] not in value]
+    if missing:
+        return f"{key}.{missing[0]} is required, found none".removeprefix(".")
+    for name, each in value.items():
+        expected = shape.get(name, shape.get(f"{name}!", shape.get("*")))
+        if expected is not None and (said := _mistake(each, expected, f"{key}.{name}".removeprefix("."))):
+            return said
+    return ""
+
+
+def _other(value: Any, shapes: tuple[Any, ...], key: str) -> str:
+    kinds = [shape if isinstance(shape, type) else type(shape) for shape in shapes]
+    words = [_WORDS[kind] for kind in kinds if kind is not int or float not in kinds]  # "a number" has the whole ones
+    return f"{key} must be {' or '.join(words)}, found {value!r:.60}"
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from ptq.compare_page import FILES
 from ptq.config import RunConfig, configured, load_config
 from ptq.config_paths import config_text
 from ptq.errors import ConfigError, FormatError
-from ptq.formats.checkpoint import CheckpointReader, atomic_write_text, read_json
+from ptq.formats.checkpoint import CheckpointReader, atomic_write_text
 from ptq.formats.staging import json_text, output_path, require_writable
 from ptq.journal_directory import sweep_up
 from ptq.page_report import report_page
@@ -25,6 +25,7 @@ from ptq.pipeline import quantize
 from ptq.plan import make_plan
 from ptq.prepared import Prepared
 from ptq.progress import Progress
+from ptq.report import read_report
 from ptq.yaml_tree import parse, unparse
 
 # One parent and one text for all, or they could not be compared.
@@ -138,7 +139,7 @@ def _finished(config: RunConfig, prepared: Prepared) -> bool:
         if not made.is_file() or load_config(made) != config:
             return False
         CheckpointReader(made.parent)  # of shards cut short, and of lost ones
-        report = read_json(made.parent / "report.json")
+        report = read_report(made.parent / "report.json")
         if not config.calibrates:
             return "modules" in report
         hashed = report["calibration"]["token_hash"]
@@ -149,7 +150,7 @@ def _finished(config: RunConfig, prepared: Prepared) -> bool:
 
 def _complete(output: Path, name: str, document: Mapping[str, Any]) -> None:
     """Put a variant's figures into its report."""
-    report = read_json(output / "report.json")
+    report = read_report(output / "report.json")
     keys = ("perplexity", "kl", "top1", "megabytes")
     rows = {"parent": document["models"][PARENT], "result": document["models"][name]}
     models = {label: {key: row[key] for key in keys} for label, row in rows.items()}

@@ -3,11 +3,13 @@
 Oracles: an HTML parser that knows which elements close; arithmetic on the places of points; a real browser.
 """
 
+import copy
 import json
 import math
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,11 +20,15 @@ from tiny_models import TEXT, build, run, save, settings
 
 import ptq
 from ptq import cli
+from ptq.card import model_card
 from ptq.config import BitBudget, EvaluationConfig
+from ptq.errors import FormatError
+from ptq.lint import lint
 from ptq.nn import QuantLinear
 from ptq.page import Series, chart, facts, folded, listing, page, paragraph, section, table
 from ptq.page_report import report_page
 from ptq.page_scale import TICKS, linear_scale, log_scale
+from ptq.report import read_report
 
 VOID = {"meta", "line", "polyline"}  # closed by themselves
 NASTY = "<script>alert(1)</script>&\"'"
@@ -239,6 +245,71 @@ def test_inspect_writes_a_page(made: Path, tmp_path: Path, capsys: pytest.Captur
     assert "Quality" not in said
     assert cli.main(["inspect", str(made.parent / "parent"), "--html", str(tmp_path / "c.html")]) == 0
     assert "quantized Linears" not in check_self_contained((tmp_path / "c.html").read_text()).text
+
+
+def places(value: object, at: tuple = ()) -> Iterator[tuple]:
+    yield at
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inner:
+        yield from places(each, (*at, key))
+
+
+def test_a_report_with_values_of_other_types_is_refused_or_read(made: Path, tmp_path: Path) -> None:
+    """Oracle: whatever stands in place of each value of a real report, nothing but a FormatError comes of it."""
+    report = json.loads((made / "report.json").read_text())
+    report["modules"] = dict([*report["modules"].items()][:1])  # one of each kind is enough
+    report["budget"]["groups"] = report["budget"]["groups"][:1]
+    linted = lint(made)
+    refused = []
+    for *path, last in filter(None, places(report)):
+        for wrong in ("x", 1, None, [], [None], {"x": None}, 10**400):
+            document = copy.deepcopy(report)
+            holder = document
+            for key in path:
+                holder = holder[key]
+            holder[last] = wrong
+            (tmp_path / "report.json").write_text(json.dumps(document))
+            try:
+                read = read_report(tmp_path / "report.json")
+            except FormatError as error:
+                refused.append((str(error), f"report.json: {path[0] if path else last}"))
+                continue
+            report_page("x", read)
+            model_card("a/b", read, linted)
+    assert len(refused) > 500
+    assert all(key in said for said, key in refused)
+
+
+def test_whoever_reads_a_report_checks_it(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(made, changed)
+    report = json.loads((changed / "report.json").read_text())
+    (changed / "report.json").write_text(json.dumps({**report, "modules": {"a": "x"}}))
+    for command in (["inspect", str(changed), "--html", str(tmp_path / "a.html")],
+                    ["push", str(changed), "--repo", "a/b", "--dry-run", "--out", str(tmp_path / "dry")],
+                    ["compare", str(changed), "--parent", str(made.parent / "parent"), "--text", str(TEXT),
+                     "--tokens", "64", "--window", "32"]):  # fmt: skip
+        assert cli.main(command) == 1
+        assert "report.json: modules.a must be an object, found 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("size", {"before": 1, "after": "x", "bits_per_weight": 4}, "size.after must be a whole number, found 'x'"),
+    ("size", {"before": 1, "after": 1}, "size.bits_per_weight is required, found none"),
+    ("modules", [], "modules must be an object, found []"),
+    ("modules", {"a.b": {"bits": 4, "group_size": 8, "symmetric": 1}},
+     "modules.a.b.symmetric must be true or false, found 1"),
+    ("kept_in_float", ["a", None], "kept_in_float[1] must be text, found None"),
+    ("seconds", {"solve": None}, "seconds.solve must be a number, found None"),
+    ("parent", "a/b", "parent must be an object or null, found 'a/b'"),
+])  # fmt: skip
+def test_a_report_is_refused_by_file_and_key(tmp_path: Path, key: str, value: object, said: str) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({key: value}))
+    with pytest.raises(FormatError) as caught:
+        read_report(tmp_path / "report.json")
+    assert str(caught.value) == (
+        f"{tmp_path / 'report.json'}: {said}: the report was changed; correct it, or quantize again"
+    )
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
