@@ -154,7 +154,7 @@ def _print_plan(config: "RunConfig") -> "tuple[Plan, Prediction]":
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="model directory or hub name")
     parser.add_argument("--parent", help="the float model it came from: adds KL divergence and top-1 agreement")
-    files = ".txt, .jsonl or .parquet; may be repeated"
+    files = ".txt, .jsonl, .json or .parquet; may be repeated"
     parser.add_argument("--text", action="append", default=[], metavar="FILE", help=files)
     scoring_arguments(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
@@ -219,7 +219,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="PATH", help="file, or directory for NAME-TYPE.gguf (default: here)")
     text = "solve for the block formats on this text; may be repeated"
     parser.add_argument("--text", action="append", metavar="FILE", help=text)
-    parser.add_argument("--column", help="of .jsonl and .parquet that holds it (default text)")
+    parser.add_argument("--column", help="of rows that holds it (default text)")
     parser.add_argument("--samples", type=int, help=f"sequences of it (default {SAMPLES})")
     parser.add_argument("--length", type=int, help=f"tokens of each (default {LENGTH})")
     how = "take text, options and device from a configuration instead: its calibration, gptq, device, dtype and strict"

@@ -35,7 +35,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="DIR", help="directories or hub names, whoever made them")
     parser.add_argument("--parent", required=True, metavar="MODEL", help="the float model they were made from")
     parser.add_argument("--text", required=True, action="append", metavar="FILE",
-                        help=".txt, .jsonl or .parquet; may be repeated")  # fmt: skip
+                        help=".txt, .jsonl, .json or .parquet; may be repeated")  # fmt: skip
     scoring_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="write compare.json, compare.html and compare.png there")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the models")

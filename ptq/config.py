@@ -57,8 +57,8 @@ class DatasetConfig:
 
     ``name``, ``config``, ``split``: of the hub dataset, as ``datasets.load_dataset`` takes them.
     ``streaming``: read the hub dataset as it is needed instead of downloading all of it first.
-    ``files``: paths ending in ``.txt`` (one document a file), ``.jsonl`` or ``.parquet`` (one document a row).
-    ``column``: of the hub dataset, ``.jsonl`` or ``.parquet`` that holds the text.
+    ``files``: paths ending in ``.txt`` (one document a file), ``.jsonl``, ``.json`` or ``.parquet`` (one document a
+    row); all but ``.parquet`` may have ``.gz`` after it. ``column``: of the rows that holds the text.
     """
 
     name: str | None = None

@@ -3,7 +3,6 @@ be written down; the tokens of a whole text at once; hashlib over hand-made byte
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -302,64 +301,6 @@ def test_blank_documents_teach_nothing_and_are_left_out(write):
     assert strings(calibration_batches(calibration(file), Characters())) == ["\1 ab", "\1c\n\n"]
     with pytest.raises(DataError, match="calibration needs 2 x 4 = 8 tokens, found 0; use more text"):
         calibration_batches(calibration(write("a.txt", "\n" * 100)), Characters())
-
-
-FILES = {
-    "surrogate": (
-        "a.jsonl",
-        b'{"text": "ab\\ud800 c"}',
-        "line 1: text that UTF-8 can hold is required, found the lone surrogate U+D800 at character 2; correct the row",
-    ),
-    "suffix": ("a.doc", b"", "a .txt, .jsonl or .parquet file is required, found '.doc'; convert it"),
-    "text bytes": ("a.txt", b"abc" * 3 + b"\xff", "UTF-8 text is required, found byte 0xff at offset 9; convert"),
-    "cut character": ("a.txt", b"abcdef\xe2\x82", "found byte 0xe2 at offset 6"),
-    "between reads": ("a.txt", b"abc\xe2\x82(abc", "found byte 0xe2 at offset 3"),
-    "json bytes": ("a.jsonl", b'{"text": "a"}\n{"text": "\xfe"}\n', "found byte 0xfe at offset 24"),
-    "json syntax": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2: a JSON object is required, found: Exp"),
-    "json number": (
-        "a.jsonl",
-        b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n",
-        "a.jsonl, line 1: a JSON object is required, found: Exc",
-    ),
-    "json depth": ("a.jsonl", b"[" * 200_000, "a.jsonl, line 1: a JSON object is required, found: maximum recursion"),
-    "json array": ("a.jsonl", b"[1]\n", "a.jsonl, line 1: a JSON object is required, found list; correct the line"),
-    "column": (
-        "a.jsonl",
-        b'{"a": 1, "b": 2}',
-        "line 1: the column 'text' is required, found a, b; name one of these as its column",
-    ),
-    "type": ("a.jsonl", b'{"text": 3}', "line 1: the column must hold text, found int; name the column that holds"),
-    "short": ("a.txt", b"abcdef", "calibration needs 2 x 4 = 8 tokens, found 7; use more text, fewer samples or a"),
-    "parquet": ("a.parquet", b"no parquet", "; is the file whole, and parquet?"),
-}
-
-
-@pytest.mark.parametrize(("name", "content", "message"), FILES.values(), ids=FILES)
-def test_files_that_cannot_be_used(write, monkeypatch, name, content, message):
-    monkeypatch.setattr(text_module, "PIECE", 4)
-    with pytest.raises(DataError) as caught:
-        calibration_batches(calibration(write(name, content)), Characters())
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["no.txt", "no.jsonl", "no.parquet"])
-def test_files_that_are_not_there(tmp_path, name):
-    with pytest.raises(DataError, match=f"{tmp_path}/{name}: a readable text file is required, found: No such file"):
-        calibration_batches(calibration(tmp_path / name), Characters())
-
-
-def test_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(DataError, match=r"a.txt: a regular file of text is required, found a pipe or a device; name a"):
-        calibration_batches(calibration(tmp_path / "a.txt"), Characters())
-
-
-def test_patterns_are_not_expanded(write):
-    """A name with such a character in it may be there."""
-    kept = write("a.txt", "abcdefgh")
-    with pytest.raises(DataError, match="found: No such file or directory: patterns are not expanded, name each file"):
-        calibration_batches(calibration(kept.with_name("*.txt")), Characters())
-    assert calibration_batches(calibration(write("[1].txt", "abcdefgh")), Characters())
 
 
 def test_the_hash_is_over_shapes_and_little_endian_tokens():

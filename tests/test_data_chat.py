@@ -49,7 +49,9 @@ def test_conversations_need_what_they_need(write):
         file = write("b.jsonl", lines({"text": value}))
         with pytest.raises(DataError, match=f"line 1: a list of messages .* or a prompt is required, found {kind}"):
             calibration_batches(calibration(file, chat_template=True), Characters(template="yes"))
-    with pytest.raises(DataError, match=r"chat_template: true needs rows, found a .txt file; use .jsonl or .parquet"):
+    with pytest.raises(
+        DataError, match=r"chat_template: true needs rows, found a .txt file; use .jsonl, .json or .parquet"
+    ):
         calibration_batches(calibration(write("c.txt", "a"), chat_template=True), Characters(template="yes"))
 
 

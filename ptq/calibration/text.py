@@ -1,14 +1,17 @@
-"""Text of any length, in pieces: local ``.txt``, ``.jsonl`` and ``.parquet`` files and hub datasets.
+"""Text of any length, in pieces: local ``.txt``, ``.jsonl``, ``.json`` and ``.parquet`` files and hub datasets.
 
-``.txt`` and ``.jsonl`` are read here, without the ``datasets`` package. Nothing holds more than a document's row or a
-piece of about a million characters at once.
+All but parquet is read here, without the ``datasets`` package, and may be packed by gzip. Nothing holds more than a
+document's row or a piece of about a million characters at once, but for a ``.json`` file that is one list.
 """
 
 import codecs
 import glob
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,16 +91,21 @@ def rows(source: DatasetConfig, seed: int | None) -> Iterator[Row]:
         yield from _hub_rows(source, seed)
     for name in source.files:
         path = Path(name)
-        suffix = path.suffix.lower()
+        suffix = _suffix(path)
         if suffix == ".jsonl":
             yield from _json_rows(path, source.column)
+        elif suffix == ".json":
+            yield from (_list_rows if _is_list(path) else _json_rows)(path, source.column)
         elif suffix == ".parquet":
             yield from _parquet_rows(path, source.column)
         elif suffix == ".txt":
-            raise DataError(f"{path}: chat_template: true needs rows, found a .txt file; use .jsonl or .parquet")
+            raise DataError(f"{path}: chat_template: true needs rows, found a .txt file; use .jsonl, .json or .parquet")
         else:
             _open(path).close()  # a file that is not there has no other fault
-            raise DataError(f"{path}: a .txt, .jsonl or .parquet file is required, found {path.suffix!r}; convert it")
+            raise DataError(
+                f"{path}: a .txt, .jsonl, .json (or any of these with .gz) or .parquet file is required, found "
+                f"{suffix!r}; convert it"
+            )
 
 
 def pieces(chunks: Iterable[str], size: int | None = None) -> Iterator[str]:
@@ -126,7 +134,29 @@ def _boundary(text: str, start: int, size: int) -> int:
 
 
 def _is_plain(source: DatasetConfig) -> bool:
-    return source.name is None and Path(source.files[0]).suffix.lower() == ".txt"
+    return source.name is None and _suffix(Path(source.files[0])) == ".txt"
+
+
+def _suffix(path: Path) -> str:
+    """What a file's name says of its content; without ``.gz`` where that may be."""
+    inner = Path(path.stem).suffix.lower()
+    return inner if path.suffix.lower() == ".gz" and inner in (".txt", ".jsonl", ".json") else path.suffix.lower()
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The bytes of a file, where its name ends in ``.gz`` those that gzip packed. Raises DataError, also while read."""
+    with _open(path) as file:
+        if path.suffix.lower() != ".gz":
+            yield file
+            return
+        try:
+            with gzip.GzipFile(fileobj=file) as packed:
+                yield packed
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{path}: a whole file of gzip is required, found: {error}; fetch or pack it again"
+            ) from error
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -157,7 +187,7 @@ def _decoded(path: Path) -> Iterator[str]:
     """A text file chunk by chunk, line ends as ``\\n``."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     position = 0
-    with _open(path) as file:
+    with _unpacked(path) as file:
         while True:
             data = file.read(PIECE)
             try:
@@ -173,7 +203,7 @@ def _decoded(path: Path) -> Iterator[str]:
 
 def _json_rows(path: Path, column: str) -> Iterator[Row]:
     position = 0
-    with _open(path) as file:
+    with _unpacked(path) as file:
         for number, line in enumerate(file, start=1):
             place = f"{path}, line {number}"
             try:
@@ -187,13 +217,31 @@ def _json_rows(path: Path, column: str) -> Iterator[Row]:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:  # a number of more digits than Python reads is a ValueError
                 raise DataError(f"{place}: a JSON object is required, found: {error}; correct the line") from error
-            if not isinstance(row, dict):
-                found = type(row).__name__
-                raise DataError(f"{place}: a JSON object is required, found {found}; correct the line")
             yield _row(row, column, place)
 
 
-def _row(row: dict[str, Any], column: str, place: str) -> Row:
+def _is_list(path: Path) -> bool:
+    """Whether JSON begins as a list; what begins otherwise is taken for one object a line, as ``datasets`` does."""
+    with _unpacked(path) as file:
+        return file.read(PIECE).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _list_rows(path: Path, column: str) -> Iterator[Row]:
+    with _unpacked(path) as file:
+        data = file.read()
+    try:
+        found = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _undecodable(path, 0, error) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: a JSON list of objects is required, found: {error}; correct the file") from error
+    for number, row in enumerate(found, start=1):
+        yield _row(row, column, f"{path}, row {number}")
+
+
+def _row(row: Any, column: str, place: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a JSON object is required, found {type(row).__name__}; correct it")
     if column not in row:
         columns = ", ".join(row)
         raise DataError(f"{place}: the column {column!r} is required, found {columns}; name one of these as its column")
