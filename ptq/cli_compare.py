@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def scoring_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments that say how much of ``--text`` is scored, and how."""
-    parser.add_argument("--column", default="text", help="of .jsonl and .parquet that holds it (default %(default)s)")
+    parser.add_argument("--column", default="text", help="of rows that holds it (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens to score at most (default %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens seen at once (default %(default)s)")
     parser.add_argument("--stride", type=int, default=None, help="step between windows (default: the window)")

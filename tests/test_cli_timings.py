@@ -30,6 +30,27 @@ def test_bench_prints_and_writes_its_figures(tmp_path: Path, capfd: pytest.Captu
     assert json.loads(figures.read_text())["cells"]
 
 
+def test_bench_writes_its_figures_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As the other commands: through a link, beside the file and then in its place, and nothing after a failure."""
+    figures, link = tmp_path / "bench.json", tmp_path / "link.json"
+    figures.write_text("before")
+    before = figures.stat().st_ino
+    link.symlink_to(figures)
+    arguments = ["bench", "--shapes", "128x64", "--rows", "1", "--json"]
+    assert cli.main([*arguments, str(link)]) == 0
+    assert link.is_symlink()
+    assert json.loads(figures.read_text())["cells"]
+    assert figures.stat().st_ino != before
+    assert cli.main([*arguments, "/dev/stdout"]) == 0
+    assert '"cells"' in capfd.readouterr().out
+    written = figures.read_bytes()
+    monkeypatch.setattr("ptq_kernels.bench_cpu.main", lambda *options: Path(options[3]).write_text("half") and 3)
+    assert cli.main([*arguments, str(figures)]) == 3
+    assert figures.read_bytes() == written
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
