@@ -54,3 +54,16 @@ def test_a_module_that_could_not_be_loaded_is_no_fault_of_the_configuration(pare
     monkeypatch.setattr("ptq.models.loading.model_of", fail)
     with pytest.raises(ImportError, match="could not import a model"):
         build_skeleton(read_config(parent), torch.float32)
+
+
+@pytest.mark.parametrize(("architecture", "key"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_more_layers_than_tensors_are_not_built(architecture, key, tmp_path, monkeypatch):
+    """A million would take hours; whoever has files that cannot be read is told of these."""
+    parent = save(build(architecture), tmp_path / "parent")
+    document = json.loads((parent / "config.json").read_text())
+    (parent / "config.json").write_text(json.dumps({**document, key: 10**6}))
+    monkeypatch.setattr("ptq.models.loading.model_of", None)
+    with pytest.raises(FormatError, match=r"must be what the files .* hold; it is 1000000, and they have \d+ tensors"):
+        read_config(parent)
+    (parent / "model.safetensors").write_bytes(b"x")
+    assert read_config(parent).num_hidden_layers == 10**6

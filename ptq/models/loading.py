@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ptq.errors import ConfigError, FormatError, UnsupportedModelError
@@ -16,10 +18,12 @@ from ptq.models.experts import unfuse_experts
 from ptq.models.hub import download
 from ptq.models.names import SourceNames, retie
 from ptq.models.structure import find_blocks
-from ptq.models.tying import believe_files
+from ptq.models.tying import believe_files, levels, open_tensors
 
 # What building a model raises for values that it cannot be built with; ImportError of kernels that config.json names.
 _UNBUILDABLE = (LookupError, TypeError, AttributeError, AssertionError, RuntimeError, ArithmeticError, ImportError)
+
+DEEP = 1000  # layers; to build so many takes seconds, and no known model has half of them
 
 # Dtypes that a model can work in.
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
@@ -59,15 +63,33 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         UnsupportedModelError: transformers does not know the model type.
-        FormatError: a value in it that transformers refuses.
+        FormatError: a value in it that transformers refuses, or more layers than the files hold tensors.
     """
     config = _parse_config(directory, trust_remote_code)
+    _require_layers(config, directory)
 
     def build(changed: Any) -> nn.Module:
         return build_skeleton(changed, torch.float32, trust_remote_code=trust_remote_code)
 
     believe_files(config, directory, build)
     return config
+
+
+def _require_layers(config: Any, directory: Path) -> None:
+    """Raise FormatError for more layers than there are tensors: to build a million of them takes hours."""
+    layers = getattr(levels(config)[-1], "num_hidden_layers", None)
+    if not isinstance(layers, int) or layers <= DEEP:
+        return
+    try:
+        with ExitStack() as files:
+            held = len(open_tensors(directory, files))
+    except (FormatError, SafetensorError, OSError):  # who reads the files says so
+        return
+    if 0 < held < layers:
+        raise FormatError(
+            f"num_hidden_layers in {directory / 'config.json'} must be what the files beside it hold; it is {layers}, "
+            f"and they have {held} tensors: correct it, or fetch the files again"
+        )
 
 
 def _parse_config(directory: Path, trust_remote_code: bool) -> Any:

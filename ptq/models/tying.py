@@ -44,7 +44,7 @@ def believe_files(config: Any, directory: Path, build: Callable[[Any], nn.Module
         return
     try:
         with ExitStack() as files:
-            apart = _stored_apart(config, _open(directory, files), build)
+            apart = _stored_apart(config, open_tensors(directory, files), build)
     except (PtqError, SafetensorError, OSError):
         return
     if apart:
@@ -76,7 +76,7 @@ def levels(config: Any) -> list[Any]:
     return [config] if inner is config else [config, inner]
 
 
-def _open(directory: Path, files: ExitStack) -> dict[str, _Stored]:
+def open_tensors(directory: Path, files: ExitStack) -> dict[str, _Stored]:
     """Every tensor of the checkpoint's files, none read."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     paths = [single] if single.is_file() else sorted(filter(Path.is_file, directory.glob("*.safetensors")))
