@@ -314,7 +314,7 @@ def _write_description(plan: Plan, staged: Path) -> None:
     beside = [name for name in extra_tensors(plan) if name.endswith(".weight") and len(plan.reader.spec(name)[1]) == 2]
     apart = [name.removesuffix(".weight") for name in beside]
     schemes = {**plan.schemes, **dict.fromkeys([*routers(plan.skeleton), *apart])}
-    named = plan.names.both_spellings(schemes)
+    named = plan.names.both_spellings(schemes, whole=plan.codec.name != "awq")
     quantization = plan.codec.quantization_config(named, damping=damping, version=VERSION)
     settings["quantization_config"] = quantization
     settings.pop("torch_dtype", None)

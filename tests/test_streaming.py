@@ -30,6 +30,7 @@ from ptq.calibration.data import calibration_batches
 from ptq.errors import FormatError, UnsupportedModelError
 from ptq.evaluate import streamed
 from ptq.formats.checkpoint import CheckpointReader
+from ptq.formats.codec import Scheme
 from ptq.half_products import fast_half_products
 from ptq.models.loading import build_skeleton, load_module, load_tokenizer, model_dtype, unload_module
 from ptq.models.names import SourceNames
@@ -345,6 +346,18 @@ def test_old_names_of_a_checkpoint_are_understood():
     assert names.of_parameter("lm_head.weight") == "wte.weight"
     with pytest.raises(FormatError, match=r"transformer.wpe.weight is missing; the nearest name in it is wte.weight"):
         names.of_parameter("transformer.wpe.weight")
+
+
+def test_a_file_s_name_of_a_float_is_not_listed_where_it_would_cover_a_packed_linear():
+    """Readers of AWQ take an entry wherever it is part of a name. Oracle: the names, by hand."""
+    model = build("gpt2")
+    model.tower = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(4, 4)})])})
+    model.transformer.h[0].fc = nn.Linear(4, 4)
+    names = SourceNames(model, ["h.0.fc.weight", "tower.h.0.fc.weight", "h.0.attn.c_attn.weight"])
+    packed = Scheme(4, 32, True)
+    schemes = {"tower.h.0.fc": packed, "transformer.h.0.fc": None, "transformer.h.0.attn.c_attn": None}
+    assert names.both_spellings(schemes, whole=False) == {**schemes, "h.0.attn.c_attn": None}
+    assert names.both_spellings(schemes, whole=True) == {**schemes, "h.0.attn.c_attn": None, "h.0.fc": None}
 
 
 def test_a_tied_weight_may_be_stored_under_either_name():

@@ -74,7 +74,7 @@ def describe_made(model: Any, expected: Collection[str]) -> Packed:
     shapes = {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
     codec = _codec(schemes, shapes)
     names = SourceNames(model, _names_in_file(model, layers))
-    settings = codec.quantization_config(names.both_spellings(schemes), damping=None, version=VERSION)
+    settings = codec.quantization_config(names.both_spellings(schemes, whole=True), damping=None, version=VERSION)
     return Packed(settings, codec, packed, names)
 
 

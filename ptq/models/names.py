@@ -143,14 +143,18 @@ class SourceNames:
         """A module's name as the checkpoint spells it."""
         return self._modules.get(path, path)
 
-    def both_spellings(self, schemes: Mapping[str, Scheme | None]) -> dict[str, Scheme | None]:
+    def both_spellings(self, schemes: Mapping[str, Scheme | None], *, whole: bool) -> dict[str, Scheme | None]:
         """Schemes of Linears for a configuration that other programs read, float ones (None) also as the file has them.
 
         Which names an engine's modules have is not known here. A tower may be ``model.vision_tower.encoder`` in
         transformers' tree, and ``vision_tower.vision_model.encoder`` in the files and in the engines made for these.
+        Where readers take an entry wherever it is part of a name, not ``whole``, one that would cover a packed Linear
+        is left out.
         """
-        left = (self.of_module(path) for path, scheme in schemes.items() if scheme is None)
-        return {**schemes, **{name: None for name in left if name not in schemes}}
+        left = [self.of_module(path) for path, scheme in schemes.items() if scheme is None]
+        packed = [path for path, scheme in schemes.items() if scheme is not None and not whole]
+        packed += [self.of_module(path) for path in packed]
+        return {**schemes, **{n: None for n in left if n not in schemes and not any(n in each for each in packed)}}
 
     def find(self, name: str) -> str | None:
         """The one tensor that holds a parameter or buffer as it is, None where there is no such tensor."""
