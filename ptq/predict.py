@@ -20,7 +20,16 @@ from ptq.journal import KEPT
 from ptq.journal_directory import place_of
 from ptq.plan import Plan
 from ptq.plan_size import estimate_size
-from ptq.predict_memory import block_work, evaluation_work, largest_block, model_work, outer_bytes, tokens_of, width
+from ptq.predict_memory import (
+    block_work,
+    evaluation_work,
+    head_work,
+    largest_block,
+    model_work,
+    outer_bytes,
+    tokens_of,
+    width,
+)
 from ptq.predict_time import Rates, seconds_of
 
 # Of a GPU's free memory: the rest goes to fragments and to what libraries allocate.
@@ -63,10 +72,13 @@ def predict(plan: Plan, rates: Rates, base: int = 0, home: torch.device | None =
     else:
         work = {**moments, **work}
     memory = {"process": base}
-    if block.parameters * streams + sum(work.values()) >= outer + block.parameters:
-        memory |= {"block": block.parameters, "float block": block.parameters * (streams - 1), **work}
-    else:
-        memory |= {"block": block.parameters, "embeddings and head": outer}
+    stages = [
+        {"block": block.parameters, "float block": block.parameters * (streams - 1), **work},
+        {"block": block.parameters, "embeddings and head": outer},
+        {"embeddings and head": outer, **head_work(plan, apart=apart)},
+    ]
+    largest = max(stages, key=lambda parts: sum(parts.values()))
+    memory |= largest
     if plan.device.type == "cuda":
         host |= {"process": base, "hidden states": kept_in_memory, "finished block": block.parameters}
         memory["process"] = 0

@@ -7,21 +7,24 @@ is left of the drift while they are solved; a block needs what the largest of th
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 
 from ptq.calibration.capture import CHUNK_ROWS, STARVED
+from ptq.config import RefineConfig
 from ptq.evaluate import SEGMENT_TOKENS, chunk_on
 from ptq.gptq.candidates import CHUNK_WEIGHTS as CANDIDATE_WEIGHTS
 from ptq.gptq.inverse import ROWS
 from ptq.models.structure import linears
-from ptq.plan import Plan, block_count
+from ptq.plan import Plan, block_count, head_targets
 from ptq.task import CHUNK_WEIGHTS
 from ptq.walk import HELD_BYTES
 
 FLOAT = 4  # bytes of float32
 WEIGHTS = 7  # float32 matrices alive while some rows are solved for: weight, target, errors, what the search compares
+ROUNDED = 4  # those alive while a weight is rounded to nearest: it, its quotients, these rounded, with zeros added
 COPIES = 4  # of the weights that several candidates are solved for together: stacked, and what is made of them
 # Bytes of a weight that is refined with the whole model: its code, two moments, what stands in for it on the way
 # forward and back.
@@ -58,6 +61,18 @@ def largest_block(plan: Plan) -> Block:
         total = sum(n * k for n, k in (plan.shapes[path + name] for name in names))
         found.append(Block(_bytes(module, plan), list(weights.values()), _stages(weights), total))
     return max(found, key=lambda block: (block.parameters, len(block.weights)))
+
+
+def head_work(plan: Plan, *, apart: bool = False) -> dict[str, int]:
+    """Bytes beside embeddings and head while a head is quantized, which nothing corrects and AWQ folds nothing into.
+
+    Second moments do not count where they lie ``apart``; they are smaller than a block's.
+    """
+    weights = {name: plan.shapes[name] for name in head_targets(plan)}
+    gptq = replace(plan.config.gptq, correct_inputs=0.0)
+    alone = plan._replace(config=replace(plan.config, gptq=gptq, refine=RefineConfig()))
+    moments, work = block_work(alone, Block(0, list(weights.values()), _stages(weights), 0), apart=apart)
+    return work if apart else {**moments, **work}
 
 
 def outer_bytes(plan: Plan) -> int:
@@ -99,9 +114,10 @@ def block_work(plan: Plan, block: Block, *, apart: bool) -> tuple[dict[str, int]
     """
     if not block.weights:
         return {}, {}
-    solver = WEIGHTS * FLOAT * max(n * k for n, k in block.weights)
+    largest = FLOAT * max(n * k for n, k in block.weights)
     if plan.config.method == "rtn":
-        return {}, {"solver": solver}
+        return {}, {"solver": ROUNDED * largest}
+    solver = WEIGHTS * largest
     needs = []
     for stage in block.stages:
         waiting = {"waiting passes": _waiting(plan, stage)}

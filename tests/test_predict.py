@@ -129,6 +129,18 @@ def test_predicted_against_actual(method, tmp_path):
     assert found.disk["output"] == pytest.approx(written, rel=0.25)  # headers weigh much in files of 12 KB
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_a_packed_head_of_many_tokens(method, tmp_path):
+    """It is larger than all blocks together. Oracle: the run's own peak, beyond what the process held before."""
+    parent = small_parent(tmp_path / "parent", vocab_size=131072, hidden_size=128)
+    config = small_run(parent, tmp_path / "out", method, exclude=(), format="compressed-tensors", max_shard_size="5GB")
+    give_back()
+    base = anonymous_bytes()
+    needed = predict(make_plan(config), RATES, base).peak - base
+    used = run(config).document["prediction"]["memory"]["actual"] - base
+    assert 0.5 * needed < used < 1.1 * needed
+
+
 def test_a_run_says_before_it_solves_that_the_disk_may_run_full(tmp_path, monkeypatch):
     monkeypatch.setattr("ptq.predict.free_disk", lambda output: 0)
     said = io.StringIO()
