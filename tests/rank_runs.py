@@ -8,8 +8,9 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ptq import journal, walk
 from ptq.calibration.capture import InputGroup, collect, collect_drift
 from ptq.config import AWQConfig, BitBudget, GPTQConfig, RunConfig
-from ptq.distributed import Ranks, joined
+from ptq.distributed import ALONE, Ranks, joined
 from ptq.errors import PtqError
 
 ROWS = (5, 0, 7, 3, 9)  # tokens of batches
@@ -36,6 +37,13 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("rtn", {}),
     "budget": ("gptq", {"bits": BitBudget(4.0)}),
     "experts": ("gptq", {"exclude": MOST}),
+    "given tokens": ("gptq", {"exclude": MOST}),
+    "given texts": ("awq", {"exclude": MOST}),
+}
+# Data that a caller hands over in every process, for the runs of these names.
+GIVEN: dict[str, Sequence[Any]] = {
+    "given tokens": [*tiny_models.tokens(3, 16), [5, 6, 7, 8, 9]],
+    "given texts": [tiny_models.TEXT.read_text(encoding="utf-8")[start : start + 300] for start in (0, 300, 600)],
 }
 
 
@@ -132,9 +140,19 @@ def runs(place: Path) -> Any:
     for name, (method, changes) in RUNS.items():
         one = small_run(parents[name], place / f"{name} 1", method, **changes)
         two = replace(one, output=str(place / f"{name} 2"))
-        documents = together(2, lambda ranks, two=two: run(two, ranks=ranks).document, place)
-        found[name] = [run(one).document, *documents]
+        documents = together(2, partial(_document, two, GIVEN.get(name)), place)
+        found[name] = [_document(one, GIVEN.get(name), ALONE), *documents]
     return found
+
+
+def _document(config: RunConfig, given: Sequence[Any] | None, ranks: Ranks) -> Any:
+    return run(config, ranks=ranks, calibration=given).document
+
+
+def others(place: Path) -> Any:
+    """Each process is given other data than the rest."""
+    config = small_run(small_parent(place / "parent"), place / "out")
+    return together(2, lambda ranks: _document(config, [tiny_models.tokens(4, 16, ranks.rank)], ranks), place)
 
 
 def _experts() -> Any:
@@ -189,7 +207,7 @@ def _death(config: RunConfig, place: Path) -> dict[str, Any]:
     return found
 
 
-CASES = (statistics, unpaired, exchanges, runs, deaths)
+CASES = (statistics, unpaired, exchanges, runs, others, deaths)
 
 
 def main(directory: Path) -> None:

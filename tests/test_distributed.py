@@ -148,6 +148,13 @@ def test_results_equal_those_of_one_process(name, found, place):
     assert same >= (1 - 8 / 150) * total  # words of eight codes
 
 
+def test_processes_that_are_given_other_data(found):
+    sentence = (
+        "ConfigError: all processes of a run must have the same configuration, model and text; calibration text is"
+    )
+    assert all(said.startswith(sentence) for said in found["others"])
+
+
 @pytest.mark.parametrize("offload", ["memory", "disk"])
 def test_a_death_ends_the_run_and_the_same_command_goes_on(offload, found):
     """Where the hidden states of one process are damaged as well, from a block earlier."""
