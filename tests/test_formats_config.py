@@ -1,7 +1,6 @@
 """quantization_config blocks. Oracle: parse is the reverse of write, readers' own parsers, hand-written blocks."""
 
 import json
-import re
 
 import pytest
 
@@ -92,40 +91,6 @@ def test_auto_round_gets_what_it_reads_as_it_is_meant(codec, schemes, handed_on)
     else:
         with pytest.raises(NotImplementedError, match="gptqv1"):
             AutoRoundConfig.from_dict(config)
-
-
-def engine_decision(config, name):
-    """How vLLM, SGLang and gptqmodel look a module up: the first rule that `re.match`es its (fused) name."""
-    for rule, override in config["dynamic"].items():
-        if re.match(rule[2:], name):
-            return None if rule.startswith("-:") else override
-    return {}
-
-
-def test_gptq_rules_cover_fused_modules_and_nothing_else():
-    config = write("gptq", MIXED)
-    layer = "model.layers.{}.{}".format
-    for leaf in ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"):
-        assert engine_decision(config, layer(0, leaf)) is None
-    assert engine_decision(config, layer(1, "mlp.down_proj")) == {"bits": 8, "group_size": 32, "sym": True}
-    for untouched in (layer(10, "mlp.gate_proj"), layer(11, "mlp.down_proj"), layer(2, "self_attn.qkv_proj")):
-        assert engine_decision(config, untouched) == {}
-    assert len(config["dynamic"]) == 3
-
-
-def test_gptq_experts_of_a_layer_share_one_rule():
-    experts = {f"model.layers.0.mlp.experts.{e}.{leaf}_proj": S8 for e in range(3) for leaf in ("gate", "up", "down")}
-    dense = {f"model.layers.{i}.self_attn.o_proj": S4 for i in range(20)}
-    schemes = {**dense, **experts, "model.layers.0.mlp.gate": None}
-    config = write("gptq", schemes)
-    assert list(config["dynamic"]) == [
-        r"+:^model\.layers\.0\.mlp\.experts(?:\..*)?$",
-        r"-:^model\.layers\.0\.mlp\.gate$",
-    ]
-    assert engine_decision(config, "model.layers.0.mlp.experts")["bits"] == 8
-    assert CODECS["gptq"].parse_config(config, schemes) == schemes
-    uneven = {**schemes, "model.layers.0.mlp.experts.1.down_proj": S4}
-    assert CODECS["gptq"].parse_config(write("gptq", uneven), uneven) == uneven
 
 
 def test_awq_block_is_literal():

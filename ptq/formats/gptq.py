@@ -20,6 +20,7 @@ from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec, spell
 # vLLM and SGLang fuse these siblings into one module and look rules up by the fused name.
 FUSED_LINEARS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
+BLOCK = re.compile(r"((?:.+?\.)?)([^.]+\.\d+\..*)")  # what comes before the first numbered module, and the rest
 
 
 @dataclass(frozen=True)
@@ -208,13 +209,18 @@ def dynamic_rules(schemes: Mapping[str, Scheme | None], default: Scheme) -> dict
     """Rules for the Linears that differ from the default: ``-:`` leaves in float, ``+:`` overrides.
 
     Names are escaped and anchored. Siblings which engines fuse share one rule that also covers the fused name, as do
-    the experts of one layer, provided that all of them agree. A head left in float needs no rule.
+    the experts of one layer, provided that all of them agree. A head left in float needs no rule. Beside a tower
+    vLLM calls the decoder ``language_model.model``, as neither transformers nor files do, and takes rules as they are:
+    there a rule means its Linears wherever their blocks are.
     """
+    several = len({place[1] for place in map(BLOCK.fullmatch, schemes) if place}) > 1
     rules: dict[str, dict[str, Any]] = {}
     for name, scheme in schemes.items():
         if scheme == default or (scheme is None and capability.is_head(name)):
             continue
-        pattern = _covering_pattern(name, scheme, schemes)
+        start, rest = _covering(name, scheme, schemes)
+        pattern = _anywhere(start, rest, scheme, schemes) if several else None
+        pattern = pattern or rf"^{re.escape(start)}{rest}$"
         if scheme is None:
             rules[f"-:{pattern}"] = {}
         else:
@@ -222,18 +228,37 @@ def dynamic_rules(schemes: Mapping[str, Scheme | None], default: Scheme) -> dict
     return rules
 
 
-def _covering_pattern(name: str, scheme: Scheme | None, schemes: Mapping[str, Scheme | None]) -> str:
+def _covering(name: str, scheme: Scheme | None, schemes: Mapping[str, Scheme | None]) -> tuple[str, str]:
+    """The start that the names of a rule have in common, and a regex for the rest of each."""
     experts = EXPERTS.match(name)
     if experts:
         prefix = experts[1]
         if all(other == scheme for key, other in schemes.items() if key.startswith(f"{prefix}.")):
-            return rf"^{re.escape(prefix)}(?:\..*)?$"
+            return prefix, r"(?:\..*)?"
     parent, _, leaf = name.rpartition(".")
     prefix = f"{parent}." if parent else ""
     for fused, members in FUSED_LINEARS.items():
         if leaf in members and all(schemes.get(prefix + other, "absent") == scheme for other in members):
-            return rf"^{re.escape(prefix)}(?:{'|'.join(members)}|{fused})$"
-    return rf"^{re.escape(name)}$"
+            return prefix, f"(?:{'|'.join(members)}|{fused})"
+    return name, ""
+
+
+def _anywhere(start: str, rest: str, scheme: Scheme | None, schemes: Mapping[str, Scheme | None]) -> str | None:
+    """A rule's pattern for blocks at any path; None where it would cover what has another scheme.
+
+    A tower's Linears in float are excepted by their paths.
+    """
+    place = BLOCK.fullmatch(start)
+    if not place and not capability.is_head(start):
+        return None
+    ending = re.escape(place[2] if place else start.rpartition(".")[2])
+    covers = re.compile(rf"(?:.+\.)?{ending}{rest}$")
+    others = [name for name, other in schemes.items() if other != scheme and covers.match(name)]
+    if any(scheme is None or schemes[name] is not None for name in others):
+        return None
+    paths = dict.fromkeys(re.escape(name.rpartition(".")[0]) for name in others)
+    excepted = rf"(?!(?:{'|'.join(paths)})\.)" if paths else ""
+    return f"^{excepted}{covers.pattern}"
 
 
 def _parse_rule(rule: str) -> tuple[bool, re.Pattern[str]]:
