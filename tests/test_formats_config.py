@@ -1,6 +1,7 @@
 """quantization_config blocks. Oracle: parse is the reverse of write, readers' own parsers, hand-written blocks."""
 
 import json
+import re
 
 import pytest
 
@@ -126,10 +127,13 @@ def test_compressed_tensors_block_is_literal():
 
 
 def test_a_packed_head_is_named_to_compressed_tensors():
-    """vLLM loads no head of the class alone."""
+    """vLLM loads no head of the class alone, and beside a tower its head is ``language_model.lm_head``."""
     schemes = {**schemes_with(S4), "lm_head": S4}
     config = write("compressed-tensors", schemes)
-    assert config["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    kind, head = config["config_groups"]["group_0"]["targets"]
+    assert kind == "Linear"
+    names = ("lm_head", "language_model.lm_head", "my_lm_head", "lm_head.proj")
+    assert [bool(re.match(head.removeprefix("re:"), name)) for name in names] == [True, True, False, False]
     assert CODECS["compressed-tensors"].parse_config(config, schemes) == schemes
 
 

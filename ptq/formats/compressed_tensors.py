@@ -124,14 +124,16 @@ class CompressedTensorsCodec:
     ) -> Config:
         """The block for config.json: the commonest scheme for every Linear, the others by exact module names.
 
-        A packed head is named in any case: vLLM's is no Linear.
+        A packed head is named in any case: vLLM's is no Linear. By a pattern, for it may be ``language_model.lm_head``
+        there, and of names vLLM changes only those with a dot.
         Our own metadata stands at the top level because readers refuse unknown keys inside a group.
         """
         default = capability.common_scheme(schemes)
         members: dict[Scheme, list[str]] = {default: ["Linear"]}
         for name, scheme in schemes.items():
             if scheme is not None and (scheme != default or capability.is_head(name)):
-                members.setdefault(scheme, []).append(name)
+                target = rf"re:(?:.+\.)?{name.rpartition('.')[2]}$" if capability.is_head(name) else name
+                members.setdefault(scheme, []).append(target)
         return {
             "quant_method": "compressed-tensors",
             "format": LAYOUT,
