@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ptq.formats import CODECS
+from ptq.formats.capability import is_head
 from ptq.formats.codec import Config, Scheme, spellings
 from ptq.formats.gptq import EXPERTS, FUSED_LINEARS
 
@@ -131,6 +132,7 @@ def _transformers_compressed(facts: Facts) -> Iterator[Finding]:
 def _vllm(facts: Facts) -> Iterator[Finding]:
     yield from _engine(facts)
     yield from _listed_otherwise(facts)
+    yield from _beside_a_tower(facts)
     if facts.codec.startswith("gptq"):
         # [run] its table of types has 4 and 8 bits, symmetric; on a CPU only the first is computed.
         if not facts.symmetric:
@@ -171,6 +173,27 @@ def _listed_otherwise(facts: Facts) -> Iterator[Finding]:
     if left:
         said = f"quantization_config names {left[0]}, which is in float, not as {facts.spelled[left[0]]}"
         yield REFUSES, f"{said}, as the file and vLLM call it ({len(left)} such Linears)"
+
+
+def _beside_a_tower(facts: Facts) -> Iterator[Finding]:
+    """Packed Linears that a list does not mean by the names vLLM has for them beside a vision tower [run].
+
+    GPTQ's `dynamic` it takes as it is; of compressed-tensors' targets it changes the starts of those with a dot.
+    """
+    start = "model.language_model."
+    there = {
+        name: f"language_model.model.{name.removeprefix(start)}" for name in facts.schemes if name.startswith(start)
+    }
+    if there and facts.codec.startswith("gptq"):
+        found = CODECS[facts.codec].parse_config(facts.settings, there.values())
+        left = [name for name, other in there.items() if found[other] != facts.schemes[name]]
+        if left:
+            yield REFUSES, f"no rule of `dynamic` means {left[0]} as vLLM calls it, {there[left[0]]} ({len(left)} such)"
+    if there and facts.codec == "compressed-tensors":
+        groups = (group.get("targets") or () for group in (facts.settings.get("config_groups") or {}).values())
+        for head in {*filter(is_head, facts.schemes)} & {target for targets in groups for target in targets}:
+            if "." not in head:
+                yield REFUSES, f"config_groups must name the packed {head} by a pattern, as re:.*{head}$"
 
 
 def _vllm_on_cpus(facts: Facts) -> Iterator[Finding]:

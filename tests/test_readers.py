@@ -3,6 +3,7 @@
 Oracles: the table in ptq/readers.py, case by case; splits against codecs encoding the shares.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ptq.readers import LOADS, REFUSES, SLOWER, UNKNOWN, Facts, verdicts
 from ptq.tensor_parallel import split_problems
 
 ROOT = Path(__file__).resolve().parent.parent
-S4, A4 = Scheme(4, 128, True), Scheme(4, 128, False)
+S4, S8, A4 = Scheme(4, 128, True), Scheme(8, 32, True), Scheme(4, 128, False)
 LINEARS = [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
                                                  "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]  # fmt: skip
 EXPERTS = [f"model.layers.0.mlp.experts.{index}.{name}" for index in range(2) for name in ("up_proj", "down_proj")]
@@ -188,6 +189,28 @@ def test_a_split_is_a_cut_through_the_packed_tensors(codec: str, scheme: Scheme,
 def test_splits(codec: str, scheme: Scheme, role: str, shape: tuple[int, int], parts: int, problem: str | None) -> None:
     found = split_problems(facts(codec, scheme, names=["x"], shape=shape, roles={"x": role}, heads=(8, 8)), parts)
     assert found == [] if problem is None else problem in found[0]
+
+
+@pytest.mark.parametrize(
+    ("codec", "written", "before", "reason"),
+    [
+        ("gptq", r"(?:.+\.)?", r"model\.language_model\.",
+         "as vLLM calls it, language_model.model.layers.0.mlp.down_proj (1 such)"),
+        ("compressed-tensors", r"re:(?:.+\.)?lm_head$", "lm_head", "must name the packed lm_head by a pattern"),
+    ],
+)  # fmt: skip
+def test_names_beside_a_tower_that_are_none_to_vllm(codec: str, written: str, before: str, reason: str) -> None:
+    """Oracle: vLLM 0.32, which loads what is written now, and did not load what was written before."""
+    schemes = dict.fromkeys([f"model.language_model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")], S4)
+    schemes["lm_head" if codec == "compressed-tensors" else "model.language_model.layers.0.mlp.down_proj"] = S8
+    tower: dict[str, Scheme | None] = {"model.visual.blocks.0.fc": None}
+    settings = CODECS[codec].quantization_config({**schemes, **tower}, damping=None, version="0")
+    text = json.dumps(settings)
+    old = text.replace(json.dumps(written)[1:-1], json.dumps(before)[1:-1])
+    assert old != text
+    found = [verdicts(facts(codec, S4)._replace(settings=json.loads(t), schemes=schemes))[1] for t in (text, old)]
+    assert [verdict.status for verdict in found] == [LOADS, REFUSES]
+    assert reason in found[1].reason
 
 
 def test_few_keys_are_repeated() -> None:
