@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.foreign.cells import READ, WRITTEN, Cell
+from benchmarks.foreign.parents import make
 from benchmarks.foreign.reading import compare_ours, compare_theirs
 from benchmarks.foreign.tools import HERE, FailedError, drive
 from benchmarks.patterns import pattern
@@ -44,8 +45,9 @@ def main() -> None:
         place = HERE / ".work" / re.sub(r"\W+", "-", key)
         if key in read:
             ours, tool, settings = read[key]
+            parent = make(ours.parent, PARENT, HERE / ".work" / ours.parent) if ours.parent else PARENT
             try:
-                entry = compare_ours(PARENT, ours, tool, dict(settings), place)
+                entry = compare_ours(parent, ours, tool, dict(settings), place)
             except FailedError as error:
                 entry = {"error": str(error)}
             _store("ours", key, {"settings": dict(ours.settings), **entry})

@@ -5,12 +5,16 @@ from typing import Any, NamedTuple
 
 
 class Cell(NamedTuple):
-    """A checkpoint. ``settings`` are arguments of the tool's driver in ``drivers/``; for ``ptq`` keys of ``--set``."""
+    """A checkpoint. ``settings`` are arguments of the tool's driver in ``drivers/``; for ``ptq`` keys of ``--set``.
+
+    ``parent`` is made by `benchmarks.foreign.parents`; without one it is the model of the examples.
+    """
 
     tool: str
     label: str
     method: str
     settings: Mapping[str, Any]
+    parent: str = ""
 
 
 def _gptq(label: str, **settings: Any) -> Cell:
@@ -97,8 +101,18 @@ AWQ_HEAD = _ours("awq asym, packed head", "awq", 4, False, exclude="[]")
 CT_HEAD = _ours("ct 4-bit sym, packed head", "compressed-tensors", 4, True, exclude="[]")
 CT8_CHANNEL = _ours("ct 8-bit channel sym", "compressed-tensors", 8, True, group_size=-1)
 DOWN8 = "{mlp.down_proj: {bits: 8}}"
+FIRST32 = "{'*language_model.layers.0.self_attn.[qkv]_proj': {group_size: 32}, down_proj: {group_size: 32}}"
 GPTQ_MIXED = _ours("gptq 4-bit sym, down_proj 8-bit", "gptq", 4, True, overrides=DOWN8)
 CT_MIXED = _ours("ct 4-bit sym, down_proj 8-bit", "compressed-tensors", 4, True, overrides=DOWN8)
+# A mixture of experts; and a vision tower in float, beside which vLLM has other names than transformers and the files.
+MADE = (
+    *(_ours(f"mixtral, {layout} 4-bit", layout, 4, layout == "gptq")._replace(parent="mixtral")
+      for layout in ("gptq", "awq")),
+    *(cell._replace(label=f"llava, {cell.label}", parent="llava") for cell in (
+        AWQ, AWQ_HEAD, HEAD, CT_HEAD,
+        *(_ours(f"{name} 4-bit, first q, k, v and down_proj g32", layout, 4, True, overrides=FIRST32)
+          for name, layout in (("gptq", "gptq"), ("ct", "compressed-tensors"))))),
+)  # fmt: skip
 
 # Who reads which of our checkpoints: the tool, and the settings of its driver.
 READ: tuple[tuple[Cell, str, Mapping[str, Any]], ...] = (
@@ -109,5 +123,5 @@ READ: tuple[tuple[Cell, str, Mapping[str, Any]], ...] = (
     (CT4_ASYMMETRIC, "llm-compressor", {"dequantize": True}),
     *((ours, "vLLM", {"greedy": 16})
       for ours in (GPTQ4, GPTQ8, HEAD, GPTQ_MIXED, AWQ, AWQ_SYMMETRIC, AWQ_HEAD, CT4, CT8_CHANNEL, CT_MIXED,
-                   CT4_ASYMMETRIC, CT_HEAD, GPTQ3, V2, CT3)),
+                   CT4_ASYMMETRIC, CT_HEAD, GPTQ3, V2, CT3, *MADE)),
 )  # fmt: skip

