@@ -8,7 +8,6 @@ predicted KL divergence in nats a token, which adds up over groups. The pass run
 the effect of one group.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,17 +20,16 @@ from ptq.budget import Item, allocate, widths_for
 from ptq.calibration.capture import InputGroup, InputStats, collect, trace_groups
 from ptq.calibration.held import Run
 from ptq.config import BitBudget, RunConfig
+from ptq.float_stream import float_stream
 from ptq.formats.codec import Scheme
 from ptq.gptq.solver import Factor, factorize
 from ptq.grid import nearest_codes, values
 from ptq.grid_search import COARSE, search_grid
 from ptq.half_products import plain_products
 from ptq.loss import quadratic_loss
-from ptq.models.loading import build_skeleton
-from ptq.models.names import SourceNames
 from ptq.models.streamed import StreamedModel
 from ptq.models.structure import linears, set_weight, weight_of
-from ptq.plan import Plan, parent_stream
+from ptq.plan import Plan
 from ptq.progress import Progress
 from ptq.task import TINY, share
 
@@ -88,7 +86,7 @@ def measure(plan: Plan, batches: Sequence[Tensor], progress: Progress) -> list[M
         NumericsError: NaN or infinity in weights or activations.
         UnsupportedModelError: a Linear that the text does not reach.
     """
-    stream = _float_stream(plan)
+    stream = float_stream(plan)
     batches = _with_probe(batches)
     hidden = stream.enter(batches)
     carried: list[_Carried] = []
@@ -104,14 +102,6 @@ def measure(plan: Plan, batches: Sequence[Tensor], progress: Progress) -> list[M
             hidden = [run().cpu() for run in runs]
         progress.step(index, total)
     return _finish(plan, stream, batches, hidden, carried)
-
-
-def _float_stream(plan: Plan) -> StreamedModel:
-    """The parent in float32, in a skeleton of its own."""
-    config = copy.deepcopy(plan.hf_config)
-    skeleton = build_skeleton(config, torch.float32, trust_remote_code=plan.config.trust_remote_code)
-    names = SourceNames(skeleton, plan.reader.names())
-    return parent_stream(plan._replace(skeleton=skeleton, names=names, dtype=torch.float32))
 
 
 def _with_probe(batches: Sequence[Tensor]) -> list[Tensor]:

@@ -101,7 +101,9 @@ class GPTQConfig:
     ``scales``: ``hessian`` searches those that lose least where inputs are strong, ``range`` spans each group's range;
     ``candidates``: multiples of those scales that are solved for, each row keeping its best (1: the scales themselves);
     ``sweeps``: rounds of coordinate descent over the finished codes; ``correct_inputs``: share, 0 to 1, of the
-    correction for what the quantized layers before changed (0 also saves a second pass of hidden states).
+    correction for what the quantized layers before changed (0 also saves a second pass of hidden states);
+    ``gradient_tokens``: tokens of which gradients say how errors of a Linear's outputs meet again at the model's end,
+    so that its rows make up for each other's (0: each row by itself); of language models, method ``gptq`` only.
     """
 
     damping: float = field(default=0.01, metadata=checked(lambda damping: 0 < damping <= 1, "above 0, at most 1"))
@@ -111,6 +113,7 @@ class GPTQConfig:
     candidates: int = field(default=7, metadata=at_least(1))
     sweeps: int = field(default=1, metadata=at_least(0))
     correct_inputs: float = field(default=0.5, metadata=checked(lambda share: 0 <= share <= 1, "between 0 and 1"))
+    gradient_tokens: int = field(default=0, metadata=at_least(0))
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,11 @@ def _checked(tree: Any, overrides: Sequence[str], roots: Sequence[Path]) -> RunC
             override(tree, assignment)
     config = build(RunConfig, tree)
     _check_source(config.calibration.dataset, "calibration.dataset")
+    if config.gptq.gradient_tokens and config.method != "gptq":
+        raise ConfigError(
+            f"gptq.gradient_tokens must be 0 unless method is gptq; found {config.gptq.gradient_tokens} with "
+            f"{config.method}: set it to 0, or method to gptq"
+        )
     if config.evaluation is not None:
         check_evaluation(config.evaluation)
     return _locate(config, roots)

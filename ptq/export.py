@@ -13,7 +13,7 @@ from torch import Tensor
 from ptq.config import RunConfig
 from ptq.errors import ConfigError, NumericsError
 from ptq.export_packed import dense_weight, misfit, packed_weight
-from ptq.export_solve import Job, calibration_for, follows_float, is_solved, solve_block, solve_head
+from ptq.export_solve import Calibration, Job, calibration_for, follows_float, is_solved, solve_block, solve_head
 from ptq.formats.checkpoint import CheckpointReader, read_json
 from ptq.gguf.block import SolvedLinear
 from ptq.gguf.blocks import KINDS, encode
@@ -130,7 +130,7 @@ def export_gguf(
     return Exported(
         path, path.stat().st_size, Counter(t.kind for t in found), len(tally.deviations),
         max(tally.deviations, default=0.0), sum(tally.losses) / len(tally.losses) if tally.losses else None,
-        (*tokenizer_notes(tokenizer), *_notes(model, found), *_told(tally)),
+        (*tokenizer_notes(tokenizer), *_notes(model, found, calibration), *_told(tally)),
     )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def _output(out: str | None, checkpoint: str, type_name: str) -> Path:
     return path if path.suffix.lower() == ".gguf" and not path.is_dir() else path / name
 
 
-def _notes(model: Model, found: Sequence[Target]) -> tuple[str, ...]:
+def _notes(model: Model, found: Sequence[Target], calibration: Calibration | None) -> tuple[str, ...]:
     """What differs from what was asked for."""
     fallen = Counter((t.wanted, t.kind, t.shape[1]) for t in found if t.kind != t.wanted and t.kind != FLOAT)
     notes = [
@@ -183,6 +183,8 @@ def _notes(model: Model, found: Sequence[Target]) -> tuple[str, ...]:
     kept = [t for t in found if t.kind == FLOAT != t.wanted]
     if kept:
         notes.append(f"{len(kept)} tensors stay in {FLOAT}: {', '.join(t.name for t in kept[:4])}")
+    if calibration is not None and calibration.settings.gradient_tokens:
+        notes.append("gptq.gradient_tokens is left out: rows of block formats are solved by themselves")
     return (*model.notes, *notes)
 
 

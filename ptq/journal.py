@@ -84,6 +84,11 @@ class Journal:
         return self._directory / "checkpoint"
 
     @property
+    def outputs(self) -> Path:
+        """Directory of what was measured before the first block and is needed for every one."""
+        return self._directory / "outputs"
+
+    @property
     def rows(self) -> dict[str, Row]:
         """Report rows of all finished units."""
         return {name: row for record in self.records for name, row in record.rows.items()}

@@ -139,11 +139,13 @@ def _follow(config: RunConfig, prepared: Prepared, ranks: Ranks) -> Report:
 
 
 def _check_shared(config: RunConfig, ranks: Ranks) -> None:
-    for name, steps in (("steps", config.refine.steps), ("model_steps", config.refine.model_steps)):
-        if steps:
+    alone = {"refine.steps": config.refine.steps, "refine.model_steps": config.refine.model_steps,
+             "gptq.gradient_tokens": config.gptq.gradient_tokens}  # fmt: skip
+    for name, value in alone.items():
+        if value:
             raise ConfigError(
-                f"refine.{name} must be 0 where several processes share a run; found {steps} with {ranks.size} "
-                f"processes: start one, or set refine.{name} to 0"
+                f"{name} must be 0 where several processes share a run; found {value} with {ranks.size} "
+                f"processes: start one, or set {name} to 0"
             )
 
 

@@ -122,6 +122,11 @@ def _config(given: dict[str, Any]) -> RunConfig:
             "refine.model_steps must be 0 for a module, which predicts no tokens; use refine.steps, or python -m "
             "ptq.gptq for a language model"
         )
+    if config.gptq.gradient_tokens:
+        raise ConfigError(
+            "gptq.gradient_tokens must be 0 for a module, which predicts no tokens; python -m ptq.gptq takes it for a "
+            "language model"
+        )
     return config
 
 

@@ -18,14 +18,18 @@ from ptq.errors import ConfigError
 from ptq.formats.staging import output_path
 from ptq.journal import KEPT
 from ptq.journal_directory import place_of
-from ptq.plan import Plan
+from ptq.plan import Plan, block_count
 from ptq.plan_size import estimate_size
 from ptq.predict_memory import (
+    FLOAT,
     block_work,
     evaluation_work,
+    gradient_tokens,
+    gradient_work,
     head_work,
     largest_block,
     model_work,
+    moment_bytes,
     outer_bytes,
     tokens_of,
     width,
@@ -84,6 +88,11 @@ def predict(plan: Plan, rates: Rates, base: int = 0, home: torch.device | None =
         memory["process"] = 0
     else:
         memory["hidden states"] = kept_in_memory
+    tokens = gradient_tokens(plan)
+    if tokens:
+        waiting = FLOAT * tokens * width(plan)
+        around = {"process": memory["process"], "hidden states": 0 if plan.device.type == "cuda" else waiting}
+        memory = max(memory, {**around, **gradient_work(plan, block)}, key=lambda parts: sum(parts.values()))
     if plan.config.refine.model_steps:
         whole = {"process": memory["process"], **model_work(plan, block)}
         memory = max(memory, whole, key=lambda parts: sum(parts.values()))
@@ -91,6 +100,9 @@ def predict(plan: Plan, rates: Rates, base: int = 0, home: torch.device | None =
     shard = min(size.after, plan.config.max_shard_bytes)
     journal = hidden * streams * (KEPT + 1)
     disk = {"output": size.after, "shard in the making": shard, "journal of hidden states": journal}
+    if tokens:
+        kept = FLOAT * tokens * width(plan) * (block_count(plan) + 1)
+        disk["gradients"] = kept + block_count(plan) * moment_bytes(block)
     if plan.config.refine.model_steps:
         disk["refined weights"] = size.after  # beside those they replace
     evaluation = evaluation_work(plan)

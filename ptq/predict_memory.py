@@ -17,6 +17,7 @@ from ptq.config import RefineConfig
 from ptq.evaluate import SEGMENT_TOKENS, chunk_on
 from ptq.gptq.candidates import CHUNK_WEIGHTS as CANDIDATE_WEIGHTS
 from ptq.gptq.inverse import ROWS
+from ptq.gptq.outputs import row_blocks
 from ptq.models.structure import linears
 from ptq.plan import Plan, block_count, head_targets
 from ptq.task import CHUNK_WEIGHTS
@@ -31,6 +32,8 @@ COPIES = 4  # of the weights that several candidates are solved for together: st
 REFINED = 7 * FLOAT
 SAVED = 9  # bytes that the way back needs, for every output of a Linear
 SCORED = 6  # float32 copies of some logits: two distributions, the parent's again, how far they are apart
+BACK = 4  # float32 copies of what Linears put out, while gradients go back through a block
+EXIT = 6  # of the logits: themselves, probabilities and their sums, gradients
 LOGITS = 4  # held at once, in the dtype of the model: of the two models, and the gradient twice
 
 
@@ -135,6 +138,33 @@ def block_work(plan: Plan, block: Block, *, apart: bool) -> tuple[dict[str, int]
     else:
         moments, work = max(needs, key=lambda need: need[0] + sum(need[1].values()))
     return {"second moments": moments}, work
+
+
+def gradient_tokens(plan: Plan) -> int:
+    """Tokens whose gradients are taken, in whole sequences."""
+    length = plan.config.calibration.sequence_length
+    return min(-(-plan.config.gptq.gradient_tokens // length) * length, tokens_of(plan))
+
+
+def moment_bytes(block: Block) -> int:
+    """Of what is known of the outputs of a block's Linears."""
+    return FLOAT * sum((int(rows.stop) - int(rows.start)) ** 2 for n, _ in block.weights for rows in row_blocks(n))
+
+
+def gradient_work(plan: Plan, block: Block) -> dict[str, int]:
+    """Bytes of the pass for gradients, beside the process, on the device that computes: one sequence, in float32."""
+    length = min(plan.config.calibration.sequence_length, tokens_of(plan))
+    wider = FLOAT // plan.dtype.itemsize
+    exit_ = {
+        "embeddings and head": outer_bytes(plan) * wider,
+        "logits": EXIT * FLOAT * length * vocabulary(plan),
+    }
+    through = {
+        "float32 block": block.parameters * wider,
+        "activations": BACK * FLOAT * length * (sum(n for n, _ in block.weights) + width(plan)),
+        "moments of outputs": moment_bytes(block),
+    }
+    return max(exit_, through, key=lambda parts: sum(parts.values()))
 
 
 def model_work(plan: Plan, block: Block) -> dict[str, int]:

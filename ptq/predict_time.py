@@ -20,11 +20,23 @@ from torch.nn.functional import linear
 
 from ptq.awq.solver import CONFIRMED, CONFIRMED_ROWS, SCREENED_ROWS
 from ptq.gptq.columns import columns_library
+from ptq.gptq.outputs import BLOCK, PART
 from ptq.grid_search import COARSE, REFITS, SHRINKS
 from ptq.half_products import fast_half_products
 from ptq.loss import multiplied
 from ptq.plan import Plan, block_count
-from ptq.predict_memory import Block, Stage, held_share, tokens_of, tokens_of_batch, vocabulary, width
+from ptq.predict_memory import (
+    FLOAT,
+    Block,
+    Stage,
+    gradient_tokens,
+    held_share,
+    moment_bytes,
+    tokens_of,
+    tokens_of_batch,
+    vocabulary,
+    width,
+)
 
 # What the products of a stage reach, as a share of the rate of a product of 1024 x 1024 (the larger ones are faster).
 FORWARD, HESSIAN, FACTOR, COLUMNS = 0.8, 0.4, 1.0, 1.1
@@ -35,7 +47,9 @@ OUTPUT, ATTENTION, INPUT = 12, 9, 8
 CANDIDATE, COMPILED_CANDIDATE, COLUMN, WEIGHT, REFINED, LOGIT = 22, 4, 0.86, 800, 200, 60
 GROUPED = 0.2  # as COLUMNS, of the many small products with the Hessian's diagonal blocks
 JUDGE = 0.002  # seconds that every look at a candidate for AWQ's scales takes, however small
-LINEAR = 0.012  # seconds for every Linear, however small: calls, bookkeeping, files
+LINEAR = (
+    0.012  # seconds for every Linear, or part of one that is solved by itself, however small: calls, bookkeeping, files
+)
 SAMPLE = 0.05  # seconds that a rate is measured for,
 TIMES = 5  # and how often at least
 REPEATS = 16  # of a short operation that is timed
@@ -119,6 +133,8 @@ def seconds_of(
         "codes": blocks * _codes(plan, block, rates),
         "disk": written / rates.disk,
     }
+    if plan.config.gptq.gradient_tokens:
+        found["gradients"] = _gradients(plan, block, rates, blocks)
     if plan.config.refine.steps:
         found["refinement"] = blocks * _refinement(plan, block, rates)
     if plan.config.refine.model_steps:
@@ -188,8 +204,15 @@ def _codes(plan: Plan, block: Block, rates: Rates) -> float:
     if plan.config.method == "awq":
         products += 4 * loss  # of codes and rounding, each beside the energy of the weight
     elements = _candidate(plan) * candidates + COLUMN * columns + WEIGHT * weights
-    solving = products / (COLUMNS * rates.products) + elements / rates.elements + LINEAR * len(block.weights)
+    solving = products / (COLUMNS * rates.products) + elements / rates.elements + LINEAR * _solves_of(plan, block)
     return solving + (_awq_search(plan, block, rates) if plan.config.method == "awq" else 0)
+
+
+def _solves_of(plan: Plan, block: Block) -> int:
+    """How often codes are chosen: for every Linear once, or for every part of its rows."""
+    if not plan.config.gptq.gradient_tokens:
+        return len(block.weights)
+    return sum(-(-min(n, BLOCK) // PART) for n, _ in block.weights)
 
 
 def _candidate(plan: Plan) -> float:
@@ -210,6 +233,16 @@ def _awq_search(plan: Plan, block: Block, rates: Rates) -> float:
     elements = _candidate(plan) * judged + CANDIDATE * clipped
     calls = JUDGE * len(block.weights) * (tried + CONFIRMED + 1)
     return products / (COLUMNS * rates.products) + grouped + elements / rates.elements + calls
+
+
+def _gradients(plan: Plan, block: Block, rates: Rates, blocks: int) -> float:
+    """Of some tokens, in float32: there, there again, and back at twice the price; what they say of the outputs."""
+    tokens = gradient_tokens(plan)
+    exact = rates._replace(native=rates.products)
+    products = 3 * 2 * tokens * vocabulary(plan) * width(plan) / (FORWARD * rates.products)
+    products += blocks * 2 * tokens * moment_bytes(block) / FLOAT / (HESSIAN * rates.products)
+    logits = LOGIT * tokens * vocabulary(plan) / rates.elements
+    return blocks * _forward(plan, block, exact, 4, tokens / tokens_of(plan)) + products + logits
 
 
 def _refinement(plan: Plan, block: Block, rates: Rates) -> float:

@@ -22,6 +22,7 @@ from ptq.half_products import fast_half_products
 from ptq.journal import Journal, Streams
 from ptq.models.loading import working_dtype
 from ptq.models.streamed import StreamedModel
+from ptq.output_moments import OutputMoments, output_moments
 from ptq.plan import Plan, block_count, extra_tensors, head_targets, parent_stream, replaced_tensors, taken_apart
 from ptq.progress import Progress
 from ptq.task import BlockTask, FloatTwin, ModuleResult
@@ -52,6 +53,7 @@ class Walk(NamedTuple):
     floating: list[Tensor]  # the same in the float model; followed only where the solver corrects for the difference
     ranks: Ranks
     home: torch.device  # of second moments
+    moments: OutputMoments | None = None
 
     def streams(self) -> Streams:
         """The hidden states by name."""
@@ -99,7 +101,8 @@ def _walk_blocks(
 ) -> None:
     """Blocks, and what is not in the blocks."""
     total, first = block_count(plan), len(journal.records)
-    state = _enter(plan, batches, journal, ranks)._replace(home=home)
+    moments = _measured(plan, batches, journal, progress) if first < total else None
+    state = _enter(plan, batches, journal, ranks)._replace(home=home, moments=moments)
     for index in range(first, total):
         started = time.perf_counter()
         progress.module(state.stream.block_path(index))
@@ -113,6 +116,16 @@ def _walk_blocks(
     started = time.perf_counter()
     finished = _outer(state)
     journal.add(finished.rows, finished.tensors, {}, time.perf_counter() - started)
+
+
+def _measured(plan: Plan, batches: Sequence[Tensor], journal: Journal, progress: Progress) -> OutputMoments | None:
+    if not plan.config.gptq.gradient_tokens:
+        return None
+    started = time.perf_counter()
+    found = output_moments(plan, batches, journal.outputs)
+    progress.say(f"gradients of {found.tokens} tokens: {time.perf_counter() - started:.1f} s")
+    give_back()
+    return found
 
 
 def _enter(plan: Plan, batches: Sequence[Tensor], journal: Journal, ranks: Ranks) -> Walk:
@@ -137,7 +150,8 @@ def _quantize(state: Walk, index: int, journal: Journal) -> Finished:
         _check_weights(block, path)
         twin = _twin(state, index, block) if state.floating else None
         probe, schemes = _probe(stream, index, hidden), _below(path, plan.targets)
-        task = BlockTask(path, schemes, plan.config, plan.dtype, probe, twin, state.ranks, state.home)
+        task = BlockTask(path, schemes, plan.config, plan.dtype, probe, twin, state.ranks, state.home,
+                         moments=state.moments.of(index) if state.moments else None)  # fmt: skip
         runs = waiting(partial(stream.run_block, index), hidden, _widest(plan, path))
         found = quantize_block(block, runs, task) if task.schemes else {}
         if twin is not None and index + 1 < block_count(plan):

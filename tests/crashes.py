@@ -9,6 +9,7 @@ these may follow one another. Prints a JSON list of lists of outcomes.
 """
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ import torch
 from tiny_models import build, save, settings
 
 from ptq.config import DatasetConfig, GPTQConfig, RunConfig
+from ptq.pipeline import quantize
+from ptq.progress import Progress
 
 FAST = GPTQConfig(scales="range", sweeps=0)
 ROOMY = 1 << 16  # KiB
@@ -54,6 +57,33 @@ def small_run(parent: Path, output: Path, method: str = "gptq", **changes: Any) 
     data = DatasetConfig(files=(str(text),))
     size = {"dataset": data, "samples": 4, "sequence_length": 16, "batch_size": 2}
     return replace(config, calibration=replace(config.calibration, **size))
+
+
+class Stopping(Progress):
+    """Interrupts a run once so many blocks are committed."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(io.StringIO())
+        self._after = after
+
+    def step(self, index: int, total: int, losses: Sequence[float] = (), seconds: float = 0.0) -> None:
+        if index + 1 == self._after:
+            raise KeyboardInterrupt
+
+
+def stop(config: RunConfig, after: int) -> Path:
+    """Interrupt a run after so many blocks; the directory that it leaves."""
+    try:
+        quantize(config, progress=Stopping(after))
+    except KeyboardInterrupt:
+        return unfinished(config)
+    raise AssertionError(f"the run ended before block {after}")
+
+
+def unfinished(config: RunConfig) -> Path:
+    """The directory of a run."""
+    output = Path(config.output)
+    return output.with_name(f".{output.name}.run")
 
 
 def checksums(directory: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import ptq.distributed
 from ptq import distributed
 from ptq.awq.block import _clip_and_round
-from ptq.config import RefineConfig, RunConfig, dump
+from ptq.config import GPTQConfig, RefineConfig, RunConfig, dump
 from ptq.distributed import ALONE, Ranks, joined
 from ptq.errors import ConfigError, RankError
 from ptq.formats.codec import Scheme
@@ -173,10 +173,17 @@ def test_a_death_ends_the_run_and_the_same_command_goes_on(offload, found):
     assert death["once more"][1].startswith((LOST, ABSENT))  # the first may have ended before the second had joined
 
 
-@pytest.mark.parametrize("name", ["steps", "model_steps"])
-def test_refinement_is_refused(name, tmp_path):
-    config = replace(small_run(tmp_path, tmp_path / "out"), refine=RefineConfig(**{name: 2}))
-    sentence = f"refine.{name} must be 0 where several processes share a run; found 2 with 3 processes: start one, or"
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("refine.steps", {"refine": RefineConfig(steps=2)}),
+        ("refine.model_steps", {"refine": RefineConfig(model_steps=2)}),
+        ("gptq.gradient_tokens", {"gptq": GPTQConfig(gradient_tokens=2)}),
+    ],
+)
+def test_what_one_process_does_alone_is_refused(name, changes, tmp_path):
+    config = replace(small_run(tmp_path, tmp_path / "out"), **changes)
+    sentence = f"{name} must be 0 where several processes share a run; found 2 with 3 processes: start one, or"
     with pytest.raises(ConfigError, match=sentence):
         quantize(config, ranks=Ranks(1, 3))
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tiny_models import TEXT, build, divergence, held_out, logits, run, save, se
 
 from ptq import cli, runtime
 from ptq.card import _llama_cpp
-from ptq.config import CalibrationConfig, DatasetConfig, RunConfig
+from ptq.config import CalibrationConfig, DatasetConfig, GPTQConfig, RunConfig
 from ptq.errors import ConfigError, FormatError, PtqError, UnsupportedModelError
 from ptq.export import show
 from ptq.gguf.blocks import values
@@ -148,7 +149,9 @@ def test_a_checkpoint_is_carried_over(parents, tmp_path, type_name):
 def test_text_lets_the_float_rest_of_a_checkpoint_be_solved(parents, tmp_path, solving):
     checkpoint = tmp_path / "made"
     run(settings(parents["llama"], checkpoint, method="rtn"))
-    done = export(checkpoint, "Q4_0", tmp_path, solving)
+    asking = replace(solving, gptq=GPTQConfig(gradient_tokens=8))
+    done = export(checkpoint, "Q4_0", tmp_path, asking)
+    assert "gptq.gradient_tokens is left out: rows of block formats are solved by themselves" in done.notes
     found = kinds(done.path)
     # rows of 64 are no multiple of Q6_K's 256
     assert (found["output.weight"], found["token_embd.weight"]) == ("Q8_0", "Q4_0")

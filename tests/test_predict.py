@@ -13,7 +13,7 @@ from tiny_models import run
 
 from ptq import cli, predict_time
 from ptq.allocator import give_back
-from ptq.config import CalibrationConfig, RefineConfig, RunConfig, scheme_for
+from ptq.config import CalibrationConfig, GPTQConfig, RefineConfig, RunConfig, scheme_for
 from ptq.distributed import Ranks
 from ptq.formats import CODECS
 from ptq.models.loading import build_skeleton
@@ -114,11 +114,12 @@ def test_rounding_needs_no_hidden_states():
     assert found.seconds["forward passes"] == 0
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
-def test_predicted_against_actual(method, tmp_path):
+@pytest.mark.parametrize(("method", "tokens"), [("gptq", 0), ("gptq", 32), ("awq", 0), ("rtn", 0)])
+def test_predicted_against_actual(method, tokens, tmp_path):
     """Of a small run most memory is the process's own, so 25 % says little; that the figures are there is tested."""
     parent = small_parent(tmp_path / "parent")
-    config = small_run(parent, tmp_path / "out", method, exclude=("lm_head", "gate_proj", "up_proj", "down_proj"))
+    config = small_run(parent, tmp_path / "out", method, exclude=("lm_head", "gate_proj", "up_proj", "down_proj"),
+                       gptq=GPTQConfig(gradient_tokens=tokens))  # fmt: skip
     plan = make_plan(config)
     found = predict(plan, RATES, anonymous_bytes())
     document = run(config).document["prediction"]
@@ -226,6 +227,30 @@ def test_time_by_hand(library, candidate, monkeypatch):
         plan._replace(config=dataclasses.replace(plan.config, calibration=few)), Rates(1e30, 1e12, 1e30, 1e30)
     )
     assert waiting > 128 * 1.5 * short.seconds["forward passes"]
+
+
+def test_gradients_by_hand():
+    """Of 8192 tokens of a 70B Llama: four passes in float32, files of what all blocks read and of what is kept."""
+    plan = large_plan("70B", "cpu")
+    config = dataclasses.replace(plan.config, gptq=GPTQConfig(gradient_tokens=8000))
+    found = predict(plan._replace(config=config), RATES)
+    hidden, inner, depth, heads, kv = LARGE["70B"]
+    moments = 4 * 512 * (3 * hidden + 2 * hidden * kv // heads + 2 * inner)
+    assert found.disk["gradients"] == 4 * 8192 * hidden * (depth + 1) + depth * moments
+    linear = hidden * hidden * (2 + 2 * kv / heads) + 3 * hidden * inner
+    products = 4 * 2 * 8192 * (linear + 2 * 2048 * hidden) / 0.8 + 2 * 8192 * moments / 4 / 0.4
+    head = 3 * 2 * 8192 * 128256 * hidden / 0.8
+    assert predict(plan._replace(config=config), Rates(1e12, 1e30, 1e30, 1e30)).seconds["gradients"] == pytest.approx(
+        (depth * products + head) / 1e12
+    )
+    none = Rates(1e30, 1e30, 1e30, 1e30)
+    parts = sum(
+        -(-min(n, 512) // 32)
+        for n in (hidden, hidden, hidden * kv // heads, hidden * kv // heads, inner, inner, hidden)
+    )
+    assert predict(plan._replace(config=config), none).seconds["codes"] == pytest.approx(depth * 0.012 * parts)
+    assert "gradients" not in predict(plan, RATES).seconds
+    assert "gradients" not in predict(plan, RATES).disk
 
 
 def test_the_command(tmp_path, capsys):

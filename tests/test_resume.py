@@ -5,7 +5,6 @@ the bytes are the same or the run is refused with the damaged file named.
 """
 
 import fcntl
-import io
 import re
 import shutil
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 import crashes
 import pytest
 import torch
-from crashes import checksums, small_parent, small_run
+from crashes import checksums, small_parent, small_run, stop, unfinished
 from tiny_models import run
 
 from ptq import journal, walk
@@ -22,22 +21,8 @@ from ptq.config import EvaluationConfig, SchemeOverride
 from ptq.errors import ConfigError, FormatError, NumericsError
 from ptq.formats.assembly import write_part
 from ptq.formats.sealed import seal, unseal
-from ptq.pipeline import quantize
-from ptq.progress import Progress
 
 BLOCKS = 3
-
-
-class Stopping(Progress):
-    """Interrupts a run once so many blocks are committed."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__(io.StringIO())
-        self._after = after
-
-    def step(self, index, total, losses=(), seconds=0.0):
-        if index + 1 == self._after:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +36,6 @@ def _no_commit_is_put_off():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "SECONDS", 3600.0)
         yield
-
-
-def stop(config, after):
-    with pytest.raises(KeyboardInterrupt):
-        quantize(config, progress=Stopping(after))
-    return unfinished(config)
-
-
-def unfinished(config):
-    output = Path(config.output)
-    return output.with_name(f".{output.name}.run")
 
 
 def whole(config):
@@ -79,6 +53,7 @@ def offloaded(config):
 CASES = {
     "rtn": ("rtn", {}),
     "gptq": ("gptq", {}),
+    "gptq, gradients": ("gptq", {"gptq": replace(crashes.FAST, gradient_tokens=32)}),
     "gptq, head": ("gptq", {"exclude": ("q_proj", "k_proj", "v_proj", "gate_proj"), "symmetric": True}),
     "awq": ("awq", {"exclude": ("lm_head", "gate_proj", "up_proj", "down_proj")}),
 }

@@ -33,7 +33,7 @@ LAYERS = [
     ),
     Layer(  # solvers and codecs: tensors in, tensors out; and what a run is
         "ptq.config ptq.rtn ptq.gptq ptq.gptq.solver ptq.gptq.inverse ptq.gptq.columns "
-        "ptq.gptq.candidates ptq.gptq.descent ptq.awq.solver "
+        "ptq.gptq.candidates ptq.gptq.descent ptq.gptq.outputs ptq.awq.solver "
         "ptq.gguf.blocks ptq.gguf.rounding ptq.gguf.carry ptq.gguf.mix "
         "ptq.formats.gptq ptq.formats.awq ptq.formats.compressed_tensors ptq.formats.auto_round",
         mutual=False,
@@ -53,7 +53,7 @@ LAYERS = [
         "ptq.packed ptq.integration ptq.integration.* "
         "ptq.pipeline ptq.plan ptq.plan_size ptq.plain ptq.plain_runs ptq.passed_over ptq.runtime ptq.evaluate "
         "ptq.evaluation ptq.inspection ptq.walk ptq.end_to_end ptq.predict ptq.predict_memory ptq.predict_time "
-        "ptq.journal_signature ptq.budget_measure "
+        "ptq.journal_signature ptq.budget_measure ptq.float_stream ptq.output_moments "
         "ptq.readers ptq.tensor_parallel ptq.lint_values ptq.lint ptq.parent ptq.card ptq.push "
         "ptq.prepared ptq.compare ptq.compare_page ptq.sweep ptq.export ptq.export_packed ptq.export_solve "
         "ptq.adapters ptq.adapter_merge ptq.tasks",
@@ -67,7 +67,14 @@ LAYERS = [
 ]
 PURE = [  # tensors in, tensors out: no files, no progress bars, no models
     *("ptq.grid", "ptq.grid_search", "ptq.squares", "ptq.loss", "ptq.rtn", "ptq.gptq.solver"),
-    *("ptq.gptq.inverse", "ptq.gptq.columns", "ptq.gptq.candidates", "ptq.gptq.descent", "ptq.awq.solver"),
+    *(
+        "ptq.gptq.inverse",
+        "ptq.gptq.columns",
+        "ptq.gptq.candidates",
+        "ptq.gptq.descent",
+        "ptq.gptq.outputs",
+        "ptq.awq.solver",
+    ),
     *("ptq.formats.codec", "ptq.formats.bitpack", "ptq.formats.gptq", "ptq.formats.awq"),
     *("ptq.formats.compressed_tensors", "ptq.gguf.blocks", "ptq.gguf.rounding", "ptq.gguf.carry"),
     *("ptq.gguf.mix", "ptq.gguf.solver"),

@@ -1,7 +1,8 @@
 """GPTQ on one block: group by group in execution order, so that later inputs come from quantized earlier layers."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from ptq.distributed import Ranks
 from ptq.formats.codec import Scheme
 from ptq.gptq.candidates import solve_candidates
 from ptq.gptq.descent import descend
+from ptq.gptq.outputs import BLOCK, output_loss, solve_by_parts
 from ptq.gptq.solver import Factor, correction, factorize, require_no_rescue
 from ptq.grid import Grid, min_max_grid, nearest_codes, values
 from ptq.grid_search import search_grid
@@ -175,20 +177,11 @@ def whole(part: Choice, rows: int, ranks: Ranks) -> Choice:
 def _gptq_linear(
     module: nn.Module, name: str, part: Tensor, stats: InputStats, factor: Factor, shift: Drift | None, task: BlockTask
 ) -> ModuleResult:
-    """Solve this process's part of a weight, some rows at a time, and put the values of all parts in."""
+    """Solve this process's part of a weight and put the values of all parts in."""
     started, too_small = time.perf_counter(), faint(stats, task.full(name), task.config.strict)
-    scheme, found, energy = task.schemes[name], [], 0.0
-    for start in range(0, max(1, len(part)), _rows_at_once(part)):
-        chunk = slice(start, start + _rows_at_once(part))
-        W = part[chunk].float()
-        target = _target(W, name, shift, chunk)
-        plain = min_max_grid(W, scheme, scale_dtype=task.scale_dtype)
-        rounded = nearest_codes(W, plain)
-        loss = quadratic_loss(target - values(rounded, plain), stats.hessian)
-        energy += quadratic_loss(target, stats.hessian)
-        found.append((choose_codes(target, stats.hessian, factor, scheme, task), Choice(rounded, plain, loss)))
-    choice, other = (_stacked(each) for each in zip(*found, strict=True))
-    loss, rounding, energy = task.ranks.total(choice.loss, other.loss, energy)
+    found = _solved(name, part, stats.hessian, factor, shift, task)
+    choice, other = found.solved, found.rounded
+    loss, rounding, energy = task.ranks.total(choice.loss, other.loss, found.energy)
     solver, rescues = "gptq", [*too_small, *factor.rescues]
     if loss > rounding:  # possible with few tokens; the better codes are kept and counted
         choice, solver = other, "rtn"
@@ -203,6 +196,55 @@ def _gptq_linear(
     }
     losses = share(choice.loss, energy), share(rounding, energy)
     return finish(module, Solved(choice.codes, choice.grid, *losses), row, started)
+
+
+class _Found(NamedTuple):
+    """Codes of a weight, those of the weight rounded, and the loss that all of it would be."""
+
+    solved: Choice
+    rounded: Choice
+    energy: float
+
+
+def _solved(name: str, part: Tensor, H: Tensor, factor: Factor, shift: Drift | None, task: BlockTask) -> _Found:
+    """Some rows at a time; where it is known how outputs meet again, whole blocks of them."""
+    moments = [] if task.moments is None else task.moments[name]
+    if not any(bool(each.any()) for each in moments):  # as of an expert that no token reached
+        moments = []
+    size = _rows_at_once(part)
+    if moments:
+        size = max(1, size // BLOCK) * BLOCK
+    solved, plainly, energy = [], [], 0.0
+    for start in range(0, max(1, len(part)), size):
+        rows = slice(start, start + size)
+        here = moments[start // BLOCK : (start + size) // BLOCK]
+        judge = partial(output_loss, moments=here) if here else quadratic_loss
+        W = part[rows].float()
+        target = _target(W, name, shift, rows)
+        plain = min_max_grid(W, task.schemes[name], scale_dtype=task.scale_dtype)
+        rounded = nearest_codes(W, plain)
+        energy += judge(target, H)
+        plainly.append(Choice(rounded, plain, judge(target - values(rounded, plain), H)))
+        choose = partial(choose_codes, H=H, factor=factor, scheme=task.schemes[name], task=task)
+        solved.append(_by_outputs(target, here, choose, H) if here else choose(target))
+    return _Found(_stacked(solved), _stacked(plainly), energy)
+
+
+def _by_outputs(target: Tensor, moments: Sequence[Tensor], choose: Callable[[Tensor], Choice], H: Tensor) -> Choice:
+    """Rows that make up for each other; the loss counts what their errors come to at the model's end."""
+
+    def solve(moved: Tensor) -> tuple[Tensor, Choice]:
+        choice = choose(moved)
+        return values(choice.codes, choice.grid), choice
+
+    rows, parts = zip(*solve_by_parts(target, moments, solve), strict=True)
+    choice = _in_rows(_stacked(parts), torch.cat(rows).argsort())
+    return choice._replace(loss=output_loss(target - values(choice.codes, choice.grid), H, moments))
+
+
+def _in_rows(choice: Choice, order: Tensor) -> Choice:
+    scales, zeros = choice.grid.scales[order], choice.grid.zeros[order]
+    return choice._replace(codes=choice.codes[order], grid=choice.grid._replace(scales=scales, zeros=zeros))
 
 
 def _stacked(parts: Sequence[Choice]) -> Choice:
