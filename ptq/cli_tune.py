@@ -62,7 +62,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 def shapes_of(model: "nn.Module") -> Kinds:
     """Of every packed Linear, and of those that ``ptq.load(fuse=True)`` makes one product of."""
-    from ptq.formats.gptq import FUSED_LINEARS
+    from ptq.formats.codec import FUSED_LINEARS
     from ptq.nn.linear import QuantLinear
 
     kinds: Kinds = {}

@@ -1,8 +1,8 @@
 """Where a quantized checkpoint loads: what transformers, vLLM and SGLang accept, as rules on plain facts.
 
 Evidence of a rule, in brackets: [run] checked by running the reader, [source] read in its source, [thread] said in a
-public discussion. transformers 5.24 was run, and vLLM 0.32 on a CPU; vLLM on GPUs and SGLang were read in mid-2026 and
-change: look again before relying on a row for another release.
+public discussion. transformers 5.24 was run, and vLLM 0.32 on a CPU; of SGLang 0.5.23 what loads the files, without
+kernels of GPUs; vLLM on GPUs was read in mid-2026. They change: look again before relying on a row for another release.
 """
 
 import re
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from ptq.formats import CODECS
 from ptq.formats.capability import is_head
-from ptq.formats.codec import Config, Scheme, spellings
-from ptq.formats.gptq import EXPERTS, FUSED_LINEARS
+from ptq.formats.codec import EXPERTS, Config, Scheme, fused_modules, spellings
 
 LOADS, SLOWER, UNKNOWN, REFUSES = "loads", "loads slower", "not known", "does not load"
 _WORSE = (LOADS, SLOWER, UNKNOWN, REFUSES)
+MARLIN_GROUPS = {-1, 32, 64, 128}
 
 
 class Facts(NamedTuple):
@@ -204,14 +204,14 @@ def _vllm_on_cpus(facts: Facts) -> Iterator[Finding]:
 def _sglang(facts: Facts) -> Iterator[Finding]:
     yield from _engine(facts)
     yield from _named_floats(facts)
+    yield from _fused_otherwise(facts)
     if facts.codec.startswith("gptq"):
-        # [source] Marlin takes what vLLM's does; the rest goes to the plain path: float16, Linears only.
-        if facts.codec == "gptq_v2" or not facts.symmetric or not facts.bits <= {4, 8}:
-            if facts.experts:
-                yield REFUSES, "without Marlin experts are not run: they must be GPTQ v1, symmetric, 4 or 8 bits"
-            yield SLOWER, "runs without Marlin, in float16 only (--dtype half)"
-        else:
-            yield from _marlin(facts)
+        # [source] Marlin takes what vLLM's does and no zeros, of either version; the plain kernels are gone.
+        if not facts.symmetric:
+            yield REFUSES, "GPTQ must be symmetric (0.5.23 has no kernels but Marlin)"
+        if not facts.bits <= {4, 8}:
+            yield REFUSES, f"GPTQ must have 4 or 8 bits, found {_listed(facts.bits)} (0.5.23 has no kernels but Marlin)"
+        yield from _marlin(facts, REFUSES)
     elif facts.codec == "awq":
         if facts.settings.get("zero_point") is False:
             # [source] falls to kernels for float16, which have no experts.
@@ -229,7 +229,7 @@ def _engine(facts: Facts) -> Iterator[Finding]:
     """What vLLM and SGLang have in common."""
     if facts.left_out:
         yield UNKNOWN, f"no evidence covers experts stored one by one ({facts.left_out}) of a class that stacks them"
-    for members in _fused(facts.schemes, facts.floats):
+    for members in fused_modules([*facts.schemes, *facts.floats]).values():
         if len({facts.schemes.get(name) for name in members}) > 1:
             # [source] both run these as one product, with one scheme; skip rules are looked up for all shards.
             yield REFUSES, f"{members[0]} is fused with {members[1]} and must have its scheme"
@@ -261,33 +261,40 @@ def _named_floats(facts: Facts) -> Iterator[Finding]:
         yield REFUSES, f"{left[0]} is in float and quantization_config does not say so ({len(left)} such Linears)"
 
 
-def _marlin(facts: Facts) -> Iterator[Finding]:
+def _fused_otherwise(facts: Facts) -> Iterator[Finding]:
+    """Fused modules of which the configuration says something else than of their members.
+
+    SGLang asks for the fused name [run]: what is packed by that and float by its members' stays empty without a word.
+    compressed-tensors' lists it looks through for the members in classes that name these, and for experts [source].
+    """
+    codec, every = CODECS[facts.codec], {**facts.schemes, **dict.fromkeys(facts.floats)}
+    modules = {name: each for name, each in fused_modules(every).items() if len({every[n] for n in each}) == 1}
+    if facts.codec == "compressed-tensors":
+        modules = {name: each for name, each in modules.items() if not EXPERTS.match(each[0])}
+    stored = {
+        name: next(iter(fused_modules(facts.spelled.get(n, n) for n in each)), name) for name, each in modules.items()
+    }
+    settings = facts.settings
+    said = codec.parse_config(settings, modules, stored)
+    if facts.codec.startswith("gptq"):  # [source] experts are given the default, whatever `dynamic` says
+        said |= codec.parse_config({**settings, "dynamic": {}}, [n for n in modules if EXPERTS.match(modules[n][0])])
+    wrong = [name for name, each in modules.items() if said[name] != every[each[0]]]
+    if wrong:
+        status = UNKNOWN if facts.codec == "compressed-tensors" else REFUSES
+        what = f"gives {wrong[0]} other settings than {modules[wrong[0]][0]} and its siblings, which run as that"
+        yield status, f"quantization_config {what} ({len(wrong)} such modules)"
+
+
+def _marlin(facts: Facts, odd_groups: str = UNKNOWN) -> Iterator[Finding]:
     """Shapes of the fast kernel [source]: groups of 32, 64, 128 or a row, 64 rows, 128 columns."""
-    groups = {scheme.group_size for scheme in facts.schemes.values()} - {-1, 32, 64, 128}
+    groups = {scheme.group_size for scheme in facts.schemes.values()} - MARLIN_GROUPS
     if groups:
-        yield UNKNOWN, f"Marlin has groups of 32, 64, 128 or a whole row, found {_listed(groups)}"
+        yield odd_groups, f"Marlin has groups of 32, 64, 128 or a whole row, found {_listed(groups)}"
     odd = [name for name, (n, k) in facts.shapes.items() if n % 64 or k % 128]
     if odd:
         n, k = facts.shapes[odd[0]]
         shape = f"{odd[0]} is {n} x {k} ({len(odd)} such Linears)"
         yield SLOWER, f"Marlin wants multiples of 64 rows and 128 columns; {shape}, which newer releases pad"
-
-
-def _fused(packed: Iterable[str], floats: Iterable[str]) -> Iterator[list[str]]:
-    """Linears that engines run as one: q, k, v; gate, up; all experts of a layer."""
-    names = [*packed, *floats]
-    known, experts = set(names), dict[str, list[str]]()
-    for name in names:
-        match = EXPERTS.match(name)
-        if match:
-            experts.setdefault(match[1], []).append(name)
-            continue
-        parent, _, leaf = name.rpartition(".")
-        for members in FUSED_LINEARS.values():
-            siblings = [f"{parent}.{member}" for member in members]
-            if leaf == members[0] and known.issuperset(siblings):
-                yield siblings
-    yield from (members for members in experts.values() if len(members) > 1)
 
 
 def _regroups(settings: Config) -> bool:

@@ -120,7 +120,9 @@ def test_compressed_tensors_block_is_literal():
                 "weights": {**weights, "num_bits": 8, "strategy": "channel"},
             },
         },
-        "ignore": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "lm_head"],
+        "ignore": [
+            "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "lm_head", "model.layers.0.mlp.gate_up_proj"
+        ],
         "kv_cache_scheme": None, "global_compression_ratio": None, "version": "0.20.0",
         "meta": {"quantizer": ["ptq:0.1.0"]},
     }  # fmt: skip

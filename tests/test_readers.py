@@ -32,20 +32,28 @@ def facts(codec: str, scheme: Scheme, **changes: Any) -> Facts:
     return found._replace(**changes)
 
 
+def written(codec: str, scheme: Scheme, floats: list[str]) -> Facts:
+    """As our writer says that ``floats`` are not packed."""
+    schemes = {name: scheme for name in LINEARS if name not in floats}
+    settings_ = CODECS[codec].quantization_config({**schemes, **dict.fromkeys(floats)}, damping=None, version="0")
+    return facts(codec, scheme, names=list(schemes), floats=tuple(floats), set=settings_)
+
+
 # Facts, and (status, part of the reason) of transformers, vLLM, SGLang: the table in ptq/readers.py, case by case.
 OK, MARLIN = (LOADS, ""), (REFUSES, "4 or 8 bits")
-GPTQMODEL, DENSE, PLAIN = (LOADS, "gptqmodel"), (SLOWER, "expanded to dense"), (SLOWER, "float16 only")
+GPTQMODEL, DENSE, ZEROS = (LOADS, "gptqmodel"), (SLOWER, "expanded to dense"), (REFUSES, "must be symmetric")
 CASES: dict[str, tuple[Facts, tuple[str, str], tuple[str, str], tuple[str, str]]] = {
     "gptq": (facts("gptq", S4), GPTQMODEL, OK, OK),
-    "gptq 3 bits": (facts("gptq", Scheme(3, 128, True)), GPTQMODEL, MARLIN, PLAIN),
-    "gptq v2": (facts("gptq_v2", A4), GPTQMODEL, (REFUSES, "must be symmetric"), PLAIN),
+    "gptq 3 bits": (facts("gptq", Scheme(3, 128, True)), GPTQMODEL, MARLIN, MARLIN),
+    "gptq v2": (facts("gptq_v2", A4), GPTQMODEL, ZEROS, ZEROS),
+    "gptq v2 symmetric": (facts("gptq_v2", S4), GPTQMODEL, OK, OK),
     "gptq v1 asymmetric": (
         facts("gptq", S4)._replace(schemes=dict.fromkeys(LINEARS, A4)), (REFUSES, "gptqmodel itself"),
-        (REFUSES, "must be symmetric"), PLAIN,
+        ZEROS, ZEROS,
     ),
     "gptq v1 asymmetric of gptqmodel": (
         facts("gptq", S4, set={"meta": {"quantizer": ["gptqmodel:7"]}})._replace(schemes=dict.fromkeys(LINEARS, A4)),
-        GPTQMODEL, (REFUSES, "must be symmetric"), PLAIN,
+        GPTQMODEL, ZEROS, ZEROS,
     ),
     "gptq mixed": (
         facts("gptq", S4, others={"model.layers.0.mlp.down_proj": Scheme(8, 128, True)}),
@@ -60,15 +68,18 @@ CASES: dict[str, tuple[Facts, tuple[str, str], tuple[str, str], tuple[str, str]]
     ),
     "gptq experts": (facts("gptq", S4, names=EXPERTS), (REFUSES, "packed experts"), OK, OK),
     "gptq experts of 3 bits": (
-        facts("gptq", Scheme(3, 128, True), names=EXPERTS), (REFUSES, "packed experts"), MARLIN,
-        (REFUSES, "without Marlin experts"),
+        facts("gptq", Scheme(3, 128, True), names=EXPERTS), (REFUSES, "packed experts"), MARLIN, MARLIN,
+    ),
+    "gptq experts of another width": (
+        facts("gptq", S4, others=dict.fromkeys(EXPERTS, Scheme(8, 128, True))), (REFUSES, "packed experts"), OK,
+        (REFUSES, "gives model.layers.0.mlp.experts other settings than model.layers.0.mlp.experts.0.up_proj"),
     ),
     "gptq without sym": (
         facts("gptq", S4, set={"sym": "absent"}), GPTQMODEL, (REFUSES, "must have `sym`"), (REFUSES, "must have `sym`"),
     ),
     "gptq with strange damping": (facts("gptq", S4, set={"damp_percent": 1.5}), (REFUSES, "between 0 and 1"), OK, OK),
     "gptq in groups of 16": (
-        facts("gptq", Scheme(4, 16, True)), GPTQMODEL, (UNKNOWN, "found 16"), (UNKNOWN, "found 16"),
+        facts("gptq", Scheme(4, 16, True)), GPTQMODEL, (UNKNOWN, "found 16"), (REFUSES, "found 16"),
     ),
     "gptq in odd shapes": (
         facts("gptq", S4, shape=(96, 256)), GPTQMODEL, (SLOWER, "96 x 256 (6 such"), (SLOWER, "96 x 256"),
@@ -96,11 +107,28 @@ CASES: dict[str, tuple[Facts, tuple[str, str], tuple[str, str], tuple[str, str]]
     "awq with a silent float": (
         facts("awq", A4, floats=("model.layers.0.extra",)), GPTQMODEL, OK, (REFUSES, "does not say so"),
     ),
+    "awq with float members of a fused module": (
+        facts("awq", A4, names=LINEARS[3:], floats=tuple(LINEARS[:3]), set={"modules_to_not_convert": LINEARS[:3]}),
+        GPTQMODEL, OK, (REFUSES, "gives model.layers.0.self_attn.qkv_proj other settings than"),
+    ),
+    "awq with a float fused module": (written("awq", A4, LINEARS[:3]), GPTQMODEL, OK, OK),
+    "awq with float experts": (written("awq", A4, EXPERTS), GPTQMODEL, OK, OK),
     "awq as AutoAWQ spells it": (
         facts("awq", Scheme(4, 64, False), set={"group_size": "absent", "q_group_size": 64}),
         (REFUSES, "q_group_size is ignored"), OK, OK,
     ),
     "compressed-tensors": (facts("compressed-tensors", S4), DENSE, OK, (LOADS, "not on CPUs")),
+    "compressed-tensors with float members of a fused module": (
+        facts("compressed-tensors", S4, names=LINEARS[3:], floats=tuple(LINEARS[:3]), set={"ignore": LINEARS[:3]}),
+        DENSE, OK, (UNKNOWN, "gives model.layers.0.self_attn.qkv_proj other settings than"),
+    ),
+    "compressed-tensors with a float fused module": (
+        written("compressed-tensors", S4, LINEARS[:3]), DENSE, OK, (LOADS, "not on CPUs"),
+    ),
+    "compressed-tensors with a fused module of 8 bits": (
+        facts("compressed-tensors", S4, others=dict.fromkeys(LINEARS[:3], Scheme(8, 128, True))), DENSE,
+        (LOADS, "only 4 bits"), (LOADS, "not on CPUs"),
+    ),
     "gpt2": (facts("compressed-tensors", S4, transposed=True), (UNKNOWN, "Conv1D"), (UNKNOWN, ""), (UNKNOWN, "")),
     "compressed-tensors 3 bits": (facts("compressed-tensors", Scheme(3, 128, True)), DENSE, OK, MARLIN),
     "compressed-tensors asymmetric": (facts("compressed-tensors", A4), (SLOWER, "dequantize=True"), OK, OK),
@@ -230,9 +258,18 @@ def test_the_tables_name_every_package_that_transformers_needs(document: str, co
     assert [name in row for name in ("gptqmodel", "optimum")] == [name in reason for name in ("gptqmodel", "optimum")]
 
 
+@pytest.mark.parametrize(("codec", "experts"), [("awq", True), ("compressed-tensors", False)])
+def test_what_engines_fuse_is_listed_beside_its_members(codec: str, experts: bool) -> None:
+    """The experts for AWQ alone: compressed-tensors' are looked up one by one, and transformers has such a module."""
+    settings_ = written(codec, S4, [*LINEARS[:4], *EXPERTS]).settings  # gate without up
+    listed = settings_["modules_to_not_convert" if codec == "awq" else "ignore"]
+    fused = ["model.layers.0.self_attn.qkv_proj", *["model.layers.0.mlp.experts"] * experts]
+    assert listed == [*LINEARS[:4], *EXPERTS, *fused]
+
+
 def test_the_guide_to_budgets_says_which_widths_engines_refuse() -> None:
     guide = " ".join((ROOT / "docs/compare.md").read_text(encoding="utf-8").split())
-    assert "vLLM refuses GPTQ weights, and SGLang compressed-tensors ones, of 2 and 3 bits" in guide
-    for codec, reader in (("gptq", 1), ("compressed-tensors", 2)):
+    assert "vLLM and SGLang refuse GPTQ weights of 2 and 3 bits, and SGLang compressed-tensors ones as well" in guide
+    for codec, reader in (("gptq", 1), ("gptq", 2), ("compressed-tensors", 2)):
         found = {bits: verdicts(facts(codec, Scheme(bits, 128, True)))[reader].status for bits in (2, 3, 4, 8)}
         assert [bits for bits, status in found.items() if status == REFUSES] == [2, 3]

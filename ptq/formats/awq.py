@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptq.formats import capability, checks
 from ptq.formats.bitpack import pack_stream, unpack_stream
-from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec, spellings
+from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec, listed_for_engines, spellings
 
 BITS = 4
 PACK_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column PACK_ORDER[i]
@@ -97,7 +97,8 @@ class AwqCodec:
     ) -> Config:
         """The block for config.json. ``zero_point`` is always true: without it readers fall to slow kernels.
 
-        Readers match ``modules_to_not_convert`` in three different ways; only full names mean the same to all.
+        Readers match ``modules_to_not_convert`` in three different ways; only full names mean the same to all. SGLang
+        asks whether an entry is part of a fused module's name, so that is listed beside its members.
         """
         default = capability.common_scheme(schemes)
         return {
@@ -107,7 +108,9 @@ class AwqCodec:
             "zero_point": True,
             "version": "gemm",
             "lm_head": any(capability.is_head(name) and scheme for name, scheme in schemes.items()),
-            "modules_to_not_convert": [name for name, scheme in schemes.items() if scheme is None],
+            "modules_to_not_convert": listed_for_engines(
+                [n for n, scheme in schemes.items() if scheme is None], schemes
+            ),
             "meta": {"quantizer": [f"ptq:{version}"], "symmetric": default.symmetric},
         }
 

@@ -4,7 +4,8 @@ Codes are computed once, by a solver, and every codec packs these codes; a dense
 time on export (rounding ``w / s + z`` again in half precision can flip codes).
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor
 WIDTHS = (2, 3, 4, 8)  # bits that kernels run
 Config = dict[str, Any]  # the quantization_config block of config.json
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
+
+# vLLM and SGLang fuse these siblings into one module.
+FUSED_LINEARS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 
 
 class Scheme(NamedTuple):
@@ -30,6 +38,28 @@ class Scheme(NamedTuple):
 def spellings(name: str, stored: Mapping[str, str] | None) -> tuple[str, ...]:
     """A Linear's names by which a configuration may mean it: the file's before the model's."""
     return tuple(dict.fromkeys(((stored or {}).get(name, name), name)))
+
+
+def fused_modules(names: Iterable[str]) -> dict[str, list[str]]:
+    """What engines run as one module, by its name there: q, k, v; gate, up; all experts of a layer."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        experts = EXPERTS.match(name)
+        parent, dot, leaf = name.rpartition(".")
+        for fused, members in FUSED_LINEARS.items():
+            if experts:
+                found.setdefault(experts[1], []).append(name)
+                break
+            if leaf in members:
+                found.setdefault(f"{parent}{dot}{fused}", []).append(name)
+    whole = {fused: len(members) for fused, members in FUSED_LINEARS.items()}
+    return {name: each for name, each in found.items() if len(each) == whole.get(name.rpartition(".")[2], len(each))}
+
+
+def listed_for_engines(listed: Collection[str], names: Iterable[str]) -> list[str]:
+    """``listed``, some of ``names``, and the fused modules that hold no other: SGLang may ask for these alone."""
+    chosen = set(listed)
+    return [*listed, *(fused for fused, members in fused_modules(names).items() if chosen.issuperset(members))]
 
 
 class QuantizedWeight(NamedTuple):

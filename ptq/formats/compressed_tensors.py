@@ -17,7 +17,15 @@ from torch import Tensor
 from ptq.errors import FormatError
 from ptq.formats import capability, checks
 from ptq.formats.bitpack import pack_stream, unpack_stream, words_for
-from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec, spellings
+from ptq.formats.codec import (
+    EXPERTS,
+    Config,
+    QuantizedWeight,
+    Scheme,
+    TensorSpec,
+    listed_for_engines,
+    spellings,
+)
 
 LAYOUT = "pack-quantized"
 LIBRARY_VERSION = "0.20.0"  # the release of compressed-tensors whose layout is written
@@ -125,10 +133,12 @@ class CompressedTensorsCodec:
         """The block for config.json: the commonest scheme for every Linear, the others by exact module names.
 
         A packed head is named in any case: vLLM's is no Linear. By a pattern, for it may be ``language_model.lm_head``
-        there, and of names vLLM changes only those with a dot.
+        there, and of names vLLM changes only those with a dot. A fused module is named beside its members: SGLang's
+        Llama and others look for its own name. Experts are looked up one by one.
         Our own metadata stands at the top level because readers refuse unknown keys inside a group.
         """
         default = capability.common_scheme(schemes)
+        others = [name for name in schemes if not EXPERTS.match(name)]
         members: dict[Scheme, list[str]] = {default: ["Linear"]}
         for name, scheme in schemes.items():
             if scheme is not None and (scheme != default or capability.is_head(name)):
@@ -139,10 +149,10 @@ class CompressedTensorsCodec:
             "format": LAYOUT,
             "quantization_status": "compressed",
             "config_groups": {
-                f"group_{index}": {"targets": targets, "weights": _weights_block(scheme)}
+                f"group_{index}": {"targets": listed_for_engines(targets, others), "weights": _weights_block(scheme)}
                 for index, (scheme, targets) in enumerate(members.items())
             },
-            "ignore": [name for name, scheme in schemes.items() if scheme is None],
+            "ignore": listed_for_engines([name for name, scheme in schemes.items() if scheme is None], others),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "version": LIBRARY_VERSION,

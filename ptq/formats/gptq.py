@@ -15,11 +15,8 @@ from torch import Tensor
 from ptq.errors import FormatError
 from ptq.formats import capability, checks
 from ptq.formats.bitpack import pack_stream, unpack_stream, words_for
-from ptq.formats.codec import Config, QuantizedWeight, Scheme, TensorSpec, spellings
+from ptq.formats.codec import EXPERTS, FUSED_LINEARS, Config, QuantizedWeight, Scheme, TensorSpec, spellings
 
-# vLLM and SGLang fuse these siblings into one module and look rules up by the fused name.
-FUSED_LINEARS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 BLOCK = re.compile(r"((?:.+?\.)?)([^.]+\.\d+\..*)")  # what comes before the first numbered module, and the rest
 
 

@@ -5,7 +5,7 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from ptq.formats.gptq import FUSED_LINEARS
+from ptq.formats.codec import FUSED_LINEARS
 from ptq.nn.linear import QuantLinear
 
 
