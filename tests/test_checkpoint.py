@@ -322,3 +322,25 @@ def test_unknown_names_come_with_the_nearest(tmp_path):
             FormatError, match=r"model.layer.1.a is not among the 2 of .*nearest name is model.layers.1.a"
         ):
             read("model.layer.1.a")
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, ValueError])
+def test_an_interruption_that_safetensors_made_an_error_of_is_one(ends, tmp_path, monkeypatch):
+    """A call of Python from Rust that Ctrl-C ends fails as any other does; an error that comes again is one."""
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    tried = []
+
+    class Opened:
+        def __init__(self, *_, **__):
+            pass
+
+        def get_tensor(self, name):
+            tried.append(name)
+            if len(tried) == 1 or ends is ValueError:
+                raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+            return torch.ones(2)
+
+    monkeypatch.setattr("safetensors.safe_open", Opened)
+    with pytest.raises(ends):
+        CheckpointReader(tmp_path).tensor("w")
+    assert tried == ["w", "w"]

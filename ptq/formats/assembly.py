@@ -15,7 +15,7 @@ import safetensors
 from torch import Tensor
 
 from ptq.errors import FormatError
-from ptq.formats.checkpoint import DTYPE_NAMES, INDEX, SINGLE, Entry, header_bytes, read_header
+from ptq.formats.checkpoint import DTYPE_NAMES, INDEX, SINGLE, Entry, header_bytes, read, read_header
 from ptq.formats.checks import DTYPES
 from ptq.formats.digest import digest, raw
 from ptq.formats.staging import atomic_write_text, full_disk_as_error, sync_directory
@@ -68,8 +68,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     if not path.is_file():
         raise FormatError(f"{path} is missing; the run cannot go on without it: start over with --fresh")
     with safetensors.safe_open(path, "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
+        return read(file, name)
 
 
 def damage(path: Path, pieces: Mapping[str, Piece]) -> str | None:

@@ -145,6 +145,20 @@ def header_bytes(entries: Iterable[tuple[str, Entry]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def read(file: Any, name: str) -> Tensor:
+    """One tensor of an open safetensors file.
+
+    The library makes another error of a KeyboardInterrupt that comes while it runs: what goes well at a second attempt
+    was no error, but that.
+    """
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except ValueError as error:
+        file.get_tensor(name)
+        raise KeyboardInterrupt from error
+    return tensor
+
+
 class CheckpointReader:
     """The tensors of a directory with ``model.safetensors`` or shards and their index.
 
@@ -191,8 +205,7 @@ class CheckpointReader:
             from safetensors import safe_open
 
             self._handles[file] = safe_open(self.directory / file, framework="pt", device="cpu")
-        tensor: Tensor = self._handles[file].get_tensor(name)
-        return tensor
+        return read(self._handles[file], name)
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Those of ``names`` that the checkpoint has; a codec's `decode` says which of them it misses."""
