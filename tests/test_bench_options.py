@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(("bench", "pattern", "arguments", "said"), [
-    (foreign, "nonsense", [], "must fit one of 83 cells, as 'GPTQModel | 4-bit g128 sym v1'; 'nonsense' fits none"),
+    (foreign, "nonsense", [], "must fit one of 85 cells, as 'GPTQModel | 4-bit g128 sym v1'; 'nonsense' fits none"),
     (foreign, "nonsense", ["--write"], "'nonsense' fits none"),
     (quality, "nonsense", ["--quick"], "as 'tiny-llama | 4-bit g128 sym | ptq RTN | seed 0'; 'nonsense' fits none"),
     (quality, "nonsense", [], "'nonsense' fits none"),

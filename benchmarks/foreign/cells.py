@@ -100,6 +100,10 @@ CT4_ASYMMETRIC = _ours("ct 4-bit asym", "compressed-tensors", 4, False)
 AWQ_HEAD = _ours("awq asym, packed head", "awq", 4, False, exclude="[]")
 CT_HEAD = _ours("ct 4-bit sym, packed head", "compressed-tensors", 4, True, exclude="[]")
 CT8_CHANNEL = _ours("ct 8-bit channel sym", "compressed-tensors", 8, True, group_size=-1)
+AWQ_FLOAT, CT_FLOAT = (
+    _ours(f"{name} 4-bit, float q, k, v", layout, 4, name == "ct", exclude="[lm_head, q_proj, k_proj, v_proj]")
+    for name, layout in (("awq", "awq"), ("ct", "compressed-tensors"))
+)
 DOWN8 = "{mlp.down_proj: {bits: 8}}"
 FIRST32 = "{'*language_model.layers.0.self_attn.[qkv]_proj': {group_size: 32}, down_proj: {group_size: 32}}"
 GPTQ_MIXED = _ours("gptq 4-bit sym, down_proj 8-bit", "gptq", 4, True, overrides=DOWN8)
@@ -123,5 +127,5 @@ READ: tuple[tuple[Cell, str, Mapping[str, Any]], ...] = (
     (CT4_ASYMMETRIC, "llm-compressor", {"dequantize": True}),
     *((ours, "vLLM", {"greedy": 16})
       for ours in (GPTQ4, GPTQ8, HEAD, GPTQ_MIXED, AWQ, AWQ_SYMMETRIC, AWQ_HEAD, CT4, CT8_CHANNEL, CT_MIXED,
-                   CT4_ASYMMETRIC, CT_HEAD, GPTQ3, V2, CT3, *MADE)),
+                   CT4_ASYMMETRIC, CT_HEAD, AWQ_FLOAT, CT_FLOAT, GPTQ3, V2, CT3, *MADE)),
 )  # fmt: skip
