@@ -38,12 +38,10 @@ class OutputMoments(NamedTuple):
     pieces: Sequence[Mapping[str, Piece]]  # of each block's file
     tokens: int
 
-    def of(self, index: int) -> dict[str, list[Tensor]]:
-        """Of one block, float32 on the CPU, by the Linear's path below it."""
-        found: dict[str, list[Tensor]] = {}
-        for name in self.pieces[index]:
-            found.setdefault(name.rpartition(":")[0], []).append(read_tensor(_file(self.directory, index), name))
-        return found
+    def of(self, index: int, linear: str) -> list[Tensor]:
+        """Of one Linear, by its block and its path below that: float32 ``[n, n]`` on the CPU; none if it has none."""
+        names = [name for name in self.pieces[index] if name.rpartition(":")[0] == linear]
+        return [read_tensor(_file(self.directory, index), name) for name in names]
 
 
 def output_moments(plan: Plan, batches: Sequence[Tensor], directory: Path) -> OutputMoments:

@@ -17,7 +17,7 @@ from ptq.config import RefineConfig
 from ptq.evaluate import SEGMENT_TOKENS, chunk_on
 from ptq.gptq.candidates import CHUNK_WEIGHTS as CANDIDATE_WEIGHTS
 from ptq.gptq.inverse import ROWS
-from ptq.gptq.outputs import row_blocks
+from ptq.gptq.outputs import BLOCK, row_blocks
 from ptq.models.structure import linears
 from ptq.plan import Plan, block_count, head_targets
 from ptq.task import CHUNK_WEIGHTS
@@ -67,12 +67,12 @@ def largest_block(plan: Plan) -> Block:
 
 
 def head_work(plan: Plan, *, apart: bool = False) -> dict[str, int]:
-    """Bytes beside embeddings and head while a head is quantized, which nothing corrects and AWQ folds nothing into.
+    """Bytes beside embeddings and head while a head is quantized: nothing corrects or weighs it, AWQ folds nothing in.
 
     Second moments do not count where they lie ``apart``; they are smaller than a block's.
     """
     weights = {name: plan.shapes[name] for name in head_targets(plan)}
-    gptq = replace(plan.config.gptq, correct_inputs=0.0)
+    gptq = replace(plan.config.gptq, correct_inputs=0.0, gradient_tokens=0)
     alone = plan._replace(config=replace(plan.config, gptq=gptq, refine=RefineConfig()))
     moments, work = block_work(alone, Block(0, list(weights.values()), _stages(weights), 0), apart=apart)
     return work if apart else {**moments, **work}
@@ -235,7 +235,9 @@ def _solver(plan: Plan, stage: Stage) -> int:
     rows = min(largest, CHUNK_WEIGHTS)
     copies = COPIES * min(plan.config.gptq.candidates * rows, CANDIDATE_WEIGHTS)
     tiles = 2 * ROWS * stage.features
-    return FLOAT * (WEIGHTS * rows + copies + tiles) + 2 * largest  # codes, and those of plain rounding
+    # By parts: the target that moves and what its codes give; what is known of the outputs, and its factors.
+    outputs = 2 * (rows + max(stage.rows) * BLOCK) if gradient_tokens(plan) else 0
+    return FLOAT * (WEIGHTS * rows + copies + tiles + outputs) + 2 * largest  # codes, and those of plain rounding
 
 
 def _waiting(plan: Plan, stage: Stage) -> int:

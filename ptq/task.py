@@ -50,8 +50,9 @@ class BlockTask(NamedTuple):
     ranks: Ranks = ALONE
     home: torch.device | None = None  # where second moments lie; None: where the block runs
     branching: bool = False  # each batch may take another way through the block
-    # Linear's path -> diagonal blocks of how errors of its outputs meet at the model's end (`ptq.gptq.outputs`)
-    moments: Mapping[str, Sequence[Tensor]] | None = None
+    # Linear's path -> diagonal blocks of how errors of its outputs meet at the model's end (`ptq.gptq.outputs`), read
+    # when they are asked for: those of all experts of a block may be as large as the block
+    moments: Callable[[str], Sequence[Tensor]] | None = None
 
     def full(self, member: str) -> str:
         """Dotted path of a Linear in the model; of "", what stands before the Linears' names."""

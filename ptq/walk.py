@@ -151,7 +151,7 @@ def _quantize(state: Walk, index: int, journal: Journal) -> Finished:
         twin = _twin(state, index, block) if state.floating else None
         probe, schemes = _probe(stream, index, hidden), _below(path, plan.targets)
         task = BlockTask(path, schemes, plan.config, plan.dtype, probe, twin, state.ranks, state.home,
-                         moments=state.moments.of(index) if state.moments else None)  # fmt: skip
+                         moments=partial(state.moments.of, index) if state.moments else None)  # fmt: skip
         runs = waiting(partial(stream.run_block, index), hidden, _widest(plan, path))
         found = quantize_block(block, runs, task) if task.schemes else {}
         if twin is not None and index + 1 < block_count(plan):

@@ -1,6 +1,7 @@
 """Gradients through a model block by block. Oracle: autograd through the whole model, in memory, on the same tokens."""
 
 import io
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,10 +85,10 @@ def test_moments_are_those_of_autograd_through_the_whole_model(name: str, tmp_pa
     expected = naive(tmp_path / "model", [rows[i * len(rows) // count] for i in range(count)], config.calibration.seed)
     names = set()
     for index in range(len(found.pieces)):
-        for path, blocks in found.of(index).items():
+        for path in {name.rpartition(":")[0] for name in found.pieces[index]}:
             full = f"{plan.blocks}.{index}.{path}"
             names.add(full)
-            (only,) = blocks  # narrower than a block of G
+            (only,) = found.of(index, path)  # narrower than a block of G
             torch.testing.assert_close(only.double(), expected[full], rtol=1e-3, atol=1e-5 * float(only.abs().max()))
     assert names == set(plan.targets)
     assert not list((tmp_path / "outputs").glob("hidden-*"))
@@ -149,6 +150,24 @@ def test_blocks_of_outputs_do_not_depend_on_how_many_are_solved_at_once(
         report = run(asked(small_run(parent, tmp_path / str(size))))
         rows.append([row["relative_loss"] for row in report.modules.values()])
     assert rows[0] == pytest.approx(rows[1], rel=1e-3)
+
+
+def test_moments_of_one_linear_are_held_at_a_time(parent: Path, tmp_path: Path, monkeypatch) -> None:
+    """Of a block of many experts they would be as large as the block, which nothing predicts."""
+    read_tensor, seen = measured.read_tensor, list[tuple[weakref.ref[Tensor], tuple[Path, str]]]()
+
+    def noted(path: Path, name: str) -> Tensor:
+        here = path, name.rpartition(":")[0]
+        assert {place for tensor, place in seen if tensor() is not None} <= {here}
+        tensor = read_tensor(path, name)
+        seen.append((weakref.ref(tensor), here))
+        return tensor
+
+    monkeypatch.setattr(outputs, "BLOCK", 16)
+    monkeypatch.setattr(block, "BLOCK", 16)
+    monkeypatch.setattr(measured, "read_tensor", noted)
+    run(asked(small_run(parent, tmp_path / "out")))
+    assert seen
 
 
 def test_gradients_must_be_finite(parent: Path, tmp_path: Path, monkeypatch) -> None:

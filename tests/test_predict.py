@@ -22,7 +22,7 @@ from ptq.models.structure import find_blocks, linears, weight_shape
 from ptq.pipeline import quantize
 from ptq.plan import Plan, make_plan
 from ptq.predict import compared, describe_prediction, home_of, predict
-from ptq.predict_memory import vocabulary, width
+from ptq.predict_memory import block_work, largest_block, vocabulary, width
 from ptq.predict_time import Rates, measure_rates
 from ptq.progress import Progress
 from ptq.report import PeakMemory, anonymous_bytes
@@ -244,11 +244,12 @@ def test_gradients_by_hand():
         (depth * products + head) / 1e12
     )
     none = Rates(1e30, 1e30, 1e30, 1e30)
-    parts = sum(
-        -(-min(n, 512) // 32)
-        for n in (hidden, hidden, hidden * kv // heads, hidden * kv // heads, inner, inner, hidden)
-    )
+    parts = 7 * 512 // 32  # every Linear has 512 outputs or more
     assert predict(plan._replace(config=config), none).seconds["codes"] == pytest.approx(depth * 0.012 * parts)
+    # Where most is needed, at down_proj: moments of its outputs, their factors, and 2 ** 24 weights of two targets.
+    block = largest_block(plan)
+    alone, weighed = (block_work(plan._replace(config=c), block, apart=True)[1] for c in (plan.config, config))
+    assert weighed["solver"] - alone["solver"] == 4 * 2 * (2**24 + 512 * hidden)
     assert "gradients" not in predict(plan, RATES).seconds
     assert "gradients" not in predict(plan, RATES).disk
 

@@ -208,7 +208,7 @@ class _Found(NamedTuple):
 
 def _solved(name: str, part: Tensor, H: Tensor, factor: Factor, shift: Drift | None, task: BlockTask) -> _Found:
     """Some rows at a time; where it is known how outputs meet again, whole blocks of them."""
-    moments = [] if task.moments is None else task.moments[name]
+    moments = [] if task.moments is None else task.moments(name)
     if not any(bool(each.any()) for each in moments):  # as of an expert that no token reached
         moments = []
     size = _rows_at_once(part)
