@@ -22,7 +22,7 @@ from ptq.formats.sealed import seal, unseal
 from ptq.gptq.outputs import add_moments, row_blocks, settled
 from ptq.grid import check_finite
 from ptq.half_products import plain_products
-from ptq.hidden import HiddenFile
+from ptq.hidden import Batch, HiddenFile, described, opened
 from ptq.models.block_call import hidden_of
 from ptq.models.streamed import StreamedModel
 from ptq.models.structure import linears, weight_shape
@@ -67,8 +67,6 @@ def output_moments(plan: Plan, batches: Sequence[Tensor], directory: Path) -> Ou
     with plain_products():
         kept = _there(stream, rows, directory)
         pieces = _back(plan, stream, rows, kept, directory)
-    for path in directory.glob("hidden-*"):
-        path.unlink()
     tokens = sum(row.numel() for row in rows)
     seal(directory / RECORD, {"tokens": tokens, "pieces": pieces})
     return OutputMoments(directory, pieces, tokens)
@@ -91,6 +89,10 @@ def _file(directory: Path, index: int) -> Path:
     return directory / f"{index:04d}.safetensors"
 
 
+def _hidden(directory: Path, index: int) -> Path:
+    return directory / f"hidden-{index}"
+
+
 def _sequences(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
     """Sequences ``[1, T]`` of that many tokens in all, spread over the calibration text."""
     rows = [row for batch in batches for row in batch.split(1)]
@@ -101,24 +103,35 @@ def _sequences(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def _there(stream: StreamedModel, rows: Sequence[Tensor], directory: Path) -> list[list[Tensor]]:
-    """What every block reads, and last what the exit reads, of each sequence."""
-    keep = HiddenFile(directory / "hidden-0").keep
-    kept = [stream.enter(rows, keep)]
+def _there(stream: StreamedModel, rows: Sequence[Tensor], directory: Path) -> list[list[Batch]]:
+    """What every block reads, and last what the exit reads, of each sequence: in files, of which two are open."""
+    hidden = stream.enter(rows, HiddenFile(_hidden(directory, 0)).keep)
+    kept = [described(hidden)]
     for index in range(len(stream.blocks)):
-        keep = HiddenFile(directory / f"hidden-{index + 1}").keep
+        keep = HiddenFile(_hidden(directory, index + 1)).keep
         with stream.block(index):
-            kept.append([keep(stream.run_block(index, i, hidden).cpu()) for i, hidden in enumerate(kept[-1])])
+            hidden = [keep(stream.run_block(index, i, each).cpu()) for i, each in enumerate(hidden)]
+        kept.append(described(hidden))
     return kept
 
 
+def _taken(directory: Path, kept: list[list[Batch]]) -> list[Tensor]:
+    """The last of what is kept; it is gone from the directory."""
+    batches = kept.pop()
+    path = _hidden(directory, len(kept))
+    tensors = opened(path, batches)
+    path.unlink()
+    return tensors
+
+
 def _back(
-    plan: Plan, stream: StreamedModel, rows: Sequence[Tensor], kept: list[list[Tensor]], directory: Path
+    plan: Plan, stream: StreamedModel, rows: Sequence[Tensor], kept: list[list[Batch]], directory: Path
 ) -> list[dict[str, Piece]]:
     """Gradients from the last block to the first; each block's moments are on disk before the next one is loaded."""
     draws = torch.Generator().manual_seed(plan.config.calibration.seed)
     with stream.outer():
-        gradients = [_at_the_end(stream, row, hidden, draws) for row, hidden in zip(rows, kept.pop(), strict=True)]
+        ends = zip(rows, _taken(directory, kept), strict=True)
+        gradients = [_at_the_end(stream, row, hidden, draws) for row, hidden in ends]
     pieces: list[dict[str, Piece]] = []
     for index in reversed(range(len(stream.blocks))):
         path = stream.block_path(index)
@@ -126,7 +139,7 @@ def _back(
             names = {name: module for name, module in linears(block) if f"{path}.{name}" in plan.targets}
             sums = {name: _Sum(weight_shape(module)[0], stream.device) for name, module in names.items()}
             with _gradients_of(names, {name: each.add for name, each in sums.items()}):
-                for i, hidden in enumerate(kept.pop()):
+                for i, hidden in enumerate(_taken(directory, kept)):
                     gradients[i] = _through(stream, index, i, hidden, gradients[i])
         tensors = {}
         for name, total in sums.items():

@@ -1,6 +1,7 @@
 """Gradients through a model block by block. Oracle: autograd through the whole model, in memory, on the same tokens."""
 
 import io
+import os
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,23 @@ def test_moments_of_one_linear_are_held_at_a_time(parent: Path, tmp_path: Path, 
     monkeypatch.setattr(measured, "read_tensor", noted)
     run(asked(small_run(parent, tmp_path / "out")))
     assert seen
+
+
+def test_files_of_two_blocks_are_open_at_a_time(parent: Path, tmp_path: Path, monkeypatch) -> None:
+    """A map is an open file, of which a process may have few: one of every sequence and block are too many."""
+    through, before, most = measured._through, len(os.listdir("/proc/self/fd")), 0
+
+    def counted(*args) -> Tensor:
+        nonlocal most
+        most = max(most, len(os.listdir("/proc/self/fd")) - before)
+        return through(*args)
+
+    monkeypatch.setattr(measured, "_through", counted)
+    config = asked(small_run(parent, tmp_path / "out"), 10**6)
+    plan = make_plan(config)
+    batches = calibration_batches(config.calibration, load_tokenizer(plan.directory, False))
+    output_moments(plan, batches, tmp_path / "outputs")
+    assert 0 < most <= 2 * sum(map(len, batches))
 
 
 def test_gradients_must_be_finite(parent: Path, tmp_path: Path, monkeypatch) -> None:
