@@ -82,3 +82,15 @@ def test_moments_are_drawn_towards_the_identity_by_their_noise() -> None:
         expected = mean + share * mean.diagonal().mean() * torch.eye(len(mean)).double()
         torch.testing.assert_close(settled(block, 40), expected)
     assert not settled(torch.zeros(3, 3), 0).any()
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-20, 1e-22])
+def test_gradients_too_small_to_be_squared_count_as_none_or_have_a_factor(size: float) -> None:
+    """As behind an expert whose share is next to nothing; one output alone then leaves nothing to add to the others."""
+    gradients = torch.zeros(4, 12)
+    gradients[0, 0] = size
+    blocks = [torch.zeros(12, 12)]
+    add_moments(blocks, gradients)
+    W = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    for rows, target in solve_by_parts(W, [settled(blocks[0], 4)], lambda target: (target.round(), target.clone())):
+        torch.testing.assert_close(target, W[rows])

@@ -38,8 +38,13 @@ def add_moments(blocks: Sequence[Tensor], gradients_TN: Tensor) -> None:
 
 
 def settled(block: Tensor, tokens: int) -> Tensor:
-    """The mean of ``g g^T`` from its sum over ``tokens``, drawn towards the identity by as much as it is uncertain."""
+    """The mean of ``g g^T`` from its sum over ``tokens``, drawn towards the identity by as much as it is uncertain.
+
+    0 where the gradients are too small for float32 to hold their squares: what is left of them has no factor.
+    """
     mean = block.div_(max(tokens, 1)).diagonal().mean()
+    if mean < torch.finfo(torch.float32).tiny:
+        return block.zero_()
     block.diagonal().add_((DAMPING + NOISE * len(block) / max(tokens, 1)) * mean)
     return block
 
