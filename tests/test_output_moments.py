@@ -188,6 +188,17 @@ def test_files_of_two_blocks_are_open_at_a_time(parent: Path, tmp_path: Path, mo
     assert 0 < most <= 2 * sum(map(len, batches))
 
 
+def test_outputs_without_gradients_are_solved_alone_and_named(parent: Path, tmp_path: Path, monkeypatch) -> None:
+    """Oracle: a run without gradients."""
+    plain = run(asked(small_run(parent, tmp_path / "plain"), 0)).modules
+    monkeypatch.setattr(measured, "add_moments", lambda *_: None)
+    rows = run(asked(small_run(parent, tmp_path / "out"))).modules
+    assert {name: row["relative_loss"] for name, row in rows.items()} == {
+        name: row["relative_loss"] for name, row in plain.items()
+    }
+    assert all(row["rescues"] == ["no gradient came to its outputs"] for row in rows.values())
+
+
 def test_gradients_must_be_finite(parent: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(measured, "_at_the_end", lambda stream, row, hidden, draws: torch.full_like(hidden, torch.inf))
     with pytest.raises(

@@ -182,7 +182,7 @@ def _gptq_linear(
     found = _solved(name, part, stats.hessian, factor, shift, task)
     choice, other = found.solved, found.rounded
     loss, rounding, energy = task.ranks.total(choice.loss, other.loss, found.energy)
-    solver, rescues = "gptq", [*too_small, *factor.rescues]
+    solver, rescues = "gptq", [*too_small, *factor.rescues, *found.rescues]
     if loss > rounding:  # possible with few tokens; the better codes are kept and counted
         choice, solver = other, "rtn"
         rescues.append("rounding was better")
@@ -204,13 +204,16 @@ class _Found(NamedTuple):
     solved: Choice
     rounded: Choice
     energy: float
+    rescues: list[str]
 
 
 def _solved(name: str, part: Tensor, H: Tensor, factor: Factor, shift: Drift | None, task: BlockTask) -> _Found:
     """Some rows at a time; where it is known how outputs meet again, whole blocks of them."""
     moments = [] if task.moments is None else task.moments(name)
-    if not any(bool(each.any()) for each in moments):  # as of an expert that no token reached
-        moments = []
+    rescues = []
+    if task.moments is not None and not any(bool(each.any()) for each in moments):
+        # As of an expert that no token reached, or of scores of which only the order counts.
+        moments, rescues = [], ["no gradient came to its outputs"]
     size = _rows_at_once(part)
     if moments:
         size = max(1, size // BLOCK) * BLOCK
@@ -227,7 +230,7 @@ def _solved(name: str, part: Tensor, H: Tensor, factor: Factor, shift: Drift | N
         plainly.append(Choice(rounded, plain, judge(target - values(rounded, plain), H)))
         choose = partial(choose_codes, H=H, factor=factor, scheme=task.schemes[name], task=task)
         solved.append(_by_outputs(target, here, choose, H) if here else choose(target))
-    return _Found(_stacked(solved), _stacked(plainly), energy)
+    return _Found(_stacked(solved), _stacked(plainly), energy, rescues)
 
 
 def _by_outputs(target: Tensor, moments: Sequence[Tensor], choose: Callable[[Tensor], Choice], H: Tensor) -> Choice:
