@@ -54,7 +54,7 @@ def output_moments(plan: Plan, batches: Sequence[Tensor], directory: Path) -> Ou
 
     Raises:
         NumericsError: a gradient is not finite.
-        UnsupportedModelError: a block passes no gradient on.
+        UnsupportedModelError: a block passes no gradient on, or overwrites what that needs.
         PtqError: the disk is full.
     """
     found = _opened(directory, block_count(plan))
@@ -186,7 +186,7 @@ def _at_the_end(stream: StreamedModel, row: Tensor, hidden: Tensor, draws: torch
     """Gradient of the log likelihoods of drawn tokens, with respect to what the exit reads."""
     with torch.enable_grad():
         start = hidden.to(stream.device).requires_grad_()
-        logits = stream.forward(row, lambda index, *args, **kwargs: stream.wrap(start)).logits
+        logits = stream.forward(row, lambda index, *args, **kwargs: stream.wrap(start.clone())).logits
     gradient = logits.detach().float().softmax(-1)
     # From numbers of the CPU's generator, which are the same whatever computes the rest.
     levels = torch.rand(gradient.shape[:-1], generator=draws).unsqueeze(-1).to(gradient.device)
@@ -200,7 +200,7 @@ def _through(stream: StreamedModel, index: int, batch: int, hidden: Tensor, grad
     call = stream.calls[index][batch]
     with torch.enable_grad():
         start = hidden.to(stream.device).requires_grad_()
-        end = hidden_of(stream.blocks[index](start, *call.args, **call.kwargs))
+        end = hidden_of(stream.blocks[index](start.clone(), *call.args, **call.kwargs))  # may be changed in place
     return _gradient(end, start, gradient.to(stream.device), stream.block_path(index))
 
 
@@ -209,4 +209,12 @@ def _gradient(end: Tensor, start: Tensor, gradient: Tensor, where: str) -> Tenso
         raise UnsupportedModelError(
             f"gptq.gradient_tokens needs gradients through the whole model; {where} passes none on: set it to 0"
         )
-    return torch.autograd.grad(end, start, gradient)[0].cpu()
+    try:
+        return torch.autograd.grad(end, start, gradient)[0].cpu()
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"gptq.gradient_tokens needs gradients through the whole model; {where} changes in place what its gradient "
+            "is computed from: set it to 0"
+        ) from error

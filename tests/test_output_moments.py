@@ -12,6 +12,7 @@ from crashes import checksums, small_parent, small_run, stop, unfinished
 from tiny_models import build, run, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ptq import journal
 from ptq import output_moments as measured
@@ -210,6 +211,27 @@ def test_gradients_must_be_finite(parent: Path, tmp_path: Path, monkeypatch) -> 
 def test_a_block_that_passes_no_gradient_on_is_named(parent: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(measured, "hidden_of", lambda output: output.detach())
     with pytest.raises(UnsupportedModelError, match=r"the whole model; model\.layers\.2 passes none on: set it"):
+        run(asked(small_run(parent, tmp_path / "out")))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_model_may_change_its_inputs_in_place(after: bool, parent: Path, tmp_path: Path, monkeypatch) -> None:
+    """Before they are used; what is overwritten afterwards is gone when its gradient needs it, and that is said."""
+    forward = LlamaRMSNorm.forward
+
+    def changing(self, hidden: Tensor) -> Tensor:
+        if not after:
+            hidden.mul_(1)
+        found = forward(self, hidden)
+        if after:
+            hidden.mul_(1)
+        return found
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", changing)
+    if not after:
+        run(asked(small_run(parent, tmp_path / "out")))
+        return
+    with pytest.raises(UnsupportedModelError, match=r"the model's exit changes in place .* computed from: set it to 0"):
         run(asked(small_run(parent, tmp_path / "out")))
 
 
