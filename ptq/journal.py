@@ -20,7 +20,7 @@ from ptq.formats.assembly import Part, Piece, assemble, damage, read_tensor, wri
 from ptq.formats.sealed import seal, unseal
 from ptq.formats.staging import sync_directory
 from ptq.hidden import Batch, HiddenFile, described
-from ptq.journal_directory import RUN, require_as_begun
+from ptq.journal_directory import MEASURED, RUN, require_as_begun
 
 # A commit of hidden states that would take longer than both is put off to a later block.
 SHARE = 0.04  # of the time since the last one
@@ -86,7 +86,7 @@ class Journal:
     @property
     def outputs(self) -> Path:
         """Directory of what was measured before the first block and is needed for every one."""
-        return self._directory / "outputs"
+        return (self._directory / MEASURED).parent
 
     @property
     def rows(self) -> dict[str, Row]:

@@ -25,6 +25,7 @@ from ptq.formats.staging import (
 )
 
 RUN = "run.json"  # what the run depends on
+MEASURED = "outputs/record.json"  # is there once what precedes the first block has been measured
 LOCK = "lock"
 PUBLISHED = "published"
 SHOWN = 5  # differences named in a message
@@ -189,11 +190,15 @@ def run_directory(output: Path, *, overwrite: bool, fresh: bool) -> Iterator[Run
 def _worth_keeping(place: RunDirectory, error: BaseException) -> bool:
     # An evaluation that failed for want of disk, memory, text or files may go well the next time.
     at_fault = isinstance(error, NumericsError | UnsupportedModelError)
-    return (place.published or _committed(place)) and not at_fault
+    return (place.published or _committed(place) or _measured(place)) and not at_fault
 
 
 def _committed(place: RunDirectory) -> bool:
     return any(place.path.glob("blocks/*.json"))
+
+
+def _measured(place: RunDirectory) -> bool:
+    return (place.path / MEASURED).exists()
 
 
 def what_is_left(place: RunDirectory) -> str:
@@ -204,6 +209,8 @@ def what_is_left(place: RunDirectory) -> str:
     nothing = f"nothing was written to {place.final}"
     if _committed(place):
         return f"{nothing}; the run is continued by the same command, from the last finished block"
+    if _measured(place):
+        return f"{nothing}; the run is continued by the same command, with the gradients that were measured"
     return f"{nothing}, no block was finished; the run is begun again by the same command"
 
 

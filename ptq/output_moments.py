@@ -23,12 +23,13 @@ from ptq.gptq.outputs import add_moments, row_blocks, settled
 from ptq.grid import check_finite
 from ptq.half_products import plain_products
 from ptq.hidden import Batch, HiddenFile, described, opened
+from ptq.journal_directory import MEASURED
 from ptq.models.block_call import hidden_of
 from ptq.models.streamed import StreamedModel
 from ptq.models.structure import linears, weight_shape
 from ptq.plan import Plan, block_count
 
-RECORD = "record.json"
+RECORD = Path(MEASURED).name
 
 
 class OutputMoments(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ptq import journal
+from ptq import journal, walk
 from ptq import output_moments as measured
 from ptq.calibration.data import calibration_batches
 from ptq.cli import main
@@ -45,6 +45,10 @@ def _no_commit_is_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def asked(config, tokens: int = TOKENS, **changes):
     return replace(config, gptq=GPTQConfig(gradient_tokens=tokens), **changes)
+
+
+def interrupted(*_args: object) -> None:
+    raise KeyboardInterrupt
 
 
 def naive(directory: Path, rows: list[Tensor], seed: int) -> dict[str, Tensor]:
@@ -107,6 +111,24 @@ def test_what_was_measured_serves_the_run_that_goes_on(parent: Path, tmp_path: P
         run(config)
     assert checksums(tmp_path / "out") == expected
     assert not unfinished(config).exists()
+
+
+def test_what_was_measured_outlives_an_interruption_of_the_first_block(parent: Path, tmp_path: Path) -> None:
+    """And one in the middle of measuring leaves nothing. Oracle: the run that nothing interrupted."""
+    config = asked(small_run(parent, tmp_path / "out"))
+    run(config)
+    expected = checksums(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "before")
+    for place, left in (("_back", "no block was finished"), ("give_back", "with the gradients that were measured")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(measured if place == "_back" else walk, place, interrupted)
+            with pytest.raises(KeyboardInterrupt, match=left):
+                run(config)
+        assert unfinished(config).exists() == (place == "give_back")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measured, "_there", lambda *_: pytest.fail("measured again"))
+        run(config)
+    assert checksums(tmp_path / "out") == expected
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "record"])
