@@ -262,11 +262,7 @@ def _checked(tree: Any, overrides: Sequence[str], roots: Sequence[Path]) -> RunC
             override(tree, assignment)
     config = build(RunConfig, tree)
     _check_source(config.calibration.dataset, "calibration.dataset")
-    if config.gptq.gradient_tokens and config.method != "gptq":
-        raise ConfigError(
-            f"gptq.gradient_tokens must be 0 unless method is gptq; found {config.gptq.gradient_tokens} with "
-            f"{config.method}: set it to 0, or method to gptq"
-        )
+    check_method(config)
     if config.evaluation is not None:
         check_evaluation(config.evaluation)
     return _locate(config, roots)
@@ -333,6 +329,15 @@ def _check_source(source: DatasetConfig, path: str) -> None:
         )
     if source.files and (source.config is not None or source.split != "train"):
         raise ConfigError(f"{path}.config and {path}.split belong to a hub dataset, found them with files; remove them")
+
+
+def check_method(config: RunConfig) -> None:
+    """Raise ConfigError for an option that the method of the run has no use for and that costs much."""
+    if config.gptq.gradient_tokens and config.method != "gptq":
+        raise ConfigError(
+            f"gptq.gradient_tokens must be 0 unless method is gptq; found {config.gptq.gradient_tokens} with "
+            f"{config.method}: set it to 0, or method to gptq"
+        )
 
 
 def check_evaluation(evaluation: EvaluationConfig, prefix: str = "evaluation.") -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ptq.budget import check_budget
-from ptq.config import DEVICE, BitBudget, RunConfig, matches, scheme_for, unused_patterns
+from ptq.config import DEVICE, BitBudget, RunConfig, check_method, matches, scheme_for, unused_patterns
 from ptq.errors import ConfigError
 from ptq.formats import CODECS
 from ptq.formats.checkpoint import CheckpointReader
@@ -67,6 +67,7 @@ def make_plan(config: RunConfig, *, weights: bool = True) -> Plan:
         UnsupportedModelError: no decoder blocks found.
     """
     device = resolve_device(config.device)
+    check_method(config)
     check_output(config)
     directory = locate(config.model, config.revision, weights=weights)
     hf_config = read_config(directory, trust_remote_code=config.trust_remote_code)
@@ -110,6 +111,7 @@ def _predicting(config: RunConfig) -> dict[str, bool]:
         "evaluation": config.evaluation is not None,
         "a bit budget": isinstance(config.bits, BitBudget),
         "refine.model_steps": config.refine.model_steps > 0,
+        "gptq.gradient_tokens": config.gptq.gradient_tokens > 0,
     }
 
 

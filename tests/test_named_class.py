@@ -8,7 +8,7 @@ from tiny_models import EXCERPT, run, save, settings, tokens
 
 import ptq
 from ptq import cli
-from ptq.config import BitBudget, EvaluationConfig, RefineConfig
+from ptq.config import BitBudget, EvaluationConfig, GPTQConfig, RefineConfig
 from ptq.errors import UnsupportedModelError
 from ptq.lint import lint
 from ptq.plan import make_plan
@@ -98,6 +98,7 @@ def test_a_base_model_is_the_language_model_whose_head_is_its_embedding(tmp_path
         ({"evaluation": EvaluationConfig(files=(str(EXCERPT),))}, "evaluation"),
         ({"bits": BitBudget(3.5)}, "a bit budget"),
         ({"refine": RefineConfig(model_steps=2)}, "refine.model_steps"),
+        ({"gptq": GPTQConfig(gradient_tokens=2)}, "gptq.gradient_tokens"),
     ],
 )
 def test_what_is_measured_on_text_needs_a_model_that_predicts_it(changes, named, tmp_path):

@@ -262,4 +262,6 @@ def test_where_there_is_no_end_to_look_at() -> None:
         quantize_linears(torch.nn.Linear(32, 32), [torch.randn(4, 32)], gptq=GPTQConfig(gradient_tokens=8))
     with pytest.raises(ConfigError, match=r"gradient_tokens must be 0 unless method is gptq; found 8 with awq: set"):
         load_config("demo.yaml", ["method=awq", "gptq.gradient_tokens=8"])
+    with pytest.raises(ConfigError, match=r"gradient_tokens must be 0 unless method is gptq; found 8 with rtn: set"):
+        make_plan(replace(load_config("demo.yaml", ["gptq.gradient_tokens=8"]), method="rtn"))
     assert main(["plan", "--config", "demo.yaml", "--set", "gptq.gradient_tokens=-1"]) == 2
