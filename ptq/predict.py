@@ -130,8 +130,9 @@ def _moments_fit(plan: Plan, room: int | None) -> bool:
     if plan.device.type != "cuda" or plan.config.method != "gptq":
         return True
     free = torch.cuda.mem_get_info(plan.device)[0] if room is None else room
-    # Refinement of the whole model comes later, and keeps no second moments.
-    blocks = plan._replace(config=replace(plan.config, refine=replace(plan.config.refine, model_steps=0)))
+    # Gradients of the whole model come before and its refinement after: neither keeps second moments.
+    refine, gptq = replace(plan.config.refine, model_steps=0), replace(plan.config.gptq, gradient_tokens=0)
+    blocks = plan._replace(config=replace(plan.config, refine=refine, gptq=gptq))
     return predict(blocks, Rates(1, 1, 1, 1)).peak <= SHARE_OF_GPU * free
 
 

@@ -21,7 +21,7 @@ from ptq.models.names import SourceNames
 from ptq.models.structure import find_blocks, linears, weight_shape
 from ptq.pipeline import quantize
 from ptq.plan import Plan, make_plan
-from ptq.predict import compared, describe_prediction, home_of, predict
+from ptq.predict import SHARE_OF_GPU, compared, describe_prediction, home_of, predict
 from ptq.predict_memory import block_work, largest_block, vocabulary, width
 from ptq.predict_time import Rates, measure_rates
 from ptq.progress import Progress
@@ -30,6 +30,7 @@ from ptq.report import PeakMemory, anonymous_bytes
 RATES = Rates(products=1e12, native=4e12, elements=1e10, disk=1e9)
 GPU = 24 * 2**30
 LARGE = {  # hidden, intermediate, blocks, heads, key-value heads
+    "8B": (4096, 14336, 32, 32, 8),
     "70B": (8192, 28672, 80, 64, 8),
     "405B": (16384, 53248, 126, 128, 8),
 }
@@ -97,6 +98,17 @@ def test_second_moments_stay_where_nothing_is_gained(method, device):
     plan = large_plan("405B", device)
     config = RunConfig(model="m", output="o", method=method, calibration=plan.config.calibration)
     assert home_of(plan._replace(config=config), room=1) == plan.device
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gptq": GPTQConfig(gradient_tokens=8192)}, {"refine": RefineConfig(model_steps=1)}]
+)
+def test_second_moments_stay_where_only_other_passes_need_more(changes):
+    plan = large_plan("8B", "cuda")
+    peak = predict(plan, RATES).peak
+    larger = plan._replace(config=dataclasses.replace(plan.config, **changes))
+    assert predict(larger, RATES).peak > peak
+    assert home_of(larger, room=int(peak / SHARE_OF_GPU) + 1).type == "cuda"
 
 
 @pytest.mark.parametrize(("fits", "home"), [([True, True], "cuda"), ([True, False], "cpu")])
