@@ -161,10 +161,16 @@ def gradient_work(plan: Plan, block: Block) -> dict[str, int]:
     }
     through = {
         "float32 block": block.parameters * wider,
-        "activations": BACK * FLOAT * length * (sum(n for n, _ in block.weights) + width(plan)),
+        "activations": BACK * FLOAT * length * (_outputs(plan, block) + width(plan)),
         "moments of outputs": moment_bytes(block),
     }
     return max(exit_, through, key=lambda parts: sum(parts.values()))
+
+
+def _outputs(plan: Plan, block: Block) -> int:
+    """Of a block's Linears for one token; of experts those that it is routed to."""
+    routed = getattr(plan.hf_config.get_text_config(), "num_experts_per_tok", None)
+    return sum(sum(stage.rows) * min(stage.inputs, routed or stage.inputs) for stage in block.stages)
 
 
 def model_work(plan: Plan, block: Block) -> dict[str, int]:

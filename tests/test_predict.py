@@ -22,7 +22,7 @@ from ptq.models.structure import find_blocks, linears, weight_shape
 from ptq.pipeline import quantize
 from ptq.plan import Plan, make_plan
 from ptq.predict import SHARE_OF_GPU, compared, describe_prediction, home_of, predict
-from ptq.predict_memory import block_work, largest_block, vocabulary, width
+from ptq.predict_memory import Block, Stage, block_work, gradient_work, largest_block, vocabulary, width
 from ptq.predict_time import Rates, measure_rates
 from ptq.progress import Progress
 from ptq.report import PeakMemory, anonymous_bytes
@@ -264,6 +264,19 @@ def test_gradients_by_hand():
     assert weighed["solver"] - alone["solver"] == 4 * 2 * (2**24 + 512 * hidden)
     assert "gradients" not in predict(plan, RATES).seconds
     assert "gradients" not in predict(plan, RATES).disk
+
+
+@pytest.mark.parametrize(("name", "passed"), [("Qwen3MoeConfig", 8), ("LlamaConfig", 128)])
+def test_gradients_of_experts_are_of_the_tokens_routed_to_them(name, passed):
+    """Where the configuration says to how many of its experts a token goes."""
+    import transformers
+
+    shape = getattr(transformers, name)()
+    plan = large_plan("8B", "cpu")._replace(hf_config=shape)
+    stages = [Stage(2048, [768, 768], 128), Stage(768, [2048], 128), Stage(2048, [512], 1)]
+    weights = [(n, stage.features) for stage in stages for n in stage.rows * stage.inputs]
+    found = gradient_work(plan, Block(1 << 40, weights, stages, 0))
+    assert found["activations"] == 4 * 4 * 2048 * (passed * (2 * 768 + 2048) + 512 + shape.hidden_size)
 
 
 def test_the_command(tmp_path, capsys):
