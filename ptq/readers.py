@@ -14,6 +14,8 @@ from ptq.formats.capability import is_head
 from ptq.formats.codec import EXPERTS, Config, Scheme, fused_modules, spellings
 
 LOADS, SLOWER, UNKNOWN, REFUSES = "loads", "loads slower", "not known", "does not load"
+# Where optimum looks for blocks, unless the configuration names them.
+OPTIMUM_BLOCKS = ("transformer.h.", "model.decoder.layers.", "gpt_neox.layers.", "model.layers.")
 _WORSE = (LOADS, SLOWER, UNKNOWN, REFUSES)
 MARLIN_GROUPS = {-1, 32, 64, 128}
 
@@ -97,7 +99,14 @@ def _transformers(facts: Facts) -> Iterator[Finding]:
         if "group_size" not in facts.settings and facts.settings.get("q_group_size", 128) != 128:
             yield REFUSES, "q_group_size is ignored, groups of 128 are assumed; write group_size"
         return
-    if facts.mixed or any(rule.startswith("-:") for rule in facts.settings.get("dynamic") or {}):
+    # [source] optimum replaces the Linears whose name begins so, and no other.
+    named = facts.settings.get("block_name_to_quantize")
+    blocks = (f"{named}.",) if named else OPTIMUM_BLOCKS
+    outside = [name for name in facts.schemes if not name.startswith(blocks)]
+    if outside:
+        yield REFUSES, f"optimum looks for packed Linears in {', '.join(f'{b}*' for b in blocks)}, not for {outside[0]}"
+    left = any(rule.startswith("-:") for rule in facts.settings.get("dynamic") or {})
+    if facts.mixed or (left and any(name.startswith(blocks) for name in facts.floats)):
         # [run] `dynamic` is dropped while the configuration is parsed; optimum then replaces every Linear alike.
         yield REFUSES, "`dynamic` is dropped: every Linear of a block must have one scheme"
     damping = facts.settings.get("damp_percent")

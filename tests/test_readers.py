@@ -66,6 +66,18 @@ CASES: dict[str, tuple[Facts, tuple[str, str], tuple[str, str], tuple[str, str]]
         facts("gptq", S4, floats=("model.layers.0.extra",), set={"dynamic": {r"-:.*extra": {}}}),
         (REFUSES, "`dynamic` is dropped"), OK, OK,
     ),
+    "gptq with a float elsewhere": (
+        facts("gptq", S4, floats=("model.tower.fc1",), set={"dynamic": {"-:.*tower": {}}}),
+        GPTQMODEL, OK, OK,
+    ),
+    "gptq below a tower's neighbour": (
+        facts("gptq", S4, names=["model.language_model.layers.0.mlp.down_proj"]),
+        (REFUSES, "model.layers.*, not for model.language_model.layers.0.mlp.down_proj"), OK, OK,
+    ),
+    "gptq in named blocks": (
+        facts("gptq", S4, names=["model.text.layers.0.fc"], set={"block_name_to_quantize": "model.text.layers"}),
+        GPTQMODEL, OK, OK,
+    ),
     "gptq experts": (facts("gptq", S4, names=EXPERTS), (REFUSES, "packed experts"), OK, OK),
     "gptq experts of 3 bits": (
         facts("gptq", Scheme(3, 128, True), names=EXPERTS), (REFUSES, "packed experts"), MARLIN, MARLIN,
