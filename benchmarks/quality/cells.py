@@ -52,7 +52,7 @@ ROWS = (
     Row(OURS, "GPTQ", "gptq"),
     Row(OURS, "AWQ", "awq"),
     Row(OURS, "AWQ+GPTQ", "awq", {"awq.codes": "gptq"}),
-    Row(OURS, "GPTQ, gradients", "gptq", {"gptq.gradient_tokens": 8192}, note="rows make up for each other's errors"),
+    Row(OURS, "GPTQ, gradients", "gptq", {"gptq.gradient_tokens": 32768}, note="rows make up for each other's errors"),
     Row(OURS, "GPTQ, blocks refined", "gptq", {"refine.steps": 60}, note="60 gradient steps a block"),
     Row(OURS, "GPTQ, refined", "gptq", {"refine.model_steps": 100}, note="100 gradient steps on the whole model"),
     Row("llm-compressor", "RTN", "rtn", seeded=False),
