@@ -101,8 +101,10 @@ def predict(plan: Plan, rates: Rates, base: int = 0, home: torch.device | None =
     journal = hidden * streams * (KEPT + 1)
     disk = {"output": size.after, "shard in the making": shard, "journal of hidden states": journal}
     if tokens:
-        kept = FLOAT * tokens * width(plan) * (block_count(plan) + 1)
-        disk["gradients"] = kept + block_count(plan) * moment_bytes(block)
+        # What the float model's blocks read is gone before anything else is written, and may take the place of it.
+        before = FLOAT * tokens * width(plan) * (block_count(plan) + 1)
+        later = sum(disk.values())
+        disk["gradients"] = block_count(plan) * moment_bytes(block) + max(0, before - later)
     if plan.config.refine.model_steps:
         disk["refined weights"] = size.after  # beside those they replace
     evaluation = evaluation_work(plan)

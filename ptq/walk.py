@@ -122,6 +122,7 @@ def _measured(plan: Plan, batches: Sequence[Tensor], journal: Journal, progress:
     if not plan.config.gptq.gradient_tokens:
         return None
     started = time.perf_counter()
+    progress.say("taking gradients through the float model ...")
     found = output_moments(plan, batches, journal.outputs)
     progress.say(f"gradients of {found.tokens} tokens: {time.perf_counter() - started:.1f} s")
     give_back()
