@@ -27,7 +27,7 @@ from ptq.journal_directory import MEASURED
 from ptq.models.block_call import hidden_of
 from ptq.models.streamed import StreamedModel
 from ptq.models.structure import linears, weight_shape
-from ptq.plan import Plan, block_count
+from ptq.plan import Plan
 
 RECORD = Path(MEASURED).name
 
@@ -46,7 +46,7 @@ class OutputMoments(NamedTuple):
 
 
 def output_moments(plan: Plan, batches: Sequence[Tensor], directory: Path) -> OutputMoments:
-    """Measure, or find what an earlier process of the same run has measured.
+    """Measure on the tokens that `gptq.gradient_tokens` asks for.
 
     Args:
         plan: ``gptq.gradient_tokens`` says how many tokens to take, in whole sequences; all if there are fewer.
@@ -58,9 +58,6 @@ def output_moments(plan: Plan, batches: Sequence[Tensor], directory: Path) -> Ou
         UnsupportedModelError: a block passes no gradient on, or overwrites what that needs.
         PtqError: the disk is full.
     """
-    found = _opened(directory, block_count(plan))
-    if found is not None:
-        return found
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     rows = _sequences(batches, plan.config.gptq.gradient_tokens)
@@ -73,8 +70,8 @@ def output_moments(plan: Plan, batches: Sequence[Tensor], directory: Path) -> Ou
     return OutputMoments(directory, pieces, tokens)
 
 
-def _opened(directory: Path, blocks: int) -> OutputMoments | None:
-    """What is there, if every byte of it is as it was written."""
+def opened_moments(directory: Path, blocks: int) -> OutputMoments | None:
+    """What an earlier process of the same run has measured, if every byte of it is as it was written."""
     try:
         content, _ = unseal(directory / RECORD)
     except (FormatError, OSError):

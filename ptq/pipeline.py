@@ -21,7 +21,7 @@ from ptq.evaluation import evaluate_run, kernels_of, require_text
 from ptq.formats.checkpoint import atomic_write_text, read_json
 from ptq.formats.staging import json_text
 from ptq.journal import Journal
-from ptq.journal_directory import RunDirectory, run_directory, what_is_left
+from ptq.journal_directory import MEASURED, RunDirectory, run_directory, what_is_left
 from ptq.journal_signature import model_signature, require_same, require_unchanged, signature_of
 from ptq.models.description import copy_description
 from ptq.models.experts import routers
@@ -260,10 +260,12 @@ def _solve_and_write(
     mapped = config.calibration.offload == "disk"
     signature = signature_of(plan, batches, ranks.size)
     journal = Journal(place.path, signature, units(plan), mapped=mapped, ranks=ranks)
-    resumed = len(journal.records)
+    resumed, measured = len(journal.records), (place.path / MEASURED).exists()
     if resumed:
         progress.say(f"continuing a run that was cut short: {min(resumed, block_count(plan))} blocks are finished")
-    if resumed or journal.notes:
+    elif measured:
+        progress.say("continuing a run that was cut short: its gradients are there, no block is finished")
+    if resumed or measured or journal.notes:
         document["resumed"] = {"blocks": min(resumed, block_count(plan)), "notes": journal.notes,
                                "seconds_before": round(sum(r.seconds for r in journal.records), 2)}  # fmt: skip
     for note in journal.notes:
@@ -284,7 +286,7 @@ def _solve_and_write(
     with progress.stage("write"):
         journal.assemble(config.max_shard_bytes)
         _write_description(plan, place.checkpoint)
-    if not resumed:
+    if not (resumed or measured):
         used = peak.bytes if plan.device.type == "cpu" else torch.cuda.max_memory_allocated(plan.device)
         document["prediction"] = compared(prediction, used, time.perf_counter() - started)
     size = estimate_size(plan)

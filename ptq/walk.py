@@ -22,7 +22,7 @@ from ptq.half_products import fast_half_products
 from ptq.journal import Journal, Streams
 from ptq.models.loading import working_dtype
 from ptq.models.streamed import StreamedModel
-from ptq.output_moments import OutputMoments, output_moments
+from ptq.output_moments import OutputMoments, opened_moments, output_moments
 from ptq.plan import Plan, block_count, extra_tensors, head_targets, parent_stream, replaced_tensors, taken_apart
 from ptq.progress import Progress
 from ptq.task import BlockTask, FloatTwin, ModuleResult
@@ -122,9 +122,11 @@ def _measured(plan: Plan, batches: Sequence[Tensor], journal: Journal, progress:
     if not plan.config.gptq.gradient_tokens:
         return None
     started = time.perf_counter()
-    progress.say("taking gradients through the float model ...")
-    found = output_moments(plan, batches, journal.outputs)
-    progress.say(f"gradients of {found.tokens} tokens: {time.perf_counter() - started:.1f} s")
+    found = opened_moments(journal.outputs, block_count(plan))  # by a run that was cut short
+    if found is None:
+        progress.say("taking gradients through the float model ...")
+        found = output_moments(plan, batches, journal.outputs)
+        progress.say(f"gradients of {found.tokens} tokens: {time.perf_counter() - started:.1f} s")
     give_back()
     return found
 
